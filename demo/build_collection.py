@@ -1,0 +1,97 @@
+"""The demo's collection: docstrings of packages that are installed anyway, as passages to search.
+
+    python demo/build_collection.py --output_dir demo/work
+
+Writes  collection.tsv  dotted name of a function, class or module, and its documentation without the first sentence
+        topics.tsv      first sentences of some of them, as queries: what somebody would ask who lacks the name
+        qrels.txt       the passage that each of these sentences was taken from
+
+Real text with real labels, and no download: the sources are parsed, not imported.
+"""
+
+import argparse
+import ast
+import hashlib
+import os
+import re
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from formats import run_script, whole_file
+
+PACKAGES = ["numpy", "pandas", "scipy", "sklearn", "matplotlib"]
+PASSAGE_CHARS = 600  # a passage is its first so many characters, cut at a blank
+MIN_CHARS = 100
+TOPICS = 300
+MIN_TOPIC_WORDS = 5
+SKIPPED = re.compile(r"(^|/)(tests?|testing|idlelib|lib2to3|site-packages|__pycache__)(/|$)|(^|/)(test|conftest)[^/]*$")
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Yield (dotted module name, file) of the standard library and of PACKAGES, in a fixed order."""
+    paths = sysconfig.get_paths()
+    roots = [("", Path(paths["stdlib"]))] + [(f"{name}.", Path(paths["purelib"], name)) for name in PACKAGES]
+    for prefix, root in roots:
+        for path in sorted(root.rglob("*.py")):
+            relative = path.relative_to(root).with_suffix("").as_posix()
+            if not SKIPPED.search(relative.replace("/__init__", "").removeprefix("__init__")):
+                yield (prefix + relative.replace("/", ".").removesuffix("__init__")).strip("."), path
+
+
+def docstrings(name: str, node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, docstring) of a module and of the public classes and functions in it."""
+    if text := ast.get_docstring(node):
+        yield name, text
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
+            yield from docstrings(f"{name}.{child.name}", child)
+
+
+def passages() -> Iterator[tuple[str, str, str]]:
+    """Yield (id, first sentence, the rest) of every docstring that has enough of both, each rest only once."""
+    seen = set()
+    for module, path in sources():
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:
+            continue
+        for name, text in docstrings(module, tree):
+            sentence, _, rest = re.sub(r"\s+", " ", text).partition(". ")
+            rest = rest.strip()
+            if len(rest) > PASSAGE_CHARS:
+                rest = rest[:PASSAGE_CHARS].rpartition(" ")[0]
+            if len(rest) >= MIN_CHARS and rest not in seen:
+                seen.add(rest)
+                yield name, sentence.strip(), rest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", required=True)
+    args = parser.parse_args()
+
+    found: dict[str, tuple[str, str]] = {}
+    for name, sentence, rest in passages():
+        found.setdefault(name, (sentence, rest))  # a name that a module defines twice stands for its first
+    sentences = Counter(sentence for sentence, _ in found.values())
+    eligible = [
+        name
+        for name, (sentence, _) in found.items()
+        if sentences[sentence] == 1 and len(sentence.split()) >= MIN_TOPIC_WORDS and len(sentence) < 200
+    ]
+    topics = sorted(eligible, key=lambda name: hashlib.sha256(name.encode()).digest())[:TOPICS]
+    with whole_file(os.path.join(args.output_dir, "topics.tsv")) as file:
+        file.writelines(f"q{i}\t{found[name][0]}\n" for i, name in enumerate(topics, 1))
+    with whole_file(os.path.join(args.output_dir, "qrels.txt")) as file:
+        file.writelines(f"q{i} 0 {name} 1\n" for i, name in enumerate(topics, 1))
+    with whole_file(os.path.join(args.output_dir, "collection.tsv")) as file:
+        file.writelines(f"{name}\t{rest}\n" for name, (_, rest) in found.items())
+    print(f"{args.output_dir}: {len(found):,} passages, {len(topics):,} topics", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_script(main)

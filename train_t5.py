@@ -1,0 +1,287 @@
+"""Stage 4: fine-tune a reranker on the triples, and watch it on a development run as it learns.
+
+Reads   triples; optionally topics, qrels, a first-stage run and the collection, to rerank that run every --eval_steps
+Writes  into --output_dir the model, checkpoint-N folders, results.csv (a row an evaluation) and learning_curve.png
+
+    python train_t5.py --base_model t5_base --triples_train data/msmarco/synthetic.triples.train.tsv \\
+        --corpus data/msmarco/collection.tsv --queries data/msmarco/topics.dl20.txt \\
+        --qrels data/msmarco/qrels.dl20-passage.txt --run data/msmarco/run.dl20.bm25.txt --relevance_threshold 2 \\
+        --output_dir data/msmarco --save_every_n_steps 156 --eval_steps 156
+
+On two GPUs, with the same 128 examples a step:  torchrun --nproc_per_node=2 train_t5.py ...
+After a kill, the same command with --resume_from_checkpoint goes on from the last whole checkpoint.
+
+The base model's config decides what is trained: T5, mT5, Flan-T5 become monoT5, an encoder becomes a cross-encoder.
+The settings are the paper's (arXiv 2202.05144, with the learning rate of its released scripts).
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from formats import (
+    InputError,
+    Qrel,
+    ScoredDoc,
+    Triples,
+    read_qrels,
+    read_run,
+    read_texts,
+    read_topics,
+    run_script,
+    warn,
+    whole_file,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--base_model", default="t5_base", help="folder, hub name, or t5_SIZE (default: %(default)s)")
+    add("--triples_train", required=True, help="training triples")
+    add("--output_dir", required=True, help="folder for the model, its checkpoints and figures")
+    add("--queries", help="development topics")
+    add("--qrels", help="development judgements")
+    add("--run", help="first-stage run to rerank, TREC or MS MARCO")
+    add("--corpus", help="collection of that run")
+    add("--relevance_threshold", type=int, default=1, help="lowest relevant grade (default: %(default)s)")
+    add("--max_eval_queries", type=int, default=-1, help="the first N judged queries only (default: all)")
+    add("--max_eval_docs_per_query", type=int, default=100, help="documents a query to rerank (default: %(default)s)")
+    add("--eval_steps", type=int, default=100, help="evaluate every N steps (default: %(default)s)")
+    add("--save_every_n_steps", type=int, default=100, help="keep a checkpoint every N steps (default: %(default)s)")
+    add("--logging_steps", type=int, default=10, help="log the loss every N steps (default: %(default)s)")
+    add("--per_device_train_batch_size", type=int, default=8, help="examples, half positive (default: %(default)s)")
+    add(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=16,
+        help="batches a step, shared among the processes of torchrun (default: %(default)s)",
+    )
+    add("--per_device_eval_batch_size", type=int, default=16, help="default: %(default)s")
+    add("--learning_rate", type=float, default=3e-4, help="constant (default: %(default)s)")
+    add("--warmup_steps", type=int, default=0, help="steps of linear rise to it (default: %(default)s)")
+    add("--weight_decay", type=float, default=5e-5, help="not on biases and norms (default: %(default)s)")
+    add("--epochs", type=float, default=1, help="default: %(default)s")
+    add("--max_steps", type=int, default=-1, help="steps in all, instead of --epochs")
+    add("--max_length", type=int, default=512, help="tokens of query and document (default: %(default)s)")
+    add("--bf16", action="store_true", help="mixed precision in bfloat16")
+    add("--seed", type=int, default=2, help="order of the examples, dropout, new weights (default: %(default)s)")
+    add("--token_true", help="T5-like models: word for relevant (default: true, or yes as with mT5)")
+    add("--token_false", help="T5-like models: word for not relevant")
+    add(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="last",
+        help="go on from this checkpoint; without a value, from the last whole one in --output_dir",
+    )
+    args = parser.parse_args()
+    dev = [args.queries, args.qrels, args.run, args.corpus]
+    if any(dev[:3]) and not all(dev):
+        parser.error("evaluation needs all of --queries, --qrels, --run and --corpus")
+    args.evaluate = all(dev)
+    if args.per_device_train_batch_size < 2 or args.per_device_train_batch_size % 2:
+        parser.error("--per_device_train_batch_size is even: each triple is a positive and a negative example")
+    if bool(args.token_true) != bool(args.token_false):
+        parser.error("--token_true and --token_false come together")
+    return args
+
+
+class Dev(NamedTuple):
+    """A development set, read and checked before anything slow begins."""
+
+    topics: dict[str, str]
+    qrels: list[Qrel]
+    run: dict[str, list[ScoredDoc]]
+    texts: dict[str, str]
+
+
+def read_dev(args: argparse.Namespace) -> Dev:
+    topics = read_topics(args.queries)
+    judged = list(read_qrels(args.qrels))
+    judged_ids = {qrel.query_id for qrel in judged}
+    chosen = [query_id for query_id in topics if query_id in judged_ids]
+    if not chosen:
+        raise InputError(f"{args.qrels} judges no query of {args.queries}; are they of another collection?")
+    if args.max_eval_queries >= 0:
+        chosen = chosen[: args.max_eval_queries]
+    topics = {query_id: topics[query_id] for query_id in chosen}
+    of_other = "it is a run of other topics: name the run of these"
+    run = {q: hits[: args.max_eval_docs_per_query] for q, hits in read_run(args.run, topics).items()}
+    if not run:
+        raise InputError(f"{args.run} has hits for none of the {len(topics):,} judged queries of {args.queries}; {of_other}")
+    wanted = {hit.doc_id for hits in run.values() for hit in hits}
+    texts = read_texts(args.corpus, wanted, desc="Reading texts")
+    if absent := wanted - texts.keys():
+        raise InputError(
+            f"{len(absent):,} of the {len(wanted):,} documents that {args.run} has for queries of {args.queries} are not in "
+            f"{args.corpus} (one is {min(absent)}); it is a run of another collection: name the run of this one"
+        )
+    if len(run) < len(topics):
+        warn(f"{args.run} has no hits for {len(topics) - len(run):,} of {len(topics):,} queries, which count as 0")
+    return Dev(topics, [qrel for qrel in judged if qrel.query_id in topics], run, texts)
+
+
+def find_checkpoint(args: argparse.Namespace) -> str | None:
+    """The checkpoint to go on from. One without trainer_state.json, written last, was cut off by a kill."""
+    if args.resume_from_checkpoint not in (None, "last"):
+        if not os.path.isfile(os.path.join(args.resume_from_checkpoint, "trainer_state.json")):
+            raise InputError(f"{args.resume_from_checkpoint} is no whole checkpoint: no trainer_state.json in it")
+        return args.resume_from_checkpoint
+    whole = {}
+    for state in Path(args.output_dir).glob("checkpoint-*/trainer_state.json"):
+        try:
+            whole[json.loads(state.read_text())["global_step"]] = str(state.parent)
+        except ValueError:
+            continue
+    if args.resume_from_checkpoint is None and whole:
+        raise InputError(
+            f"{args.output_dir} has checkpoints of an earlier run; add --resume_from_checkpoint to go on from the last, or "
+            "choose another --output_dir"
+        )
+    return whole[max(whole)] if whole else None
+
+
+def write_figures(args: argparse.Namespace, history: list[dict], first_stage: dict[str, float]) -> None:
+    """results.csv and learning_curve.png, from the log that checkpoints carry along."""
+    from matplotlib.figure import Figure
+
+    rows, loss = [], None
+    for entry in history:
+        loss = entry.get("loss", loss)
+        if any(key.startswith("eval_") for key in entry):
+            values = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+            rows.append({"step": entry["step"], "epoch": round(entry["epoch"], 3), "loss": loss, **values})
+    if rows:
+        with whole_file(os.path.join(args.output_dir, "results.csv")) as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if not losses:
+        return
+    figure = Figure(figsize=(10 if rows else 5, 4), layout="constrained")
+    panels = figure.subplots(1, 2 if rows else 1, squeeze=False)[0]
+    panels[0].plot(*zip(*losses, strict=True))
+    panels[0].set(xlabel="step", ylabel="training loss")
+    for name, colour in (("nDCG@10", "tab:blue"), ("MRR@10", "tab:orange")) if rows else ():
+        panels[1].plot([row["step"] for row in rows], [row[name] for row in rows], "o-", color=colour, label=name)
+        panels[1].axhline(first_stage[name], linestyle=":", color=colour, label=f"{name}, first stage")
+        panels[1].set(xlabel="step")
+        panels[1].legend()
+    with whole_file(os.path.join(args.output_dir, "learning_curve.png"), "wb") as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def main() -> None:
+    args = parse_args()
+    checkpoint = find_checkpoint(args)
+    dev = read_dev(args) if args.evaluate else None
+    triples = Triples(args.triples_train)
+    world = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    if args.gradient_accumulation_steps % world:
+        raise InputError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be shared among {world} processes; "
+            f"choose a multiple of {world}"
+        )
+
+    import torch
+    from accelerate.utils import gather_object
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    import models
+    import ranking
+
+    class RerankerTrainer(Trainer):
+        """A Trainer that evaluates by reranking the development run, its queries shared among the processes."""
+
+        def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+            mine = list(dev.run)[self.args.process_index :: self.args.world_size]
+            hits = [hit for query_id in mine for hit in dev.run[query_id]]
+            pairs = [(dev.topics[hit.query_id], dev.texts[hit.doc_id]) for hit in hits]
+            with self.accelerator.autocast():
+                values = reranker.score(pairs, args.per_device_eval_batch_size).tolist()
+            scores: dict[str, dict[str, float]] = {}
+            scored = [(hit.query_id, hit.doc_id, value) for hit, value in zip(hits, values, strict=True)]
+            for query_id, doc_id, value in gather_object(scored):
+                scores.setdefault(query_id, {})[doc_id] = value
+            run = [hit for query_id in dev.run for hit in ranking.rank(dev.run[query_id], scores[query_id])]
+            means = ranking.means(ranking.per_query(dev.qrels, run, args.relevance_threshold))
+            metrics = {f"eval_{name}": value for name, value in means.items()}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            if self.is_world_process_zero():
+                write_figures(args, self.state.log_history, first_stage)
+            return metrics
+
+    set_seed(args.seed)  # before a new head is drawn
+    answers = (args.token_true, args.token_false) if args.token_true else None
+    reranker = models.load_model(
+        args.base_model, max_length=args.max_length, device="cpu", dtype="float32", answers=answers, new_head=True
+    )
+    # The losses of T5 and BERT are means over a batch, although their signatures let the Trainer think that they are sums
+    # over a step: without this, accumulated gradients would be too great by the number of batches.
+    reranker.model.accepts_loss_kwargs = False
+    examples_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps = max(1, int(args.epochs * 2 * len(triples) / examples_a_step)) if args.max_steps < 1 else args.max_steps
+    trainer = RerankerTrainer(
+        model=reranker.model,
+        processing_class=reranker.tokenizer,  # saved beside the model
+        args=TrainingArguments(
+            output_dir=args.output_dir,
+            max_steps=steps,
+            per_device_train_batch_size=args.per_device_train_batch_size // 2,  # triples, of two examples each
+            gradient_accumulation_steps=args.gradient_accumulation_steps // world,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=args.warmup_steps,
+            weight_decay=args.weight_decay,
+            bf16=args.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            eval_strategy="steps" if dev else "no",
+            eval_steps=args.eval_steps,
+            save_steps=args.save_every_n_steps,
+            logging_steps=args.logging_steps,
+            seed=args.seed,
+            remove_unused_columns=False,
+            report_to="none",
+        ),
+        train_dataset=triples,
+        eval_dataset=list(dev.run) if dev else None,
+        data_collator=reranker.collate,
+    )
+    first_stage = {}
+    if dev:
+        hits = [hit for ranked in dev.run.values() for hit in ranked]
+        first_stage = ranking.means(ranking.per_query(dev.qrels, hits, args.relevance_threshold))
+    main_process = trainer.is_world_process_zero()
+    if main_process:
+        print(
+            f"Training {type(reranker).__name__} from {args.base_model}: {len(triples):,} triples, {examples_a_step} examples a "
+            f"step, {steps:,} steps" + (f", going on from {checkpoint}" if checkpoint else ""),
+            file=sys.stderr,
+        )
+        if dev:
+            print("first stage: " + ", ".join(f"{k} {v:.4f}" for k, v in first_stage.items()), file=sys.stderr)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_nDCG@10" in entry}
+    if dev and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+
+    beside = os.path.join(args.output_dir, "unfinished")
+    trainer.save_model(beside)
+    if main_process:
+        write_figures(args, trainer.state.log_history, first_stage)
+        # config.json last: a folder without one is no model
+        for name in sorted(os.listdir(beside), key=lambda name: name == "config.json"):
+            os.replace(os.path.join(beside, name), os.path.join(args.output_dir, name))
+        os.rmdir(beside)
+        print(f"{args.output_dir}: the trained model", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_script(main)
