@@ -122,7 +122,9 @@ def _lines(path: str, desc: str | None = None) -> Iterator[tuple[int, bytes]]:
         bar.update(raw.tell() - bar.n)
 
 
-def _records(path: str, parse: Callable[[str], T | None], form: str, desc: str | None = None) -> Iterator[tuple[int, T]]:
+def _records(
+    path: str, parse: Callable[[str], T | None], form: str, desc: str | None = None
+) -> Iterator[tuple[int, T]]:
     """Yield (line number from 1, parse(line)) for each line that `parse` does not refuse with a ValueError.
 
     Blank lines and lines for which `parse` gives None are passed over. `form` says in an error what a line should be.
@@ -308,7 +310,9 @@ def read_run(path: str, query_ids: Collection[str] | None = None) -> dict[str, l
         ranked.sort(key=lambda hit: (-hit[0].score, hit[1]))
         run[query_id] = [hit for hit, _ in ranked]
         if len({hit.doc_id for hit in run[query_id]}) < len(ranked):
-            raise InputError(f"{path}: query {query_id} has a document twice among its hits; a run holds each only once")
+            raise InputError(
+                f"{path}: query {query_id} has a document twice among its hits; a run holds each only once"
+            )
     return run
 
 
@@ -332,7 +336,9 @@ def read_synthetic_queries(path: str, desc: str | None = None) -> Iterator[Synth
         question = " ".join(_string(row, "question").split())
         return _id(row["doc_id"]), one_line(_string(row, "doc_text")), question, log_probs, row
 
-    for number, fields in _records(path, parse, "JSON objects with `doc_id`, `doc_text`, `question`, `log_probs`", desc):
+    for number, fields in _records(
+        path, parse, "JSON objects with `doc_id`, `doc_text`, `question`, `log_probs`", desc
+    ):
         yield SyntheticQuery(number - 1, *fields)
 
 
@@ -377,7 +383,9 @@ def whole_file(path: str, mode: str = "w") -> Iterator[Any]:
     beside = f"{path}.unfinished"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
-        with open(beside, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n", "errors": "replace"})) as file:
+        with open(
+            beside, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n", "errors": "replace"})
+        ) as file:
             yield file
         os.replace(beside, path)
     except BaseException:

@@ -30,7 +30,16 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from formats import Doc, InputError, json_line, read_collection, read_synthetic_queries, repair_last_line, run_script, warn
+from formats import (
+    Doc,
+    InputError,
+    json_line,
+    read_collection,
+    read_synthetic_queries,
+    repair_last_line,
+    run_script,
+    warn,
+)
 
 SLOT = "{document_text}"
 STOP = "\n\n"  # the examples of a prompt have an empty line between them, so the model writes one after its question
@@ -88,7 +97,6 @@ def choose_documents(args: argparse.Namespace) -> set[str]:
     A random draw takes the smallest hashes of seed and id: it does not depend on the order of the collection, and a
     greater --max_examples adds to it.
     """
-
 
     def draw(doc_id: str) -> bytes:
         return hashlib.blake2b(f"{args.seed}\t{doc_id}".encode(), digest_size=16).digest()
@@ -150,21 +158,26 @@ def read_choice(choice: dict[str, Any]) -> tuple[str, list[bytes], list[float | 
     Raises:
         InputError: the answer has no log-probabilities.
     """
-    text = choice["text"] if "text" in choice else (choice["message"].get("content") or "")
+    text = (choice["text"] if "text" in choice else choice["message"].get("content")) or ""
+    text = text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can hold and UTF-8 cannot
     log_probs = choice.get("logprobs") or {}
     if content := log_probs.get("content"):  # chat; llama.cpp's completions too
-        tokens = [bytes(t["bytes"]) if t.get("bytes") is not None else t["token"].encode() for t in content]
+        tokens = [
+            bytes(t["bytes"]) if t.get("bytes") is not None else t["token"].encode(errors="replace") for t in content
+        ]
         return text, tokens, [t["logprob"] for t in content]
     if log_probs.get("tokens"):  # completions, OpenAI and vLLM
         tokens = [
             token.removeprefix("bytes:").encode("latin-1").decode("unicode_escape").encode("latin-1")
             if re.fullmatch(r"bytes:(\\x[0-9a-f]{2})+", token)  # OpenAI's spelling of a piece of a character
-            else token.encode()
+            else token.encode(errors="replace")
             for token in log_probs["tokens"]
         ]
         return text, tokens, log_probs["token_logprobs"]
     if text.strip():
-        raise InputError("the server's answer has no log-probabilities, which the filter needs; use an engine that gives them")
+        raise InputError(
+            "the server's answer has no log-probabilities, which the filter needs; use an engine that gives them"
+        )
     return text, [], []
 
 
@@ -186,7 +199,9 @@ def read_answer(choice: dict[str, Any], prompt: str, doc: Doc, good_bad: bool, e
     spans = align(text.encode(), tokens) if question else []
 
     def within(start: int, length: int) -> list[float]:
-        return [p for (s, e), p in zip(spans, log_probs, strict=True) if s < start + length and e > start and p is not None]
+        return [
+            p for (s, e), p in zip(spans, log_probs, strict=True) if s < start + length and e > start and p is not None
+        ]
 
     row = {"doc_id": doc.doc_id, "doc_text": doc.text, "question": question}
     row["log_probs"] = within(start, len(question.encode())) if question else []
@@ -299,7 +314,9 @@ class Generation:
         engine, server = self.args.engine, self.args.base_url or "OpenAI"
         kept = "every answer so far is kept, and the same command goes on from here"
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return InputError(f"{server} did not accept the key ({error.status_code}); set API_KEY to one that is valid there")
+            return InputError(
+                f"{server} did not accept the key ({error.status_code}); set API_KEY to one that is valid there"
+            )
         if isinstance(error, openai.NotFoundError) and RETIRED.fullmatch(engine):
             return InputError(
                 f"engine {engine} is retired: OpenAI has shut down the GPT-3, GPT-3.5 and GPT-4 models, and {server} has none "

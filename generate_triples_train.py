@@ -99,7 +99,9 @@ def main() -> None:
                     output_ids.write(f"{query.line}\t{query.doc_id}\t{doc_id}\n")
                     written += 1
         if not written:
-            raise InputError(f"no query had a hit in {args.index} other than its own document; is it the index of {args.corpus}?")
+            raise InputError(
+                f"no query had a hit in {args.index} other than its own document; is it the index of {args.corpus}?"
+            )
 
     if len(queries) < len(rows):
         warn(f"{len(rows) - len(queries):,} rows without a question or a document text left out")

@@ -92,8 +92,11 @@ class MonoT5(Reranker):
     def _find_answers(self, answers: Sequence[str] | None) -> list[int]:
         vocabulary = self.tokenizer.get_vocab()
         for pair in [answers] if answers else ANSWERS:
-            pieces = [[vocabulary[word]] if word in vocabulary else self._tokens(word) for word in pair]
-            if all(len(ids) == 1 for ids in pieces) and pieces[0] != pieces[1]:
+            pieces = [self._tokens(word) for word in pair]
+            # What is no piece as a word may be one as it is written, with its mark of a blank: "▁true".
+            pieces = [ids if len(ids) == 1 else [vocabulary.get(w, -1)] for w, ids in zip(pair, pieces, strict=True)]
+            known = all(ids[0] not in (-1, self.tokenizer.unk_token_id) for ids in pieces)
+            if known and pieces[0] != pieces[1]:
                 return [ids[0] for ids in pieces]
         asked = " and ".join(answers or ["true/yes", "false/no"])
         raise InputError(
@@ -193,7 +196,9 @@ def load_model(
         if trained and config.num_labels != 1:
             raise InputError(f"{name} has {config.num_labels} outputs; a cross-encoder for reranking has one")
         if not trained and not new_head:
-            raise InputError(f"{name} has no trained output to rerank with; train it first with train_t5.py --base_model")
+            raise InputError(
+                f"{name} has no trained output to rerank with; train it first with train_t5.py --base_model"
+            )
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             name,
             num_labels=1,

@@ -16,7 +16,18 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 
-from formats import InputError, Qrel, ScoredDoc, read_qrels, read_run, read_texts, read_topics, run_script, warn, write_run
+from formats import (
+    InputError,
+    Qrel,
+    ScoredDoc,
+    read_qrels,
+    read_run,
+    read_texts,
+    read_topics,
+    run_script,
+    warn,
+    write_run,
+)
 
 BLOCK = 1024  # pairs scored at a time, of whole queries: enough to batch pairs of like length
 
@@ -91,7 +102,9 @@ def compare(qrels: list[Qrel], before: list[ScoredDoc], after: list[ScoredDoc], 
         new = sum(b for _, b in pairs) / len(pairs)
         won, lost = sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)
         p = ttest_rel(*zip(*pairs, strict=True)).pvalue if won + lost and len(pairs) > 1 else 1.0
-        lines.append(f"{name:10}{old:12.4f}{new:10.4f}{new - old:+9.4f}{p:8.4f}{won:6}{len(pairs) - won - lost:6}{lost:6}")
+        lines.append(
+            f"{name:10}{old:12.4f}{new:10.4f}{new - old:+9.4f}{p:8.4f}{won:6}{len(pairs) - won - lost:6}{lost:6}"
+        )
     return "\n".join(lines)
 
 

@@ -112,7 +112,9 @@ def read_dev(args: argparse.Namespace) -> Dev:
     of_other = "it is a run of other topics: name the run of these"
     run = {q: hits[: args.max_eval_docs_per_query] for q, hits in read_run(args.run, topics).items()}
     if not run:
-        raise InputError(f"{args.run} has hits for none of the {len(topics):,} judged queries of {args.queries}; {of_other}")
+        raise InputError(
+            f"{args.run} has hits for none of the {len(topics):,} judged queries of {args.queries}; {of_other}"
+        )
     wanted = {hit.doc_id for hits in run.values() for hit in hits}
     texts = read_texts(args.corpus, wanted, desc="Reading texts")
     if absent := wanted - texts.keys():

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Download what the paper used.
+#
+#   bash download_data.sh                      MS MARCO: collection, dev topics and qrels, BM25 run   (needs 4.1 GB)
+#   bash download_data.sh dl20                 TREC DL 2020: topics and qrels                         (0.3 MB)
+#   bash download_data.sh prompts              the paper's own two prompts                            (3 KB)
+#   bash download_data.sh synthetic NAME ...   published synthetic queries                            (about 0.1 GB each)
+#
+# NAME: msmarco robust04 nq trec_covid fiqa dbpedia scidocs scifacts arguana bioasq climate_fever cqadupstack fever
+#       hotpotqa nfcorpus quora signal touche trec_news
+#
+# Files land in data/. What is there is skipped; a broken download goes on where it stopped; checksums are checked.
+set -euo pipefail
+
+# Hosts, to be set from outside where a mirror is nearer.
+MSMARCO_HOST=${MSMARCO_HOST:-https://msmarco.z22.web.core.windows.net}
+GITHUB_HOST=${GITHUB_HOST:-https://raw.githubusercontent.com}
+GOOGLE_HOST=${GOOGLE_HOST:-https://storage.googleapis.com}
+INPARS_HOST=${INPARS_HOST:-https://zav-public.s3.amazonaws.com}
+COLLECTION_MD5=${COLLECTION_MD5:-87dd01826da3e2ad45447ba5af577628} # of the archive; a mirror may pack it anew
+
+MSMARCO=data/msmarco
+SYNTHETIC=$(sed -n '/^# NAME:/,/^#$/s/^# *\(NAME:\)\{0,1\}//p' "$0")
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+checksum() { # algorithm file
+    case $1 in
+        sha256) if command -v sha256sum >/dev/null; then sha256sum "$2"; else shasum -a 256 "$2"; fi ;;
+        md5) if command -v md5sum >/dev/null; then md5sum "$2"; else md5 -r "$2"; fi ;;
+    esac | cut -d ' ' -f 1
+}
+
+fetch() { # url file [algorithm sum]
+    local url=$1 file=$2 algorithm=${3:-} sum=${4:-} part=$2.part status=0
+    if [ -e "$file" ]; then
+        echo "$file is there"
+        return
+    fi
+    mkdir -p "$(dirname "$file")"
+    if [ -z "$sum" ] || [ ! -e "$part" ] || [ "$(checksum "$algorithm" "$part")" != "$sum" ]; then
+        echo "$url -> $file"
+        curl --fail --location --retry 5 --continue-at - --output "$part" "$url" || status=$?
+        # 22 and 33: there is nothing to go on with, because all of it is here or the server knows no ranges.
+        if { [ $status = 22 ] || [ $status = 33 ]; } && [ -e "$part" ]; then
+            status=0
+            curl --fail --location --retry 5 --output "$part" "$url" || status=$?
+        fi
+        [ $status = 0 ] || fail "$url could not be downloaded (curl $status); the same command goes on from what is here"
+    fi
+    if [ -n "$sum" ] && [ "$(checksum "$algorithm" "$part")" != "$sum" ]; then
+        rm "$part"
+        fail "$url is not the file that it was: its $algorithm is not $sum; nothing was kept, try again or another mirror"
+    fi
+    mv "$part" "$file"
+}
+
+anserini() { # path sha256
+    fetch "$GITHUB_HOST/castorini/anserini-tools/master/$1" "$MSMARCO/$(basename "$1")" sha256 "$2"
+}
+
+msmarco() {
+    echo "MS MARCO passages into $MSMARCO: 1.0 GB to download, 4.1 GB of disk while unpacking, 3.1 GB afterwards"
+    anserini topics/topics.msmarco-passage.dev-subset.txt f4f71fa87b6be4fb968cca2b8f8554c4ebd003e6c3488af3ac1cc5629c3de189
+    anserini qrels/qrels.msmarco-passage.dev-subset.txt 34ef51a24e049b3dd19b0a448b764f26b0def22ec42f421ecba2db91f82e7042
+    fetch "$GOOGLE_HOST/duobert_git/run.bm25.dev.small.tsv" "$MSMARCO/run.bm25.dev.small.tsv"
+    if [ -e "$MSMARCO/collection.tsv" ]; then
+        echo "$MSMARCO/collection.tsv is there"
+        return
+    fi
+    fetch "$MSMARCO_HOST/msmarcoranking/collection.tar.gz" "$MSMARCO/collection.tar.gz" md5 "$COLLECTION_MD5"
+    echo "Unpacking $MSMARCO/collection.tsv"
+    rm -rf "$MSMARCO/unpacking"
+    mkdir "$MSMARCO/unpacking"
+    tar -xf "$MSMARCO/collection.tar.gz" -C "$MSMARCO/unpacking"
+    mv "$MSMARCO/unpacking/collection.tsv" "$MSMARCO/collection.tsv"
+    rm -r "$MSMARCO/unpacking" "$MSMARCO/collection.tar.gz"
+}
+
+dl20() {
+    echo "TREC DL 2020 into $MSMARCO: 0.3 MB"
+    anserini topics/topics.dl20.txt 726cb4018b85a335fcbe09004df7f084ec1bf20531961d9af7b0c71dd609e69b
+    anserini qrels/qrels.dl20-passage.txt 60d4c34561f9687f8f73e0a752ba80ab80159b3e9c1bedd0a351f747ed6f5684
+}
+
+prompts() {
+    echo "The paper's prompts into data/prompts: 3 KB"
+    local name
+    for name in vanilla_prompt.txt gbq_prompt.txt; do
+        fetch "$GITHUB_HOST/zetaalphavector/InPars/master/legacy/inpars-v1/prompts/$name" "data/prompts/$name"
+    done
+}
+
+synthetic() {
+    [ $# -gt 0 ] || usage
+    local name
+    for name in "$@"; do
+        case " $(echo $SYNTHETIC) " in
+            *" $name "*) ;;
+            *) usage ;;
+        esac
+    done
+    echo "$# synthetic sets into data/synthetic: about 0.1 GB each"
+    for name in "$@"; do
+        fetch "$INPARS_HOST/inpars/${name}_synthetic_queries_100k.jsonl" "data/synthetic/${name}_synthetic_queries_100k.jsonl"
+    done
+}
+
+usage() {
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+}
+
+command -v curl >/dev/null || fail "curl is not installed; install it, or fetch the addresses in $0 by hand"
+case ${1:-msmarco} in
+    msmarco | dl20 | prompts)
+        [ $# -le 1 ] || usage
+        "${1:-msmarco}"
+        ;;
+    synthetic) "$@" ;;
+    *) usage ;;
+esac

@@ -1,0 +1,140 @@
+"""download_data.sh, its hosts served from loopback."""
+
+import hashlib
+import io
+import subprocess
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+COLLECTION = "".join(f"{i}\tpassage number {i}\n" for i in range(1000)).encode()
+
+
+class Host:
+    """Serves `files` by path, byte ranges too, and remembers what was asked for."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.asked: list[tuple[str, str | None]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                wanted = self.headers["Range"]
+                outer.asked.append((self.path, wanted))
+                data = outer.files.get(self.path)
+                if data is None:
+                    return self.send_error(404)
+                start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+                if start >= len(data) > 0:
+                    return self.send_error(416)
+                self.send_response(206 if wanted else 200)
+                if wanted:
+                    self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                self.wfile.write(data[start:])
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    host = Host()
+    yield host
+    host.server.shutdown()
+    host.server.server_close()
+
+
+def download(host: Host, cwd: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    hosts = dict.fromkeys(("MSMARCO_HOST", "GITHUB_HOST", "GOOGLE_HOST", "INPARS_HOST"), host.url)
+    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", **hosts, **environment}
+    return subprocess.run(
+        ["bash", str(ROOT / "download_data.sh"), *args], cwd=cwd, env=env, capture_output=True, text=True
+    )
+
+
+def archive() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        info = tarfile.TarInfo("collection.tsv")
+        info.size = len(COLLECTION)
+        tar.addfile(info, io.BytesIO(COLLECTION))
+    return buffer.getvalue()
+
+
+def test_a_published_set_and_going_on_with_a_broken_download(host: Host, tmp_path: Path) -> None:
+    path = "/inpars/scifacts_synthetic_queries_100k.jsonl"
+    host.files[path] = b'{"doc_id": "1"}\n' * 100
+    file = tmp_path / "data/synthetic/scifacts_synthetic_queries_100k.jsonl"
+    file.parent.mkdir(parents=True)
+    part = file.with_name(file.name + ".part")
+    part.write_bytes(host.files[path][:700])
+    assert download(host, tmp_path, "synthetic", "scifacts").returncode == 0
+    assert file.read_bytes() == host.files[path]
+    assert host.asked == [(path, "bytes=700-")]
+    assert not part.exists()
+    done = download(host, tmp_path, "synthetic", "scifacts")
+    assert "is there" in done.stdout
+    assert len(host.asked) == 1
+    # All of it was here, and only the last step missing.
+    file.rename(part)
+    assert download(host, tmp_path, "synthetic", "scifacts").returncode == 0
+    assert file.read_bytes() == host.files[path]
+
+
+def test_prompts(host: Host, tmp_path: Path) -> None:
+    base = "/zetaalphavector/InPars/master/legacy/inpars-v1/prompts/"
+    host.files = {base + "vanilla_prompt.txt": b"vanilla", base + "gbq_prompt.txt": b"gbq"}
+    assert download(host, tmp_path, "prompts").returncode == 0
+    assert (tmp_path / "data/prompts/gbq_prompt.txt").read_bytes() == b"gbq"
+
+
+def test_a_file_that_is_not_what_it_was_is_refused(host: Host, tmp_path: Path) -> None:
+    host.files["/castorini/anserini-tools/master/topics/topics.dl20.txt"] = b"1\tchanged\n"
+    done = download(host, tmp_path, "dl20")
+    assert done.returncode == 1
+    assert "is not the file that it was: its sha256 is not 726cb401" in done.stderr
+    assert list((tmp_path / "data/msmarco").iterdir()) == []
+
+
+def test_msmarco_is_unpacked(host: Host, tmp_path: Path) -> None:
+    folder = tmp_path / "data/msmarco"
+    folder.mkdir(parents=True)
+    for name in ("topics", "qrels"):  # their sums are those of the real files: what is there is not fetched
+        (folder / f"{name}.msmarco-passage.dev-subset.txt").write_text("here")
+    host.files["/duobert_git/run.bm25.dev.small.tsv"] = b"1\t2\t1\n"
+    packed = host.files["/msmarcoranking/collection.tar.gz"] = archive()
+    done = download(host, tmp_path, COLLECTION_MD5=hashlib.md5(packed).hexdigest())
+    assert done.returncode == 0, done.stderr
+    assert "4.1 GB of disk" in done.stdout.splitlines()[0]
+    assert (folder / "collection.tsv").read_bytes() == COLLECTION
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "collection.tsv",
+        "qrels.msmarco-passage.dev-subset.txt",
+        "run.bm25.dev.small.tsv",
+        "topics.msmarco-passage.dev-subset.txt",
+    ]
+    host.asked.clear()
+    assert download(host, tmp_path, "msmarco").returncode == 0
+    assert host.asked == []
+
+
+def test_what_cannot_be_had(host: Host, tmp_path: Path) -> None:
+    done = download(host, tmp_path, "synthetic", "fiqa")
+    assert done.returncode == 1
+    assert "could not be downloaded" in done.stderr.splitlines()[-1]
+    for args in (["nonsense"], ["synthetic"], ["synthetic", "nonsense"], ["dl20", "msmarco"]):
+        done = download(host, tmp_path, *args)
+        assert done.returncode == 2
+        assert "bash download_data.sh synthetic NAME" in done.stderr

@@ -1,0 +1,120 @@
+"""Stage 2."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import ok, rows, run, sentence, write_rows
+
+SCRIPT = "filter_queries_by_score.py"
+
+
+def query(doc_id: str, log_probs: list[float] | None, question: str = "what is it", text: str = "a text") -> dict:
+    return {"doc_id": doc_id, "doc_text": text, "question": question, "log_probs": log_probs}
+
+
+# Chosen so that each function has another favourite.
+ROWS = [
+    query("long", [-0.1] * 20),  # mean -0.1, sum -2, mean probability 0.90
+    query("short", [-0.3] * 3),  # mean -0.3, sum -0.9, mean probability 0.74
+    query("uneven", [-0.001] * 9 + [-4.0]),  # mean -0.4, sum -4.0, mean probability 0.90
+    query("poor", [-2.0] * 4),
+]
+
+
+def kept(tmp_path: Path, data: list[dict], *args: object) -> list[str]:
+    path = write_rows(tmp_path / "in.jsonl", data)
+    ok(run(SCRIPT, "--input", path, "--output", tmp_path / "out.jsonl", *args))
+    return [row["doc_id"] for row in rows(tmp_path / "out.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "formula"),
+    [
+        ("mean_log_probs", ["long", "short", "uneven", "poor"], lambda x: sum(x) / len(x)),
+        ("sum_log_probs", ["short", "long", "uneven", "poor"], sum),
+        ("mean_probs", ["long", "uneven", "short", "poor"], lambda x: sum(math.exp(p) for p in x) / len(x)),
+    ],
+)
+def test_each_function_computes_what_its_name_says(tmp_path: Path, name: str, order: list[str], formula) -> None:
+    if name == "mean_probs":  # 0.9 * 1 + 0.1 * exp(-4) = 0.9009 against exp(-0.1) = 0.9048
+        assert formula(ROWS[0]["log_probs"]) > formula(ROWS[2]["log_probs"]) > formula(ROWS[1]["log_probs"])
+    assert kept(tmp_path, ROWS, "--scoring_function", name) == order
+    assert kept(tmp_path, ROWS, "--scoring_function", name, "--top_k", 2) == order[:2]
+    for row in rows(tmp_path / "out.jsonl"):
+        [original] = [r for r in ROWS if r["doc_id"] == row["doc_id"]]
+        assert row.pop("score") == pytest.approx(formula(original["log_probs"]))
+        assert row == original  # log_probs stays as it was
+
+
+def test_ties_go_by_doc_id_whatever_the_order_of_the_file(tmp_path: Path) -> None:
+    data = [query(doc_id, [-1.0, -1.0, -1.0]) for doc_id in ("b", "10", "a", "9")]
+    assert kept(tmp_path, data) == kept(tmp_path, data[::-1]) == ["10", "9", "a", "b"]
+    assert kept(tmp_path, data[::-1], "--top_k", 2) == ["10", "9"]
+
+
+def test_rows_that_are_dropped_are_counted_by_reason(tmp_path: Path) -> None:
+    data = [
+        query("good", [-1.0] * 5),
+        query("few", [-0.1] * 2),
+        query("many", [-0.1] * 9),
+        query("copied", [-0.1] * 5, "A Text", "here is a text to copy"),
+        query("empty", [], ""),
+        query("none", None),
+    ]
+    path = write_rows(tmp_path / "in.jsonl", data)
+    args = ["--input", path, "--output", tmp_path / "out.jsonl"]
+    done = ok(run(SCRIPT, *args, "--max_tokens", 8, "--skip_questions_copied_from_context"))
+    assert [row["doc_id"] for row in rows(tmp_path / "out.jsonl")] == ["good"]
+    for reason in (
+        "without a question",
+        "without log-probabilities",
+        "of fewer than 3 tokens",
+        "of more than 8 tokens",
+    ):
+        assert f"1 rows {reason} dropped" in done.stderr
+    assert "1 rows copied from the document dropped" in done.stderr
+    assert "1 of 6 rows kept" in done.stderr
+    assert set(kept(tmp_path, data, "--min_tokens", 1)) == {"good", "few", "many", "copied"}
+
+
+def test_the_published_sets_are_valid_input(tmp_path: Path) -> None:
+    """Their rows: ids that are numbers or strings, questions with a leading blank, further fields."""
+    published = {
+        "doc_id": 4983,
+        "doc_text": "Text",
+        "question": " What?\n",
+        "log_probs": [-0.2, -0.3, -0.1],
+        "tokens": 3,
+    }
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps(published) + "\n" + json.dumps({**published, "doc_id": "MED-1"}) + "\n")
+    ok(run(SCRIPT, "--input", path, "--output", tmp_path / "out.jsonl"))
+    assert [row["doc_id"] for row in rows(tmp_path / "out.jsonl")] == [4983, "MED-1"]
+
+
+def test_the_histogram_is_a_picture(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    kept(tmp_path, ROWS, "--top_k", 2, "--plot", tmp_path / "scores.png")
+    picture = imread(tmp_path / "scores.png")
+    colours = {tuple(round(float(c), 2) for c in pixel[:3]) for pixel in picture.reshape(-1, picture.shape[-1])}
+    assert (0.12, 0.47, 0.71) in colours  # kept
+    assert (0.75, 0.75, 0.75) in colours  # dropped
+    assert (0.84, 0.15, 0.16) in colours  # the cut
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("old")
+    empty = write_rows(tmp_path / "in.jsonl", [])
+    assert "not one usable line" in sentence(run(SCRIPT, "--input", empty, "--output", output))
+    short = write_rows(tmp_path / "in.jsonl", [query("few", [-0.1])])
+    assert "no row is left, 1 of fewer than 3 tokens" in sentence(run(SCRIPT, "--input", short, "--output", output))
+    no_probs = write_rows(tmp_path / "in.jsonl", [query("none", None)])
+    assert "1 without log-probabilities" in sentence(run(SCRIPT, "--input", no_probs, "--output", output))
+    assert "No such file" in sentence(run(SCRIPT, "--input", "absent", "--output", output))
+    assert "--top_k" in sentence(run(SCRIPT, "--input", short, "--output", output, "--top_k", 0), 2)
+    assert "invalid choice" in sentence(run(SCRIPT, "--input", short, "--output", output, "--scoring_function", "x"), 2)
+    assert output.read_text() == "old"

