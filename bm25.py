@@ -176,8 +176,8 @@ def open_index(index: str, corpus: str | None, threads: int) -> "LuceneSearcher"
             index = download_prebuilt_index(index, verbose=True)  # its bar is worth seeing
         except (OSError, ValueError) as error:
             raise InputError(
-                f"the prebuilt index {index} could not be downloaded ({error}); with --index set to a path that does not "
-                "exist yet, your own collection is indexed there"
+                f"the prebuilt index {index} could not be downloaded ({error}); with --index set to a path that does "
+                "not exist yet, your own collection is indexed there"
             ) from None
     elif os.path.isdir(index) and os.listdir(index):
         if not any(Path(index).glob("segments_*")):

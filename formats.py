@@ -1,6 +1,7 @@
 """Every file format of the pipeline, read and written in one place.
 
-    collection         TSV `doc_id<TAB>text`, JSONL `id`/`contents` (Anserini), `_id`/`title`/`text` (BEIR), `doc_id`/`text`
+    collection         TSV `doc_id<TAB>text`; JSONL `id`/`contents` (Anserini), `_id`/`title`/`text` (BEIR) or
+                       `doc_id`/`text`
     topics             TSV `query_id<TAB>text`, JSONL `_id`/`text` (BEIR)
     qrels              TREC, four columns; BEIR, three columns under a header line
     run                TREC, six columns; MS MARCO, `query_id<TAB>doc_id<TAB>rank`
@@ -22,7 +23,7 @@ import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 SHOWN_PROBLEMS = 3  # malformed lines quoted before they are only counted
 
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 
 class InputError(Exception):
-    """What the user gave cannot be used. Its text is the one sentence they read: file, line, what is wrong, what to do."""
+    """What the user gave cannot be used. Its text is the sentence they read: file, line, what is wrong, what to do."""
 
 
 class Doc(NamedTuple):
@@ -275,8 +276,8 @@ def read_qrels(path: str) -> Iterator[Qrel]:
     for number, qrel in _records(path, parse, "`query_id 0 doc_id relevance`, or BEIR's three columns"):
         if seen.setdefault(qrel[:2], qrel.relevance) != qrel.relevance:
             raise InputError(
-                f"{path}, line {number}: query {qrel.query_id} and document {qrel.doc_id} were judged differently before; "
-                "keep one of the two judgements"
+                f"{path}, line {number}: query {qrel.query_id} and document {qrel.doc_id} were judged differently "
+                "before; keep one of the two judgements"
             )
         yield qrel
 

@@ -1,7 +1,7 @@
 """Stage 1: a language model writes a query for each of many documents of a collection.
 
 Reads   a collection (TSV or JSONL, .gz too) and a prompt with a few examples and the slot {document_text}
-Writes  synthetic queries, JSONL: doc_id, doc_text, question, log_probs (natural logarithms, one a token of the question)
+Writes  synthetic queries, JSONL: doc_id, doc_text, question, log_probs (natural, one a token of the question)
 
     export API_KEY=<YOUR_KEY>
     python generate_queries_openai.py --collection data/msmarco/collection.tsv \\
@@ -21,7 +21,6 @@ import asyncio
 import fcntl
 import hashlib
 import heapq
-import json
 import os
 import re
 import signal
@@ -319,15 +318,15 @@ class Generation:
             )
         if isinstance(error, openai.NotFoundError) and RETIRED.fullmatch(engine):
             return InputError(
-                f"engine {engine} is retired: OpenAI has shut down the GPT-3, GPT-3.5 and GPT-4 models, and {server} has none "
-                "of that name; use --engine gpt-5.1 --api chat, or an open model behind vLLM (--base_url http://HOST:8000/v1 "
-                "--engine ITS_NAME), or the demo's local server (python demo/serve_llm.py --port 8080, then --base_url "
-                "http://127.0.0.1:8080/v1 --engine smollm2-135m-instruct)"
+                f"engine {engine} is retired: OpenAI has shut down the GPT-3, GPT-3.5 and GPT-4 models, and {server} "
+                "has none of that name; use --engine gpt-5.1 --api chat, or an open model behind vLLM (--base_url "
+                "http://HOST:8000/v1 --engine ITS_NAME), or the demo's local server (python demo/serve_llm.py --port "
+                "8080, then --base_url http://127.0.0.1:8080/v1 --engine smollm2-135m-instruct)"
             )
         if isinstance(error, openai.NotFoundError):
             return InputError(
-                f"{server} answers 404 for engine {engine} on its {self.args.api} API ({self.clean(error)}); check --engine, "
-                "--api, and that --base_url ends as the server wants it, mostly in /v1"
+                f"{server} answers 404 for engine {engine} on its {self.args.api} API ({self.clean(error)}); check "
+                "--engine, --api, and that --base_url ends as the server wants it, mostly in /v1"
             )
         if isinstance(error, openai.RateLimitError) and error.code == "insufficient_quota":
             return InputError(f"{server} says that the account has no credit left; {kept}")

@@ -87,8 +87,9 @@ def main() -> None:
     absent = sorted(doc_id for doc_id in wanted if not texts.get(doc_id))
     if len(absent) == len(wanted) > 0:
         raise InputError(
-            f"none of the {len(wanted):,} documents drawn from the index {args.index} has a text in {args.corpus} (the first: "
-            f"{absent[0]}); the index is one of another collection: name a path that does not exist yet to index this one"
+            f"none of the {len(wanted):,} documents drawn from the index {args.index} has a text in {args.corpus} "
+            f"(one is {absent[0]}); the index is one of another collection: name a path that does not exist yet, to "
+            "index this one"
         )
     written = 0
     with whole_file(args.output) as output, whole_file(args.output_ids) as output_ids:

@@ -74,8 +74,8 @@ class Reranker:
 class MonoT5(Reranker):
     """A sequence-to-sequence model that answers `true` or `false` (Nogueira et al., 2020, arXiv 2003.06713).
 
-    The input is `Query: {query} Document: {text} Relevant:`, the score the logarithm of the probability of `true` against
-    `false` at the first step of decoding.
+    The input is `Query: {query} Document: {text} Relevant:`, the score the logarithm of the probability of `true`
+    against `false` at the first step of decoding.
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int, answers: tuple[str, str] | None = None) -> None:
@@ -84,7 +84,7 @@ class MonoT5(Reranker):
             model.config.decoder_start_token_id = model.config.pad_token_id
         self.answer_ids = self._find_answers(answers or getattr(model.config, "answers", None))
         model.config.answers = tokenizer.convert_ids_to_tokens(self.answer_ids)  # saved, so that reranking finds them
-        self._suffix = self._tokens("Relevant:") + [tokenizer.eos_token_id]
+        self._suffix = [*self._tokens("Relevant:"), tokenizer.eos_token_id]
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -100,7 +100,8 @@ class MonoT5(Reranker):
                 return [ids[0] for ids in pieces]
         asked = " and ".join(answers or ["true/yes", "false/no"])
         raise InputError(
-            f"{asked} are not one token each in the vocabulary of this model; name two that are with --token_true, --token_false"
+            f"{asked} are not one token each in the vocabulary of this model; name two that are with --token_true and "
+            "--token_false"
         )
 
     def encode(self, query: str, text: str) -> dict[str, list[int]]:
@@ -208,6 +209,6 @@ def load_model(
         return CrossEncoder(model.to(device), tokenizer, max_length)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot load the model {name}: it is no folder with a checkpoint, and as a name on the Hugging Face hub it gave: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"cannot load the model {name}: it is no folder with a checkpoint, and as a name on the Hugging Face hub "
+            f"it gave: {' '.join(str(error).split())[:300]}"
         ) from None

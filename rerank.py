@@ -120,8 +120,8 @@ def main() -> None:
     texts = read_texts(args.corpus, wanted, desc="Reading texts")
     if absent := wanted - texts.keys():
         raise InputError(
-            f"{len(absent):,} of the {len(wanted):,} documents of {args.run or args.index} are not in {args.corpus} (one is "
-            f"{min(absent)}); the two must be of one collection"
+            f"{len(absent):,} of the {len(wanted):,} documents of {args.run or args.index} are not in "
+            f"{args.corpus} (one is {min(absent)}); the two must be of one collection"
         )
 
     from tqdm import tqdm

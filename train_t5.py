@@ -109,17 +109,17 @@ def read_dev(args: argparse.Namespace) -> Dev:
     if args.max_eval_queries >= 0:
         chosen = chosen[: args.max_eval_queries]
     topics = {query_id: topics[query_id] for query_id in chosen}
-    of_other = "it is a run of other topics: name the run of these"
     run = {q: hits[: args.max_eval_docs_per_query] for q, hits in read_run(args.run, topics).items()}
     if not run:
         raise InputError(
-            f"{args.run} has hits for none of the {len(topics):,} judged queries of {args.queries}; {of_other}"
+            f"{args.run} has hits for none of the {len(topics):,} judged queries of {args.queries}; "
+            "it is a run of other topics: name the run of these"
         )
     wanted = {hit.doc_id for hits in run.values() for hit in hits}
     texts = read_texts(args.corpus, wanted, desc="Reading texts")
     if absent := wanted - texts.keys():
         raise InputError(
-            f"{len(absent):,} of the {len(wanted):,} documents that {args.run} has for queries of {args.queries} are not in "
+            f"{len(absent):,} of the {len(wanted):,} documents that {args.run} has for these queries are not in "
             f"{args.corpus} (one is {min(absent)}); it is a run of another collection: name the run of this one"
         )
     if len(run) < len(topics):
@@ -141,8 +141,8 @@ def find_checkpoint(args: argparse.Namespace) -> str | None:
             continue
     if args.resume_from_checkpoint is None and whole:
         raise InputError(
-            f"{args.output_dir} has checkpoints of an earlier run; add --resume_from_checkpoint to go on from the last, or "
-            "choose another --output_dir"
+            f"{args.output_dir} has checkpoints of an earlier run; add --resume_from_checkpoint to go on from the "
+            "last, or choose another --output_dir"
         )
     return whole[max(whole)] if whole else None
 
@@ -187,8 +187,8 @@ def main() -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if args.gradient_accumulation_steps % world:
         raise InputError(
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be shared among {world} processes; "
-            f"choose a multiple of {world}"
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be shared among {world} "
+            f"processes; choose a multiple of {world}"
         )
 
     import torch
@@ -225,8 +225,8 @@ def main() -> None:
     reranker = models.load_model(
         args.base_model, max_length=args.max_length, device="cpu", dtype="float32", answers=answers, new_head=True
     )
-    # The losses of T5 and BERT are means over a batch, although their signatures let the Trainer think that they are sums
-    # over a step: without this, accumulated gradients would be too great by the number of batches.
+    # The losses of T5 and BERT are means over a batch, although their signatures let the Trainer think that they are
+    # sums over a step: without this, accumulated gradients would be too great by the number of batches.
     reranker.model.accepts_loss_kwargs = False
     examples_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps = max(1, int(args.epochs * 2 * len(triples) / examples_a_step)) if args.max_steps < 1 else args.max_steps
@@ -263,8 +263,8 @@ def main() -> None:
     main_process = trainer.is_world_process_zero()
     if main_process:
         print(
-            f"Training {type(reranker).__name__} from {args.base_model}: {len(triples):,} triples, {examples_a_step} examples a "
-            f"step, {steps:,} steps" + (f", going on from {checkpoint}" if checkpoint else ""),
+            f"Training {type(reranker).__name__} from {args.base_model}: {len(triples):,} triples, {examples_a_step} "
+            f"examples a step, {steps:,} steps" + (f", going on from {checkpoint}" if checkpoint else ""),
             file=sys.stderr,
         )
         if dev:

@@ -29,7 +29,8 @@ def test_help_loads_no_heavy_library(script: str) -> None:
         "import runpy, sys; sys.argv = sys.argv[1:] + ['--help']\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'pyserini', 'openai', 'numpy', 'matplotlib', 'ftfy'} & set(sys.modules)))"
+        "heavy = {'torch', 'transformers', 'pyserini', 'openai', 'numpy', 'matplotlib', 'ftfy'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, ROOT / script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"

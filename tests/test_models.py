@@ -11,7 +11,23 @@ import models
 import ranking
 from formats import InputError, Qrel, ScoredDoc, Triple
 
-WORDS = "what are tides and why does bread rise in the oven when bees make honey".split()
+WORDS = [
+    "what",
+    "are",
+    "tides",
+    "and",
+    "why",
+    "does",
+    "bread",
+    "rise",
+    "in",
+    "the",
+    "oven",
+    "when",
+    "bees",
+    "make",
+    "honey",
+]
 
 
 def test_monot5_reads_the_papers_input(tiny_t5: Path) -> None:
@@ -23,7 +39,7 @@ def test_monot5_reads_the_papers_input(tiny_t5: Path) -> None:
 
 def test_a_long_document_is_cut_and_never_the_end(tiny_t5: Path) -> None:
     model = models.load_model(str(tiny_t5), max_length=40)
-    suffix = model.tokenizer(" Relevant:", add_special_tokens=False).input_ids + [model.tokenizer.eos_token_id]
+    suffix = [*model.tokenizer(" Relevant:", add_special_tokens=False).input_ids, model.tokenizer.eos_token_id]
     for query, text in (("what are tides", "tides " * 500), ("what are tides " * 500, "tides"), ("tides " * 500, "")):
         ids = model.encode(query, text)["input_ids"]
         assert len(ids) <= 40

