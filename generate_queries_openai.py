@@ -116,7 +116,7 @@ def choose_documents(args: argparse.Namespace) -> set[str]:
 
 
 def align(text: bytes, tokens: list[bytes]) -> list[tuple[int, int]]:
-    """The span of each token in `text`, both without their leading blanks.
+    """The span of each token in `text`, which starts with no blank; nor is the first token taken to.
 
     Tokens after the end of the text (special ones, or the stop sequence) have an empty span there. Some servers give
     U+FFFD for the pieces of a character: such tokens share the span up to the next one that is found.
@@ -124,7 +124,6 @@ def align(text: bytes, tokens: list[bytes]) -> list[tuple[int, int]]:
     Raises:
         ValueError: the tokens do not spell the text.
     """
-    text = text.lstrip()
     spans: list[tuple[int, int]] = []
     end = garbled = 0  # where the last token ended; how many since then could not be found
     for token in tokens:
@@ -187,33 +186,34 @@ def read_answer(choice: dict[str, Any], prompt: str, doc: Doc, good_bad: bool, e
         ValueError: the tokens do not spell the answer.
     """
     text, tokens, log_probs = read_choice(choice)
-    offset = len(prompt.lstrip().encode()) if echo else 0
-    answer = text.lstrip().encode()[offset:].decode(errors="replace") if echo else text
+    whole, prompt_bytes, doc_bytes = (part.encode().lstrip() for part in (text, prompt, doc.text))
+    offset = len(prompt_bytes) if echo else 0
+    answer = whole[offset:].decode(errors="replace")
     bad_question = ""
     if good_bad:  # without its second half the answer did not follow the prompt, and neither half is trusted
         answer, _, bad_question = re.sub(r"(?i)bad question:", "\0", answer, count=1).partition("\0")
         answer, bad_question = (answer, first_line(bad_question)) if bad_question.strip() else ("", "")
     question = first_line(answer)
-    start = offset + len(answer.encode()) - len(answer.lstrip().encode()) if echo else 0
-    spans = align(text.encode(), tokens) if question else []
-
-    def within(start: int, length: int) -> list[float]:
-        return [
-            p for (s, e), p in zip(spans, log_probs, strict=True) if s < start + length and e > start and p is not None
-        ]
-
-    row = {"doc_id": doc.doc_id, "doc_text": doc.text, "question": question}
-    row["log_probs"] = within(start, len(question.encode())) if question else []
+    row = {"doc_id": doc.doc_id, "doc_text": doc.text, "question": question, "log_probs": []}
     if good_bad:
         row["bad_question"] = bad_question
-    if echo and question:
-        row["doc_log_probs"] = within(prompt.lstrip().encode().rindex(doc.text.encode()), len(doc.text.encode()))
+    if not question:
+        return row
+    spans = align(whole, tokens)
+
+    def within(start: int, part: bytes) -> list[float]:
+        end = start + len(part)
+        return [p for (s, e), p in zip(spans, log_probs, strict=True) if s < end and e > start and p is not None]
+
+    row["log_probs"] = within(whole.index(question.encode(), offset), question.encode())
+    if echo:
+        row["doc_log_probs"] = within(prompt_bytes.rindex(doc_bytes), doc_bytes)
     return row
 
 
 def first_line(text: str) -> str:
     # A token limit may have cut a character in two.
-    return text.strip().partition("\n")[0].rstrip().rstrip("\ufffd")
+    return text.strip().partition("\n")[0].rstrip("\ufffd \t\r")
 
 
 # -------------------------------------------------------------------------------------------------- many of them
@@ -252,9 +252,12 @@ class Generation:
     async def worker(self) -> None:
         import openai
 
-        while not self.stopping and (doc := next(self.docs, None)):
-            prompt = self.template.replace(SLOT, doc.text)
+        while not self.stopping:
             try:
+                doc = next(self.docs, None)
+                if doc is None:
+                    return
+                prompt = self.template.replace(SLOT, doc.text)
                 choice = await self.ask(prompt)
                 row = read_answer(choice, prompt, doc, self.args.good_bad, self.args.include_doc_probs)
             except (openai.BadRequestError, openai.UnprocessableEntityError, ValueError) as error:

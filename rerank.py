@@ -29,7 +29,8 @@ from formats import (
     write_run,
 )
 
-BLOCK = 1024  # pairs scored at a time, of whole queries: enough to batch pairs of like length
+FIRST_STAGE_HITS = 1000  # of BM25, with --index: those beyond --top_k stay below
+BLOCK = 256  # pairs scored at a time, of whole queries: enough to batch pairs of like length
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,7 +66,8 @@ def first_stage(args: argparse.Namespace, topics: Mapping[str, str]) -> dict[str
         import bm25
 
         searcher = bm25.open_index(args.index, args.corpus, args.threads)
-        run = {query_id: hits for query_id, hits in bm25.search(searcher, topics, args.top_k, args.threads) if hits}
+        hits_of = bm25.search(searcher, topics, max(args.top_k, FIRST_STAGE_HITS), args.threads)
+        run = {query_id: hits for query_id, hits in hits_of if hits}
         if not run:
             raise InputError(f"no query of {args.queries} has a hit in {args.index}")
     else:

@@ -111,6 +111,7 @@ def choice_of(text: str, tokens: list[str], log_probs: list[float]) -> dict:
         ("What ", ["What", " "], "What", [0]),
         ("是什么\n", ["是", "什\ufffd", "\ufffd", "\n"], "是什么", [0, 1, 2]),  # vLLM's pieces of a character
         ("a\ufffd", ["a", "bytes:\\xe6\\x98"], "a", [0]),  # the token limit cut a character in two
+        ("\u3000是什么?", ["\u3000", "是什么", "?"], "是什么?", [1, 2]),  # a blank that is not ASCII's
         ("🙂?", ["bytes:\\xf0\\x9f", "bytes:\\x99\\x82", "?"], "🙂?", [0, 1, 2]),  # OpenAI's pieces of a character
         ("", [], "", []),
         (" \n", [" ", "\n"], "", []),
