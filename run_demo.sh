@@ -59,7 +59,8 @@ if [ ! -e "$WORK/generated" ]; then
         exit 1
     fi
     show "$PYTHON" generate_queries_openai.py --collection "$WORK/collection.tsv" --output "$WORK/queries.jsonl" \
-        --base_url "$(cat "$WORK/server.url")" --engine smollm2-135m-instruct --max_examples 500 --concurrency 2
+        --base_url "$(cat "$WORK/server.url")" --engine smollm2-135m-instruct --max_examples 500 --min_doc_chars 100 \
+        --max_tokens 32 --concurrency 2
     touch "$WORK/generated"
     stop_server
     serving=
@@ -77,4 +78,4 @@ step "$MODEL/config.json" "$PYTHON" train_t5.py --base_model "$BASE_MODEL" --tri
 
 echo
 show "$PYTHON" rerank.py --model "$MODEL" --queries "$WORK/topics.tsv" --corpus "$WORK/collection.tsv" \
-    --index "$WORK/index" --qrels "$WORK/qrels.txt" --output "$WORK/run.txt" --top_k 30 --max_length 128
+    --index "$WORK/index" --qrels "$WORK/qrels.txt" --output "$WORK/run.txt" --top_k 20 --max_length 128
