@@ -251,6 +251,7 @@ def main() -> None:
             seed=args.seed,
             remove_unused_columns=False,
             report_to="none",
+            disable_tqdm=False,  # which transformers would take our quieter log level to mean
         ),
         train_dataset=triples,
         eval_dataset=list(dev.run) if dev else None,

@@ -238,3 +238,42 @@ def tiny_encoder(separable: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Hub:
+    """A Hugging Face hub on loopback that has one model, `folder`, under the name google-t5/t5-base."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = folder / self.path.rpartition("/")[2]
+                if not self.path.startswith("/google-t5/t5-base/resolve/main/") or not path.is_file():
+                    self.send_response(404)
+                    self.send_header("X-Error-Code", "EntryNotFound")
+                    self.send_header("Content-Length", "0")
+                    return self.end_headers()
+                self.send_response(200)
+                self.send_header("ETag", f'"{path.name}"')
+                self.send_header("X-Repo-Commit", "0" * 40)
+                self.send_header("Content-Length", str(path.stat().st_size))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(path.read_bytes())
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{self.server.server_port}"
+        self.environment = {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
+
+
+@pytest.fixture
+def hub(tiny_t5: Path, tmp_path: Path) -> Iterator[Hub]:
+    hub = Hub(tiny_t5, tmp_path / "hub-cache")
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from conftest import ok, rows, run, save_t5
+from conftest import Hub, OpenAIServer, completion, ok, rows, run, save_t5, sentence
 
 
 def test_from_a_collection_to_a_table(demo_data: Path, llm_url: str, tmp_path: Path) -> None:
@@ -37,3 +37,67 @@ def test_from_a_collection_to_a_table(demo_data: Path, llm_url: str, tmp_path: P
     assert "20 judged queries" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("R@1000")
     assert len({line.split()[0] for line in (work / "run.txt").read_text().splitlines()}) == 20
+
+
+GENERATE = """--collection data/msmarco/collection.tsv --output data/msmarco/synthetic_queries.jsonl --engine curie"""
+FILTER = """--input data/msmarco/synthetic_queries.jsonl --output data/msmarco/filtered_synthetic_queries.jsonl
+    --top_k 10000 --scoring_function mean_log_probs"""
+TRIPLES = """--input data/msmarco/filtered_synthetic_queries.jsonl --output data/msmarco/synthetic.triples.train.tsv
+    --output_ids data/msmarco/synthetic.triples.train.ids.tsv --corpus data/msmarco/collection.tsv
+    --index msmarco-passage"""
+TRAIN = """--base_model t5_base --corpus data/msmarco/collection.tsv
+    --triples_train data/msmarco/synthetic.triples.train.tsv
+    --queries data/msmarco/topics.msmarco-passage.dev-subset.txt
+    --qrels data/msmarco/qrels.msmarco-passage.dev-subset.txt
+    --run data/msmarco/run.beir-v1.0.0-trec-covid-flat.trec --relevance_threshold 2 --output_dir data/msmarco/
+    --save_every_n_steps 156 --eval_steps 156 --max_eval_queries 54 --max_eval_docs_per_query 1000"""
+
+
+def test_the_papers_commands_as_printed(demo_data: Path, openai_server: OpenAIServer, hub: Hub, tmp_path: Path) -> None:
+    """On a small collection in MS MARCO's place. An index stands ready under the name of Pyserini's prebuilt one."""
+    folder = tmp_path / "data" / "msmarco"
+    folder.mkdir(parents=True)
+    (folder / "collection.tsv").write_bytes((demo_data / "collection.tsv").read_bytes())
+    (folder / "topics.msmarco-passage.dev-subset.txt").write_bytes((demo_data / "topics.tsv").read_bytes())
+    (folder / "qrels.msmarco-passage.dev-subset.txt").write_bytes((demo_data / "qrels.txt").read_bytes())
+    trec_covid = folder / "run.beir-v1.0.0-trec-covid-flat.trec"
+    trec_covid.write_text("1 Q0 ug7v899j 1 9.5 Anserini\n2 Q0 02tnwd4m 1 9.4 Anserini\n")
+
+    # 1. curie is answered as OpenAI answers today; a server that has such a model may be asked for it by that name.
+    server = {"OPENAI_BASE_URL": openai_server.url, "API_KEY": "sk-test"}
+    assert "no key: export API_KEY" in sentence(run("generate_queries_openai.py", *GENERATE.split(), cwd=tmp_path), 2)
+    openai_server.respond = lambda request: (404, {"error": {"message": "deprecated", "code": "model_not_found"}})
+    gone = run("generate_queries_openai.py", *GENERATE.split(), cwd=tmp_path, **server)
+    assert "engine curie is retired" in sentence(gone)
+    # Whatever the prompt, a question of the document's own first words, so that BM25 has something to find.
+    openai_server.respond = lambda request: (200, completion(first_words(request["prompt"]) + "\n\n"))
+    ok(run("generate_queries_openai.py", *GENERATE.split(), cwd=tmp_path, **server))
+    generated = rows(folder / "synthetic_queries.jsonl")
+    assert len(generated) > 100
+    assert all(len(row["doc_text"]) >= 300 for row in generated)
+
+    ok(run("filter_queries_by_score.py", *FILTER.split(), cwd=tmp_path))
+    assert len(rows(folder / "filtered_synthetic_queries.jsonl")) == len(generated)
+
+    index = ["--index", "index-made-here"]
+    ok(run("generate_triples_train.py", *TRIPLES.split(), *index, cwd=tmp_path))
+    triples = (folder / "synthetic.triples.train.tsv").read_bytes()
+    (tmp_path / "index-made-here").rename(tmp_path / "msmarco-passage")
+    ok(run("generate_triples_train.py", *TRIPLES.split(), cwd=tmp_path))
+    assert (folder / "synthetic.triples.train.tsv").read_bytes() == triples
+
+    # The run that the paper's command names is one of another collection.
+    other = run("train_t5.py", *TRAIN.split(), cwd=tmp_path, **hub.environment)
+    assert "it is a run of other topics: name the run of these" in sentence(other)
+    assert not (folder / "results.csv").exists()
+    judged = [line.split() for line in (demo_data / "qrels.txt").read_text().splitlines()]
+    trec_covid.write_text("".join(f"{q} Q0 {doc_id} 1 1.0 x\n" for q, _, doc_id, _ in judged))
+    ok(run("train_t5.py", *TRAIN.split(), cwd=tmp_path, **hub.environment))  # t5_base is google-t5/t5-base on the hub
+    assert (folder / "model.safetensors").exists()
+    assert (folder / "results.csv").read_text().startswith("step,epoch,loss,nDCG@10")
+    assert (folder / "collection.tsv").exists()
+
+
+def first_words(prompt: str) -> str:
+    document = prompt.rpartition("Document: ")[2].partition("\n")[0]
+    return " " + " ".join(document.split()[:6])

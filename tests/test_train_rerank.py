@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -145,47 +143,6 @@ def test_two_processes_train_as_one_does(separable: Path, tiny_t5: Path, tmp_pat
     command[-1] = tmp_path / "three"
     done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
     assert "cannot be shared among 2 processes" in done.stderr
-
-
-def test_the_paper_spells_its_base_model_t5_base(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
-    """A hub on loopback has google-t5/t5-base alone; --base_model t5_base finds it there."""
-    asked = []
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            path = tiny_t5 / self.path.rpartition("/")[2]
-            if not self.path.startswith("/google-t5/t5-base/resolve/main/") or not path.is_file():
-                self.send_response(404)
-                self.send_header("X-Error-Code", "EntryNotFound")
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
-            self.send_response(200)
-            self.send_header("ETag", f'"{path.name}"')
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("Content-Length", str(path.stat().st_size))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(path.read_bytes())
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    hub = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "0",
-    }
-    args = ["--max_steps", 1, "--gradient_accumulation_steps", 1]
-    ok(train(separable, Path("t5_base"), tmp_path / "model", *args, **hub))
-    server.shutdown()
-    server.server_close()
-    assert any(path.endswith("/config.json") for path in asked)
-    assert (tmp_path / "model/model.safetensors").exists()
 
 
 # ------------------------------------------------------------------------------------------------ one sentence each
