@@ -395,6 +395,23 @@ def whole_file(path: str, mode: str = "w") -> Iterator[Any]:
         raise
 
 
+def tsv_line(*columns: str) -> str:
+    """A line of a TSV file, its end included: a triple, say. No column can break it in two."""
+    return "\t".join(map(one_line, columns)) + "\n"
+
+
+def write_texts(path: str, texts: Iterable[Doc | Topic]) -> None:
+    """Write a collection or topics as TSV."""
+    with whole_file(path) as file:
+        file.writelines(tsv_line(*text) for text in texts)
+
+
+def write_qrels(path: str, qrels: Iterable[Qrel]) -> None:
+    """Write judgements in TREC's four columns."""
+    with whole_file(path) as file:
+        file.writelines(f"{query_id} 0 {doc_id} {relevance}\n" for query_id, doc_id, relevance in qrels)
+
+
 def write_run(path: str, hits: Iterable[ScoredDoc], tag: str) -> None:
     """Write a TREC run. Hits come best first within their query; ranks count from 1."""
     ranks: dict[str, int] = {}

@@ -17,7 +17,16 @@ import os
 import random
 import sys
 
-from formats import InputError, SyntheticQuery, read_synthetic_queries, read_texts, run_script, warn, whole_file
+from formats import (
+    InputError,
+    SyntheticQuery,
+    read_synthetic_queries,
+    read_texts,
+    run_script,
+    tsv_line,
+    warn,
+    whole_file,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,8 +105,8 @@ def main() -> None:
         for query, ids in zip(queries, negatives, strict=True):
             for doc_id in ids:
                 if text := texts.get(doc_id):
-                    output.write(f"{query.question}\t{query.doc_text}\t{text}\n")
-                    output_ids.write(f"{query.line}\t{query.doc_id}\t{doc_id}\n")
+                    output.write(tsv_line(query.question, query.doc_text, text))
+                    output_ids.write(tsv_line(str(query.line), query.doc_id, doc_id))
                     written += 1
         if not written:
             raise InputError(

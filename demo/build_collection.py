@@ -12,7 +12,6 @@ Real text with real labels, and no download: the sources are parsed, not importe
 import argparse
 import ast
 import hashlib
-import os
 import re
 import sys
 import sysconfig
@@ -21,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from formats import run_script, whole_file
+from formats import Doc, Qrel, Topic, run_script, write_qrels, write_texts
 
 PACKAGES = ["numpy", "pandas", "scipy", "sklearn", "matplotlib"]
 PASSAGE_CHARS = 600  # a passage is its first so many characters, cut at a blank
@@ -84,12 +83,11 @@ def main() -> None:
         if sentences[sentence] == 1 and len(sentence.split()) >= MIN_TOPIC_WORDS and len(sentence) < 200
     ]
     topics = sorted(eligible, key=lambda name: hashlib.sha256(name.encode()).digest())[:TOPICS]
-    with whole_file(os.path.join(args.output_dir, "topics.tsv")) as file:
-        file.writelines(f"q{i}\t{found[name][0]}\n" for i, name in enumerate(topics, 1))
-    with whole_file(os.path.join(args.output_dir, "qrels.txt")) as file:
-        file.writelines(f"q{i} 0 {name} 1\n" for i, name in enumerate(topics, 1))
-    with whole_file(os.path.join(args.output_dir, "collection.tsv")) as file:
-        file.writelines(f"{name}\t{rest}\n" for name, (_, rest) in found.items())
+    numbered = [(f"q{i}", name) for i, name in enumerate(topics, 1)]
+    folder = Path(args.output_dir)
+    write_texts(str(folder / "topics.tsv"), (Topic(query_id, found[name][0]) for query_id, name in numbered))
+    write_qrels(str(folder / "qrels.txt"), (Qrel(query_id, name, 1) for query_id, name in numbered))
+    write_texts(str(folder / "collection.tsv"), (Doc(name, rest) for name, (_, rest) in found.items()))
     print(f"{args.output_dir}: {len(found):,} passages, {len(topics):,} topics", file=sys.stderr)
 
 

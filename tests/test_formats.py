@@ -9,7 +9,7 @@ import pytest
 from conftest import write_rows
 
 import formats
-from formats import Doc, InputError, Qrel, ScoredDoc
+from formats import Doc, InputError, Qrel, ScoredDoc, Topic
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,21 @@ def test_a_written_run_is_read_back_by_us_and_by_ir_measures(tmp_path: Path) -> 
     formats.write_run(path, hits, "tag")
     assert [hit for ranked in formats.read_run(path).values() for hit in ranked] == hits
     assert [tuple(hit) for hit in ir_measures.read_trec_run(path)] == [tuple(hit) for hit in hits]
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    docs = [Doc("007", "a\ttext\nin lines"), Doc("x", 'quotes " and {braces} \u2028 é')]
+    formats.write_texts(str(tmp_path / "c.tsv"), docs)
+    assert list(formats.read_collection(str(tmp_path / "c.tsv"))) == [
+        Doc(i, formats.one_line(text)) for i, text in docs
+    ]
+    formats.write_texts(str(tmp_path / "t.tsv"), [Topic("1", "why"), Topic("2", "what")])
+    assert formats.read_topics(str(tmp_path / "t.tsv")) == {"1": "why", "2": "what"}
+    qrels = [Qrel("1", "007", 0), Qrel("1", "x", 3)]
+    formats.write_qrels(str(tmp_path / "q.txt"), qrels)
+    assert list(formats.read_qrels(str(tmp_path / "q.txt"))) == qrels
+    (tmp_path / "triples.tsv").write_text(formats.tsv_line("q\tr", "p\np", "n"))
+    assert list(formats.Triples(str(tmp_path / "triples.tsv"))) == [("q r", "p p", "n")]
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
