@@ -190,6 +190,8 @@ def main() -> None:
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be shared among {world} "
             f"processes; choose a multiple of {world}"
         )
+    if world == 1:  # without torchrun the Trainer would split batches over all GPUs it sees, and make them larger
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
     import torch
     from accelerate.utils import gather_object
