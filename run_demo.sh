@@ -59,7 +59,7 @@ if [ ! -e "$WORK/generated" ]; then
         exit 1
     fi
     show "$PYTHON" generate_queries_openai.py --collection "$WORK/collection.tsv" --output "$WORK/queries.jsonl" \
-        --base_url "$(cat "$WORK/server.url")" --engine smollm2-135m-instruct --max_examples 700 --min_doc_chars 100 \
+        --base_url "$(cat "$WORK/server.url")" --engine smollm2-135m-instruct --max_examples 600 --min_doc_chars 100 \
         --max_tokens 32 --concurrency 2
     touch "$WORK/generated"
     stop_server
@@ -67,7 +67,7 @@ if [ ! -e "$WORK/generated" ]; then
 fi
 
 step "$WORK/filtered.jsonl" "$PYTHON" filter_queries_by_score.py --input "$WORK/queries.jsonl" \
-    --output "$WORK/filtered.jsonl" --top_k 600 --scoring_function mean_log_probs --plot "$WORK/scores.png"
+    --output "$WORK/filtered.jsonl" --top_k 500 --scoring_function mean_log_probs --plot "$WORK/scores.png"
 
 step "$WORK/triples.tsv" "$PYTHON" generate_triples_train.py --input "$WORK/filtered.jsonl" --output "$WORK/triples.tsv" \
     --output_ids "$WORK/triples.ids.tsv" --corpus "$WORK/collection.tsv" --index "$WORK/index" --max_hits 100
