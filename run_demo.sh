@@ -42,7 +42,7 @@ trap 'exit 130' INT TERM
 mkdir -p "$WORK"
 step "$WORK/collection.tsv" "$PYTHON" demo/build_collection.py --output_dir "$WORK"
 
-# The generation says itself what is left to do, so it is asked each time; but then without a server, if nothing is.
+# The queries are appended one by one, so that their file says nothing of whether all are there: a mark does.
 if [ ! -e "$WORK/generated" ]; then
     echo
     echo "\$ python demo/serve_llm.py --port 0 &"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -48,6 +49,24 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+# ------------------------------------------------------------------------------------------------------ HTTP servers
+
+
+class QuietHandler(BaseHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """An HTTP server on a free port of loopback, for the length of the block; gives its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 # ------------------------------------------------------------------------------------------------- language models
 
 
@@ -60,7 +79,7 @@ class OpenAIServer:
         self.keys: list[str | None] = []
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
@@ -76,12 +95,8 @@ class OpenAIServer:
                 self.end_headers()
                 self.wfile.write(data)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.handler = Handler
+        self.url = ""  # known when it is served
 
 
 def pieces(text: str) -> list[str]:
@@ -107,9 +122,9 @@ def completion(text: str, prompt: str = "", log_prob: float = -0.5) -> dict:
 @pytest.fixture
 def openai_server() -> Iterator[OpenAIServer]:
     server = OpenAIServer()
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
+    with serve(server.handler) as url:
+        server.url = f"{url}/v1"
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -240,40 +255,27 @@ def tiny_encoder(separable: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-class Hub:
-    """A Hugging Face hub on loopback that has one model, `folder`, under the name google-t5/t5-base."""
-
-    def __init__(self, folder: Path, cache: Path) -> None:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                path = folder / self.path.rpartition("/")[2]
-                if not self.path.startswith("/google-t5/t5-base/resolve/main/") or not path.is_file():
-                    self.send_response(404)
-                    self.send_header("X-Error-Code", "EntryNotFound")
-                    self.send_header("Content-Length", "0")
-                    return self.end_headers()
-                self.send_response(200)
-                self.send_header("ETag", f'"{path.name}"')
-                self.send_header("X-Repo-Commit", "0" * 40)
-                self.send_header("Content-Length", str(path.stat().st_size))
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(path.read_bytes())
-
-            do_HEAD = do_GET
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{self.server.server_port}"
-        self.environment = {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
-
-
 @pytest.fixture
-def hub(tiny_t5: Path, tmp_path: Path) -> Iterator[Hub]:
-    hub = Hub(tiny_t5, tmp_path / "hub-cache")
-    yield hub
-    hub.server.shutdown()
-    hub.server.server_close()
+def hub(tiny_t5: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A Hugging Face hub with one model, google-t5/t5-base, which is tiny; gives the environment that leads to it."""
+
+    class Handler(QuietHandler):
+        def do_GET(self) -> None:
+            path = tiny_t5 / self.path.rpartition("/")[2]
+            if not self.path.startswith("/google-t5/t5-base/resolve/main/") or not path.is_file():
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+            self.send_response(200)
+            self.send_header("ETag", f'"{path.name}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", str(path.stat().st_size))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(path.read_bytes())
+
+        do_HEAD = do_GET
+
+    with serve(Handler) as url:
+        yield {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hub-cache"), "HF_HUB_OFFLINE": "0"}

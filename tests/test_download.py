@@ -4,13 +4,11 @@ import hashlib
 import io
 import subprocess
 import tarfile
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, QuietHandler, serve
 
 COLLECTION = "".join(f"{i}\tpassage number {i}\n" for i in range(1000)).encode()
 
@@ -23,7 +21,7 @@ class Host:
         self.asked: list[tuple[str, str | None]] = []
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_GET(self) -> None:
                 wanted = self.headers["Range"]
                 outer.asked.append((self.path, wanted))
@@ -40,20 +38,15 @@ class Host:
                 self.end_headers()
                 self.wfile.write(data[start:])
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.handler = Handler
+        self.url = ""  # known when it is served
 
 
 @pytest.fixture
 def host() -> Iterator[Host]:
     host = Host()
-    yield host
-    host.server.shutdown()
-    host.server.server_close()
+    with serve(host.handler) as host.url:
+        yield host
 
 
 def download(host: Host, cwd: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from conftest import Hub, OpenAIServer, completion, ok, rows, run, save_t5, sentence
+from conftest import OpenAIServer, completion, ok, rows, run, save_t5, sentence
 
 
 def test_from_a_collection_to_a_table(demo_data: Path, llm_url: str, tmp_path: Path) -> None:
@@ -53,7 +53,9 @@ TRAIN = """--base_model t5_base --corpus data/msmarco/collection.tsv
     --save_every_n_steps 156 --eval_steps 156 --max_eval_queries 54 --max_eval_docs_per_query 1000"""
 
 
-def test_the_papers_commands_as_printed(demo_data: Path, openai_server: OpenAIServer, hub: Hub, tmp_path: Path) -> None:
+def test_the_papers_commands_as_printed(
+    demo_data: Path, openai_server: OpenAIServer, hub: dict[str, str], tmp_path: Path
+) -> None:
     """On a small collection in MS MARCO's place. An index stands ready under the name of Pyserini's prebuilt one."""
     folder = tmp_path / "data" / "msmarco"
     folder.mkdir(parents=True)
@@ -87,12 +89,12 @@ def test_the_papers_commands_as_printed(demo_data: Path, openai_server: OpenAISe
     assert (folder / "synthetic.triples.train.tsv").read_bytes() == triples
 
     # The run that the paper's command names is one of another collection.
-    other = run("train_t5.py", *TRAIN.split(), cwd=tmp_path, **hub.environment)
+    other = run("train_t5.py", *TRAIN.split(), cwd=tmp_path, **hub)
     assert "it is a run of other topics: name the run of these" in sentence(other)
     assert not (folder / "results.csv").exists()
     judged = [line.split() for line in (demo_data / "qrels.txt").read_text().splitlines()]
     trec_covid.write_text("".join(f"{q} Q0 {doc_id} 1 1.0 x\n" for q, _, doc_id, _ in judged))
-    ok(run("train_t5.py", *TRAIN.split(), cwd=tmp_path, **hub.environment))  # t5_base is google-t5/t5-base on the hub
+    ok(run("train_t5.py", *TRAIN.split(), cwd=tmp_path, **hub))  # t5_base is google-t5/t5-base on the hub
     assert (folder / "model.safetensors").exists()
     assert (folder / "results.csv").read_text().startswith("step,epoch,loss,nDCG@10")
     assert (folder / "collection.tsv").exists()
