@@ -6,7 +6,8 @@ Writes  the best --top_k of them, best first, each with its `score`
     python filter_queries_by_score.py --input data/msmarco/synthetic_queries.jsonl \\
         --output data/msmarco/filtered_synthetic_queries.jsonl --top_k 10000 --scoring_function mean_log_probs
 
-Memory grows with --top_k alone, not with the input. Ties are broken by doc_id.
+`--scoring_function monot5` needs no log-probabilities: a trained reranker judges how well question and document fit
+(InPars-v2, arXiv 2301.01820). Memory grows with --top_k alone, not with the input. Ties are broken by doc_id.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 
 from formats import InputError, SyntheticQuery, json_line, read_synthetic_queries, run_script, whole_file
 
@@ -23,7 +25,9 @@ SCORING = {
     "sum_log_probs": sum,
     "mean_probs": lambda log_probs: sum(map(math.exp, log_probs)) / len(log_probs),
 }
-BIN = {"mean_log_probs": 0.05, "sum_log_probs": 1.0, "mean_probs": 0.02}  # width of a bar of the histogram
+BIN = {"mean_log_probs": 0.05, "sum_log_probs": 1.0, "mean_probs": 0.02, "monot5": 0.1}  # width of a bar when plotted
+NO_LOG_PROBS = "without log-probabilities"
+BLOCK = 1024  # rows that a reranker scores at a time
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,7 +36,8 @@ def parse_args() -> argparse.Namespace:
     add("--input", required=True, help="synthetic queries")
     add("--output", required=True, help="the best of them")
     add("--top_k", type=int, default=10_000, help="how many are kept (default: %(default)s)")
-    add("--scoring_function", choices=SCORING, default="mean_log_probs", help="default: %(default)s")
+    add("--scoring_function", choices=[*SCORING, "monot5"], default="mean_log_probs", help="default: %(default)s")
+    add("--model", help="reranker of monot5: a folder, or a name on the hub like castorini/monot5-3b-msmarco-10k")
     add("--min_tokens", type=int, default=3, help="questions of fewer tokens are dropped (default: %(default)s)")
     add("--max_tokens", type=int, help="questions of more tokens are dropped (default: no bound)")
     add("--skip_questions_copied_from_context", action="store_true", help="drop questions that stand in their document")
@@ -40,21 +45,38 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.top_k < 1 or args.min_tokens < 1:
         parser.error("--top_k and --min_tokens are 1 or more")
+    if (args.scoring_function == "monot5") != bool(args.model):
+        parser.error("--scoring_function monot5 and --model go together")
     return args
 
 
 def reason_to_drop(query: SyntheticQuery, args: argparse.Namespace) -> str | None:
     if not query.question:
         return "without a question"
-    if query.log_probs is None:
-        return "without log-probabilities"
-    if len(query.log_probs) < args.min_tokens:
+    if query.log_probs is None and args.scoring_function in SCORING:
+        return NO_LOG_PROBS
+    # Without log-probabilities it is not known how the language model cut the question: its words are counted.
+    length = len(query.question.split() if query.log_probs is None else query.log_probs)
+    if length < args.min_tokens:
         return f"of fewer than {args.min_tokens} tokens"
-    if args.max_tokens is not None and len(query.log_probs) > args.max_tokens:
+    if args.max_tokens is not None and length > args.max_tokens:
         return f"of more than {args.max_tokens} tokens"
     if args.skip_questions_copied_from_context and query.question.lower() in query.doc_text.lower():
         return "copied from the document"
     return None
+
+
+def score_rows(queries: Iterator[SyntheticQuery], args: argparse.Namespace) -> Iterator[tuple[float, SyntheticQuery]]:
+    if args.scoring_function in SCORING:
+        score = SCORING[args.scoring_function]
+        yield from ((score(query.log_probs), query) for query in queries)
+        return
+    from models import load_model
+
+    model = load_model(args.model)
+    while block := list(islice(queries, BLOCK)):
+        scores = model.score([(query.question, query.doc_text) for query in block])
+        yield from zip(map(float, scores), block, strict=True)
 
 
 def draw_histogram(path: str, every: Counter[int], kept: Counter[int], width: float, cut: float, name: str) -> None:
@@ -73,25 +95,28 @@ def draw_histogram(path: str, every: Counter[int], kept: Counter[int], width: fl
 
 def main() -> None:
     args = parse_args()
-    score = SCORING[args.scoring_function]
     width = BIN[args.scoring_function]
     dropped: Counter[str] = Counter()
     bins: Counter[int] = Counter()
 
-    def scored() -> Iterator[tuple[float, SyntheticQuery]]:
+    def usable() -> Iterator[SyntheticQuery]:
         for query in read_synthetic_queries(args.input, desc="Scoring"):
             if reason := reason_to_drop(query, args):
                 dropped[reason] += 1
-                continue
-            value = score(query.log_probs)
+            else:
+                yield query
+
+    def scored() -> Iterator[tuple[float, SyntheticQuery]]:
+        for value, query in score_rows(usable(), args):
             bins[math.floor(value / width)] += 1
             yield value, query
 
     # A bounded heap: it never holds more than top_k rows.
     best = heapq.nsmallest(args.top_k, scored(), key=lambda pair: (-pair[0], pair[1].doc_id))
+    hint = "; --scoring_function monot5 --model NAME scores rows without them" if dropped[NO_LOG_PROBS] else ""
     if not best:
         raise InputError(
-            f"{args.input}: no row is left, {', '.join(f'{n:,} {reason}' for reason, n in dropped.items())}"
+            f"{args.input}: no row is left, {', '.join(f'{n:,} {why}' for why, n in dropped.items() if n)}{hint}"
         )
     with whole_file(args.output) as file:
         for value, query in best:
@@ -102,7 +127,8 @@ def main() -> None:
 
     total = bins.total() + dropped.total()
     for reason, count in dropped.most_common():
-        print(f"{count:,} rows {reason} dropped", file=sys.stderr)
+        if count:
+            print(f"{count:,} rows {reason} dropped{hint if reason == NO_LOG_PROBS else ''}", file=sys.stderr)
     print(
         f"{args.output}: {len(best):,} of {total:,} rows kept; {args.scoring_function} from {best[0][0]:.4f} "
         f"to {best[-1][0]:.4f}",

@@ -2,10 +2,13 @@
 
 Reads   a collection (TSV or JSONL, .gz too) and a prompt with a few examples and the slot {document_text}
 Writes  synthetic queries, JSONL: doc_id, doc_text, question, log_probs (natural, one a token of the question)
+        beside them OUTPUT.errors.jsonl (documents without a query, and why), OUTPUT.meta.json (settings, tokens)
 
     export API_KEY=<YOUR_KEY>
     python generate_queries_openai.py --collection data/msmarco/collection.tsv \\
-        --output data/msmarco/synthetic_queries.jsonl --engine gpt-5.1
+        --output data/msmarco/synthetic_queries.jsonl --dry_run 20        # what will it cost, and is it any good?
+    python generate_queries_openai.py --collection data/msmarco/collection.tsv \\
+        --output data/msmarco/synthetic_queries.jsonl                     # --batch: half the price, within a day
 
 Any server that speaks OpenAI's API will do, and may need no key: vLLM, llama.cpp, or the one of the demo:
 
@@ -18,36 +21,25 @@ Each answer is on disk as soon as it is here. Stopped or killed, the same comman
 
 import argparse
 import asyncio
-import fcntl
 import hashlib
 import heapq
 import os
-import re
-import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from formats import (
-    Doc,
-    InputError,
-    json_line,
-    read_collection,
-    read_synthetic_queries,
-    repair_last_line,
-    run_script,
-    warn,
-)
+from engine import INSTEAD, SLOT, Engine, retired
+from formats import Doc, InputError, read_collection, read_synthetic_queries, run_script, warn
+from generation_output import Output
+from openai_batch import Batches
+from openai_concurrent import Generation
 
+# OpenAI's cheapest current model, and the one it names in place of GPT-4o and GPT-4.1; with reasoning effort `none` it
+# takes `logprobs` and `temperature`: https://developers.openai.com/api/docs/guides/deployment-checklist (November 2026)
+ENGINE = "gpt-6-luna"
 PROMPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "vanilla_prompt.txt")
-SLOT = "{document_text}"
-STOP = "\n\n"  # the examples of a prompt have an empty line between them, so the model writes one after its question
-MAX_RETRIES = 6  # of a request, by the client: on no connection, 408, 409, 429, 5xx
-TIMEOUT = 600.0  # seconds for one answer
-RETIRED = re.compile(r"(text-|code-)?(ada|babbage|curie|davinci)(-.*)?|gpt-3\.5-.*|gpt-4(-.*)?")
-GARBLED = "\ufffd".encode()
-HOPELESS = 5  # documents refused one after the other, and none answered, before we take it that none will be
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,28 +47,55 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--collection", required=True, help="documents to write queries for")
     add("--output", required=True, help="synthetic queries; appended to if it is there")
-    add("--engine", required=True, help="model, by the name that the server knows")
+    add("--engine", default=ENGINE, help="model, by the name that the server knows (default: %(default)s)")
     add("--prompt_template", default=PROMPT, help="default: prompts/vanilla_prompt.txt, beside this script")
     add("--max_examples", type=int, default=100_000, help="documents in all (default: %(default)s)")
     add("--max_tokens", type=int, default=64, help="tokens of an answer at most (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy decoding")
     add("--top_p", type=float, default=1.0, help="default: %(default)s")
+    add("--reasoning_effort", help="passed on; needed by none: engines that reason are asked not to")
     add("--min_doc_chars", type=int, default=300, help="shorter documents are left out (default: %(default)s)")
     add("--max_doc_chars", type=int, default=100_000, help="longer documents are left out (default: %(default)s)")
-    add("--sleep_time", type=float, default=0.0, help="seconds a worker waits after an answer (default: %(default)s)")
+    add("--sampling", choices=("random", "first"), default="random", help="how documents are chosen (default: random)")
+    add("--seed", type=int, default=1, help="which documents are drawn, and sampling above temperature 0")
     add("--good_bad", action="store_true", help="the prompt asks for a good question and then a bad one")
     add("--include_doc_probs", action="store_true", help="keep the document's log-probabilities too, as doc_log_probs")
-    add("--base_url", default=os.environ.get("OPENAI_BASE_URL"), help="server, with its /v1 (default: OpenAI's)")
-    add("--api", choices=("completions", "chat"), help="default: chat at OpenAI, completions at a --base_url")
-    add("--concurrency", type=int, default=8, help="requests under way at a time (default: %(default)s)")
-    add("--seed", type=int, default=1, help="which documents are drawn, and sampling above temperature 0")
-    add("--sampling", choices=("random", "first"), default="random", help="how documents are chosen (default: random)")
+    add("--no_log_probs", action="store_true", help="for engines that give none; rows then carry none")
+
+    add = parser.add_argument_group("the server").add_argument
+    add("--base_url", nargs="+", metavar="URL", help="server, with its /v1; several share the work (default: OpenAI's)")
+    add("--api", choices=("completions", "chat"), help="default: the one that the engine speaks")
+    add("--concurrency", type=int, default=8, help="requests under way at a time, at most (default: %(default)s)")
+    add("--timeout", type=float, default=120.0, help="seconds for one answer (default: %(default)s)")
+    add("--patience", type=float, default=3600.0, help="seconds to wait for a server that went away (default: 3600)")
+    add("--sleep_time", type=float, default=0.0, help="seconds of rest after each answer (default: %(default)s)")
+
+    add = parser.add_argument_group("money, and going on").add_argument
+    add("--dry_run", type=int, metavar="N", help="ask for N documents, write nothing, project tokens and hours")
+    add("--max_total_tokens", type=int, help="stop before in and out together, of all runs on this output, exceed this")
+    add("--batch", action="store_true", help="OpenAI's Batch API: half the price, within a day")
+    add("--batch_size", type=int, default=50_000, help="requests in a batch at most (default: %(default)s)")
+    add(
+        "--batch_poll", type=float, default=30.0, help="seconds between two looks at the batches (default: %(default)s)"
+    )
+    add("--batch_cancel", action="store_true", help="cancel the batches under way and keep what they have answered")
+    add("--retry_errors", action="store_true", help="try the documents of OUTPUT.errors.jsonl again")
+    add("--force", action="store_true", help="go on although the output was made with other settings")
     args = parser.parse_args()
-    args.api = args.api or ("completions" if args.base_url else "chat")
-    if args.concurrency < 1 or args.max_examples < 1 or args.max_tokens < 1:
-        parser.error("--concurrency, --max_examples and --max_tokens are 1 or more")
-    if args.include_doc_probs and args.api == "chat":
-        parser.error("--include_doc_probs needs --api completions: a chat server does not repeat its prompt")
+    if not args.base_url and os.environ.get("OPENAI_BASE_URL"):
+        args.base_url = [os.environ["OPENAI_BASE_URL"]]
+    for name in ("concurrency", "max_examples", "max_tokens", "dry_run", "max_total_tokens", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} is 1 or more")
+    if args.include_doc_probs and (args.api == "chat" or args.no_log_probs):
+        parser.error(
+            "--include_doc_probs needs log-probabilities and --api completions: chat does not repeat its prompt"
+        )
+    args.batch = args.batch or args.batch_cancel
+    if args.batch and args.max_total_tokens:
+        parser.error("--max_total_tokens does not go with --batch, which is paid for as a whole; lower --max_examples")
+    if not args.base_url and (what := retired(args.engine)):
+        raise InputError(f"engine {args.engine} is retired: {what}; {INSTEAD}")
     args.key = os.environ.get("API_KEY") or os.environ.get("OPENAI_API_KEY")
     if not args.key and not args.base_url:
         parser.error("no key: export API_KEY=<YOUR_KEY> for OpenAI, or name a server that needs none with --base_url")
@@ -94,20 +113,30 @@ def read_template(path: str) -> str:
     return template
 
 
-def choose_documents(args: argparse.Namespace) -> set[str]:
-    """The ids of the documents to write queries for. Memory grows with their number, not with the collection.
+def settings_of(args: argparse.Namespace, template: str) -> dict[str, Any]:
+    """What decides the queries. An output is made with one and the same of these, unless --force is given."""
+    names = ("engine", "api", "max_tokens", "temperature", "top_p", "reasoning_effort", "seed", "sampling")
+    names += ("min_doc_chars", "max_doc_chars", "good_bad", "include_doc_probs", "no_log_probs")
+    prompt = {"prompt_sha256": hashlib.sha256(template.encode()).hexdigest()}
+    return {name: getattr(args, name) for name in names} | prompt
 
-    A random draw takes the smallest hashes of seed and id: it does not depend on the order of the collection, and a
-    greater --max_examples adds to it.
+
+def draw_of(seed: int) -> Callable[[str], bytes]:
+    """The order of a random draw: the smallest hashes of seed and id come first.
+
+    It does not depend on the order of the collection, and a greater draw begins with a smaller one.
     """
+    return lambda doc_id: hashlib.blake2b(f"{seed}\t{doc_id}".encode(), digest_size=16).digest()
 
-    def draw(doc_id: str) -> bytes:
-        return hashlib.blake2b(f"{args.seed}\t{doc_id}".encode(), digest_size=16).digest()
 
+def choose_documents(args: argparse.Namespace) -> set[str]:
+    """The ids of the documents to write queries for. Memory grows with their number, not with the collection."""
     docs = read_collection(args.collection, desc="Choosing documents")
     ids = (doc.doc_id for doc in docs if args.min_doc_chars <= len(doc.text) <= args.max_doc_chars)
-    first = args.sampling == "first"
-    chosen = set(islice(ids, args.max_examples) if first else heapq.nsmallest(args.max_examples, ids, key=draw))
+    if args.sampling == "first":
+        chosen = set(islice(ids, args.max_examples))
+    else:
+        chosen = set(heapq.nsmallest(args.max_examples, ids, key=draw_of(args.seed)))
     if not chosen:
         raise InputError(
             f"{args.collection}: no document of {args.min_doc_chars} to {args.max_doc_chars} characters; "
@@ -116,268 +145,118 @@ def choose_documents(args: argparse.Namespace) -> set[str]:
     return chosen
 
 
-# ------------------------------------------------------------------------------------------- one answer of the model
+# --------------------------------------------------------------------------------------------------------- at the end
 
 
-def align(text: bytes, tokens: list[bytes]) -> list[tuple[int, int]]:
-    """The span of each token in `text`, which starts with no blank; nor is the first token taken to.
+def say_how_good(path: str) -> None:
+    """Lengths, log-probabilities, and questions that are worth little, over all rows of an output."""
+    import statistics
 
-    Tokens after the end of the text (special ones, or the stop sequence) have an empty span there. Some servers give
-    U+FFFD for the pieces of a character: such tokens share the span up to the next one that is found.
-
-    Raises:
-        ValueError: the tokens do not spell the text.
-    """
-    spans: list[tuple[int, int]] = []
-    end = garbled = 0  # where the last token ended; how many since then could not be found
-    for token in tokens:
-        if end == 0 and not garbled:
-            token = token.lstrip()
-        start = text.find(token, end) if garbled and token else end
-        if start < 0 or not text.startswith(token, start):
-            if end == len(text):
-                token = b""
-            elif token.startswith(text[end:]):  # cut at the stop sequence
-                token = text[end:]
-            elif GARBLED in token or text.startswith(GARBLED, end):
-                garbled += 1
-                spans.append((end, len(text)))
-                continue
-            else:
-                raise ValueError(f"its tokens do not spell its text: {token!r} where {text[end:][:20]!r} begins")
-            start = end
-        for i in range(len(spans) - garbled, len(spans)):
-            spans[i] = (end, start)
-        garbled = 0
-        end = start + len(token)
-        spans.append((start, end))
-    return spans
+    lengths: list[int] = []
+    means: list[float] = []
+    seen: set[int] = set()
+    copied = 0
+    for row in read_synthetic_queries(path):
+        lengths.append(len(row.question.split()))
+        seen.add(hash(row.question.lower()))
+        copied += row.question.lower() in row.doc_text.lower()
+        if row.log_probs:
+            means.append(statistics.fmean(row.log_probs))
+    print(
+        f"questions of {min(lengths)} to {max(lengths)} words, {statistics.median(lengths):.0f} in the middle; "
+        f"{len(lengths) - len(seen):,} asked before, {copied:,} copied from the document"
+        + (f"; mean log-probability {statistics.fmean(means):.3f}" if means else ""),
+        file=sys.stderr,
+    )
 
 
-def read_choice(choice: dict[str, Any]) -> tuple[str, list[bytes], list[float | None]]:
-    """Text, tokens and log-probabilities of an answer, from any of the three shapes that servers give.
-
-    Raises:
-        InputError: the answer has no log-probabilities.
-    """
-    text = (choice["text"] if "text" in choice else choice["message"].get("content")) or ""
-    text = text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can hold and UTF-8 cannot
-    log_probs = choice.get("logprobs") or {}
-    if content := log_probs.get("content"):  # chat; llama.cpp's completions too
-        tokens = [
-            bytes(t["bytes"]) if t.get("bytes") is not None else t["token"].encode(errors="replace") for t in content
-        ]
-        return text, tokens, [t["logprob"] for t in content]
-    if log_probs.get("tokens"):  # completions, OpenAI and vLLM
-        tokens = [
-            token.removeprefix("bytes:").encode("latin-1").decode("unicode_escape").encode("latin-1")
-            if re.fullmatch(r"bytes:(\\x[0-9a-f]{2})+", token)  # OpenAI's spelling of a piece of a character
-            else token.encode(errors="replace")
-            for token in log_probs["tokens"]
-        ]
-        return text, tokens, log_probs["token_logprobs"]
-    if text.strip():
-        raise InputError(
-            "the server's answer has no log-probabilities, which the filter needs; use an engine that gives them"
-        )
-    return text, [], []
-
-
-def read_answer(choice: dict[str, Any], prompt: str, doc: Doc, good_bad: bool, echo: bool) -> dict[str, Any]:
-    """The row of a document: the question is the answer's first line, `log_probs` are those of its tokens alone.
-
-    Raises:
-        ValueError: the tokens do not spell the answer.
-    """
-    text, tokens, log_probs = read_choice(choice)
-    whole, prompt_bytes, doc_bytes = (part.encode().lstrip() for part in (text, prompt, doc.text))
-    offset = len(prompt_bytes) if echo else 0
-    answer = whole[offset:].decode(errors="replace")
-    bad_question = ""
-    if good_bad:  # without its second half the answer did not follow the prompt, and neither half is trusted
-        answer, _, bad_question = re.sub(r"(?i)bad question:", "\0", answer, count=1).partition("\0")
-        answer, bad_question = (answer, first_line(bad_question)) if bad_question.strip() else ("", "")
-    question = first_line(answer)
-    row = {"doc_id": doc.doc_id, "doc_text": doc.text, "question": question, "log_probs": []}
-    if good_bad:
-        row["bad_question"] = bad_question
-    if not question:
-        return row
-    spans = align(whole, tokens)
-
-    def within(start: int, part: bytes) -> list[float]:
-        end = start + len(part)
-        return [p for (s, e), p in zip(spans, log_probs, strict=True) if s < end and e > start and p is not None]
-
-    row["log_probs"] = within(whole.index(question.encode(), offset), question.encode())
-    if echo:
-        row["doc_log_probs"] = within(prompt_bytes.rindex(doc_bytes), doc_bytes)
-    return row
-
-
-def first_line(text: str) -> str:
-    # A token limit may have cut a character in two.
-    return text.strip().partition("\n")[0].rstrip("\ufffd \t\r")
-
-
-# -------------------------------------------------------------------------------------------------- many of them
-
-
-class Generation:
-    """The run over all documents: `--concurrency` workers take them one by one and append what comes back."""
-
-    def __init__(self, args: argparse.Namespace, template: str, docs: Iterator[Doc], todo: int, done: int) -> None:
-        import openai
-        from tqdm import tqdm
-
-        self.args, self.template, self.docs = args, template, docs
-        # A local server wants no key, but the client does. Without ours it would look for one of its own.
-        self.client = openai.AsyncOpenAI(
-            api_key=args.key or "none", base_url=args.base_url, max_retries=MAX_RETRIES, timeout=TIMEOUT
-        )
-        self.bar = tqdm(desc="Generating", total=todo + done, initial=done, unit=" docs", smoothing=0.05)
-        self.written = self.empty = self.refused = 0
-        self.stopping: Exception | None = None  # no further document is sent; those under way are waited for
-
-    async def run(self, output: Any) -> None:
-        self.output = output
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self.interrupt)
-        await asyncio.gather(*(self.worker() for _ in range(self.args.concurrency)))
-        self.bar.close()
-        if self.stopping:
-            raise self.stopping
-
-    def interrupt(self) -> None:
-        if isinstance(self.stopping, InputError):  # the second time
-            os._exit(130)
-        warn("Stopping: waiting for the answers under way. Ctrl-C again leaves at once and loses them.")
-        self.stopping = InputError("stopped by Ctrl-C; every answer is kept, and the same command goes on from here")
-
-    async def worker(self) -> None:
-        import openai
-
-        while not self.stopping:
-            try:
-                doc = next(self.docs, None)
-                if doc is None:
-                    return
-                prompt = self.template.replace(SLOT, doc.text)
-                choice = await self.ask(prompt)
-                row = read_answer(choice, prompt, doc, self.args.good_bad, self.args.include_doc_probs)
-            except (openai.BadRequestError, openai.UnprocessableEntityError, ValueError) as error:
-                self.refuse(doc, error)
-            except (openai.OpenAIError, InputError) as error:
-                self.stopping = self.stopping or (error if isinstance(error, InputError) else self.explain(error))
-            else:
-                self.append(row)
-                await asyncio.sleep(self.args.sleep_time)
-
-    async def ask(self, prompt: str) -> dict[str, Any]:
-        args = self.args
-        request = {"model": args.engine, "temperature": args.temperature, "top_p": args.top_p}
-        if args.temperature > 0:
-            request["seed"] = args.seed
-        if args.api == "chat":
-            messages = [{"role": "user", "content": prompt}]
-            response = await self.client.chat.completions.create(
-                messages=messages, max_completion_tokens=args.max_tokens, logprobs=True, top_logprobs=1, **request
-            )
-        else:
-            request |= {"prompt": prompt, "max_tokens": args.max_tokens, "stop": STOP, "logprobs": 1}
-            response = await self.client.completions.create(echo=args.include_doc_probs, **request)
-        if not getattr(response, "choices", None):
-            raise ValueError("the server's answer holds no choice")
-        return response.choices[0].model_dump()
-
-    def append(self, row: dict[str, Any]) -> None:
-        self.output.write(json_line(row))
-        self.output.flush()
-        self.written += 1
-        self.empty += not row["question"]
-        self.bar.update()
-        if self.written & (self.written - 1) == 0:  # at powers of two, as upstream
-            warn(f"\nDocument: {row['doc_text'][:500]}\nQuestion: {row['question']}\n")
-
-    def refuse(self, doc: Doc, error: Exception) -> None:
-        self.refused += 1
-        reason = self.clean(error)
-        if self.refused <= 3:
-            warn(f"document {doc.doc_id}: {reason}")
-        if self.refused >= HOPELESS and not self.written and not self.stopping:
-            self.stopping = InputError(f"the first {self.refused} documents failed, so the others will too: {reason}")
-
-    def clean(self, error: Exception) -> str:
-        """What the server said, in one line and without the key, should it quote that."""
-        body = getattr(error, "body", None)
-        text = body.get("message") if isinstance(body, dict) else None
-        text = " ".join(str(text or error).split())[:300]
-        return text.replace(self.args.key, "<key>") if self.args.key else text
-
-    def explain(self, error: Exception) -> InputError:
-        """The one sentence for an error that no other document will be spared."""
-        import openai
-
-        engine, server = self.args.engine, self.args.base_url or "OpenAI"
-        kept = "every answer so far is kept, and the same command goes on from here"
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return InputError(
-                f"{server} did not accept the key ({error.status_code}); set API_KEY to one that is valid there"
-            )
-        if isinstance(error, openai.NotFoundError) and RETIRED.fullmatch(engine):
-            return InputError(
-                f"engine {engine} is retired: OpenAI has shut down the GPT-3, GPT-3.5 and GPT-4 models, and {server} "
-                "has none of that name; use --engine gpt-5.1 --api chat, or an open model behind vLLM (--base_url "
-                "http://HOST:8000/v1 --engine ITS_NAME), or the demo's local server (python demo/serve_llm.py --port "
-                "8080, then --base_url http://127.0.0.1:8080/v1 --engine smollm2-135m-instruct)"
-            )
-        if isinstance(error, openai.NotFoundError):
-            return InputError(
-                f"{server} answers 404 for engine {engine} on its {self.args.api} API ({self.clean(error)}); check "
-                "--engine, --api, and that --base_url ends as the server wants it, mostly in /v1"
-            )
-        if isinstance(error, openai.RateLimitError) and error.code == "insufficient_quota":
-            return InputError(f"{server} says that the account has no credit left; {kept}")
-        if isinstance(error, openai.APITimeoutError):
-            return InputError(f"{server} gave no answer in {TIMEOUT:.0f} s, {MAX_RETRIES + 1} times in a row; {kept}")
-        if isinstance(error, openai.APIConnectionError):
-            return InputError(f"{server} cannot be reached; check --base_url and that it runs; {kept}")
-        return InputError(f"{server} failed {MAX_RETRIES + 1} times in a row ({self.clean(error)}); {kept}")
+def project(output: Output, total: int, seconds: float) -> None:
+    """What the whole would take, from what a dry run took."""
+    asked = output.answers + output.failures
+    each = [count / asked for count in output.usage]
+    print(f"{asked:,} documents asked for, {output.failures:,} of them without a query; nothing was written")
+    print("a document: {:,.0f} tokens in ({:,.0f} of them cached), {:,.1f} out".format(*each))
+    print("all {:,}: {:,.0f} tokens in ({:,.0f} of them cached), {:,.0f} out".format(total, *(x * total for x in each)))
+    hours = total * seconds / asked / 3600
+    print(f"about {hours:,.1f} hours at {asked / seconds:,.2f} documents a second")
 
 
 def main() -> None:
     args = parse_args()
     template = read_template(args.prompt_template)
-    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
-    with open(args.output, "a", encoding="utf-8", errors="replace") as output:
-        try:
-            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{args.output}: another process is writing to it; wait for it, or stop it") from None
-        repair_last_line(args.output)
-        chosen = choose_documents(args)
-        done = {row.doc_id for row in read_synthetic_queries(args.output)} if os.path.getsize(args.output) else set()
-        todo = chosen - done
-        if len(todo) < len(chosen):
-            print(f"{len(chosen) - len(todo):,} of {len(chosen):,} documents have their query already", file=sys.stderr)
+    output = Output(None if args.dry_run else args.output, settings_of(args, template), args.force)
+    batches = Batches(args.output)
+    if batches.open and not args.batch and not args.dry_run:
+        raise InputError(
+            f"{len(batches.open)} batches of {args.output} are under way: --batch goes on with them, --batch_cancel "
+            "cancels them"
+        )
+    engine = Engine(
+        args.engine,
+        output.settings["api"] or ("completions" if args.base_url or args.include_doc_probs else "chat"),
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        log_probs=not args.no_log_probs,
+        good_bad=args.good_bad,
+        echo=args.include_doc_probs,
+        reasoning_effort=args.reasoning_effort,
+    )
+    if output.request:
+        engine.restore(output.request)
+    chosen = choose_documents(args)
+    total = len(chosen)
+    if args.dry_run:
+        chosen = set(heapq.nsmallest(args.dry_run, chosen, key=draw_of(args.seed)))
+    if args.retry_errors:
+        output.failed = set()
+    todo = chosen - output.done - output.failed
+    done = len(chosen) - len(todo)
+    if done:
+        print(f"{done:,} of {total:,} documents are done with already", file=sys.stderr)
+    output.save()
 
-        def docs() -> Iterator[Doc]:
-            for doc in read_collection(args.collection, frozenset(todo)):
-                if doc.doc_id in todo:  # not a second time, should the collection repeat a line
-                    todo.remove(doc.doc_id)
-                    yield doc
+    def documents(wanted: set[str]) -> Iterator[Doc]:
+        left = set(wanted)
+        for doc in read_collection(args.collection, wanted):
+            if doc.doc_id in left:  # not a second time, should the collection repeat a line
+                left.remove(doc.doc_id)
+                yield doc
 
-        generation = Generation(args, template, docs(), len(todo), len(chosen) - len(todo))
-        if todo:
-            asyncio.run(generation.run(output))
+    started = time.monotonic()
+    stopped: BaseException | None = None
+    try:
+        if (todo and not args.batch_cancel and not (args.batch and output.request)) or args.dry_run:
+            generation = Generation(args, engine, template, documents(todo), output, len(chosen), done)
+            asyncio.run(generation.run(only_first=args.batch and not args.dry_run))
+        if args.batch and not args.dry_run:
+            batches.run(args, engine, output, todo - output.done - output.failed, documents, template)
+    except (InputError, KeyboardInterrupt) as error:
+        stopped = error
+    if args.dry_run:
+        if stopped:
+            raise stopped
+        return project(output, total, time.monotonic() - started)
+    if output.done:
+        say_how_good(args.output)
     print(
-        f"{args.output}: {generation.written:,} queries written now, {generation.empty:,} of them empty; "
-        f"{len(chosen) - len(done & chosen) - generation.written:,} of {len(chosen):,} documents have none yet",
+        f"tokens: {output.usage_now}"
+        + (f"; with the runs before {output.usage}" if output.usage != output.usage_now else ""),
         file=sys.stderr,
     )
-    if generation.refused:
-        warn(f"{generation.refused:,} documents were refused or answered badly; the same command tries them again")
-        if not generation.written:
-            raise InputError("no query was written")
+    have, failed = len(chosen & output.done), len(chosen & output.failed)
+    print(
+        f"{args.output}: {output.answers:,} queries written now; {have:,} of {total:,} documents have one, "
+        f"{failed:,} failed, {total - have - failed:,} are left",
+        file=sys.stderr,
+    )
+    if failed:
+        warn(f"{args.output}.errors.jsonl says why; --retry_errors tries those again")
+    if stopped:
+        raise stopped
+    if not output.done:
+        raise InputError(f"no query was written; {args.output}.errors.jsonl says why")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Real parts for the tests: a language model behind HTTP, Lucene, T5 and an encoder small enough to train in seconds.
 
-`OpenAIServer` is the one stand-in: OpenAI itself cannot be had here, so it speaks its HTTP on loopback.
+`StandIn` is the one that is not: OpenAI itself cannot be had here, so it speaks its HTTP on loopback.
 """
 
 import json
@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from stand_in import StandIn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -70,61 +71,13 @@ def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------- language models
 
 
-class OpenAIServer:
-    """Speaks OpenAI's completions and chat over HTTP. `respond(request) -> (status, body)` makes each answer."""
-
-    def __init__(self) -> None:
-        self.respond: Callable[[dict], tuple[int, object]] = lambda request: (200, completion(" a question\n\n"))
-        self.requests: list[dict] = []
-        self.keys: list[str | None] = []
-        outer = self
-
-        class Handler(QuietHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                request["path"] = self.path
-                outer.requests.append(request)
-                outer.keys.append(self.headers["Authorization"])
-                status, body = outer.respond(request)
-                data = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        self.handler = Handler
-        self.url = ""  # known when it is served
-
-
-def pieces(text: str) -> list[str]:
-    """`text` cut as language models cut it: blanks go with the word after them."""
-    import re
-
-    return re.findall(r"\n|[^\S\n]*[^\s]+|[^\S\n]+", text)
-
-
-def completion(text: str, prompt: str = "", log_prob: float = -0.5) -> dict:
-    """An answer of OpenAI's completions API; its i-th token has the log-probability log_prob * (i + 1)."""
-    tokens = pieces(text)
-    log_probs = [log_prob * (i + 1) for i in range(len(tokens))]
-    if prompt:
-        prompt_tokens = pieces(prompt)
-        tokens = prompt_tokens + tokens
-        log_probs = [None] + [-9.0] * (len(prompt_tokens) - 1) + log_probs
-    choice = {"index": 0, "text": prompt + text, "finish_reason": "stop"}
-    choice["logprobs"] = {"tokens": tokens, "token_logprobs": log_probs, "top_logprobs": None, "text_offset": []}
-    return {"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
-
-
 @pytest.fixture
-def openai_server() -> Iterator[OpenAIServer]:
-    server = OpenAIServer()
-    with serve(server.handler) as url:
+def openai_server() -> Iterator[StandIn]:
+    server = StandIn()
+    with serve(server.handler()) as url:
         server.url = f"{url}/v1"
         yield server
+        server.down.set()
 
 
 @pytest.fixture(scope="session")
@@ -155,6 +108,14 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "qrels.txt").write_text("\n".join(qrels) + "\n")
     (folder / "topics.tsv").write_text("".join(f"{q.split()[0]}\t{topics[q.split()[0]]}\n" for q in qrels))
     return folder
+
+
+@pytest.fixture
+def collection(tmp_path: Path) -> Path:
+    """Twenty documents, d0 to d19, each of which begins with a word of its own."""
+    path = tmp_path / "collection.tsv"
+    path.write_text("".join(f"d{i}\tnumber{i}{' word' * (4 + i)}\n" for i in range(20)))
+    return path
 
 
 SUBJECTS = ["tides", "bread", "violins", "glaciers", "bees", "bridges", "tea", "comets", "chess", "maps"]

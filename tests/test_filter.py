@@ -118,3 +118,26 @@ def test_bad_input(tmp_path: Path) -> None:
     assert "--top_k" in sentence(run(SCRIPT, "--input", short, "--output", output, "--top_k", 0), 2)
     assert "invalid choice" in sentence(run(SCRIPT, "--input", short, "--output", output, "--scoring_function", "x"), 2)
     assert output.read_text() == "old"
+
+
+def test_a_reranker_scores_rows_without_log_probs(tmp_path: Path, separable: Path, tiny_t5: Path) -> None:
+    """Trained for a moment to tell texts that explain from those that advertise."""
+    training = [
+        "--base_model",
+        tiny_t5,
+        "--triples_train",
+        separable / "triples.tsv",
+        "--output_dir",
+        tmp_path / "model",
+    ]
+    more = ["--learning_rate", 3e-3, "--epochs", 8, "--gradient_accumulation_steps", 1]
+    ok(run("train_t5.py", *training, *more, "--max_length", 64))
+    texts = [line.split("\t") for line in (separable / "collection.tsv").read_text().splitlines()][:20]
+    data = [query(doc_id, None, f"what are {text.split()[3]}", text) for doc_id, text in texts]
+    del data[0]["log_probs"]
+    chosen = ["--scoring_function", "monot5", "--model", tmp_path / "model", "--min_tokens", 3]
+    assert all(doc_id.startswith("p") for doc_id in kept(tmp_path, data, *chosen, "--top_k", 10))
+    scores = [row["score"] for row in rows(tmp_path / "out.jsonl")]
+    assert scores == sorted(scores, reverse=True)
+    usage = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--scoring_function", "monot5"]
+    assert "--scoring_function monot5 and --model go together" in sentence(run(SCRIPT, *usage), 2)

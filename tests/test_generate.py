@@ -1,5 +1,10 @@
 """Stage 1: against a real language model, and against what only OpenAI's own servers answer."""
 
+import fcntl
+import json
+import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -9,37 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, OpenAIServer, completion, ok, pieces, rows, run, sentence
-
-from formats import Doc
-from generate_queries_openai import align, read_answer
-
-SCRIPT = "generate_queries_openai.py"
-
-
-@pytest.fixture
-def collection(tmp_path: Path) -> Path:
-    path = tmp_path / "collection.tsv"
-    path.write_text("".join(f"d{i}\t{'word ' * (4 + i)}number{i}\n" for i in range(20)))
-    return path
-
-
-def generate(collection: Path, url: str, *args: object, **environment: str) -> subprocess.CompletedProcess:
-    output = collection.parent / "queries.jsonl"
-    required = [
-        "--collection",
-        collection,
-        "--output",
-        output,
-        "--base_url",
-        url,
-        "--engine",
-        "m",
-        "--min_doc_chars",
-        0,
-    ]
-    return run(SCRIPT, *required, *args, **environment)
-
+from conftest import ROOT, ok, rows, run, sentence, serve
+from generation import EVERY, SCRIPT, errors, fails_for, flags, generate, meta, start, written
+from stand_in import FAULTS, StandIn, completion, document_of, error
 
 # ------------------------------------------------------------------------------------------------------- a real one
 
@@ -90,94 +67,92 @@ def test_the_log_probs_of_a_real_model_are_those_of_the_question(demo_data: Path
     assert log_probs == pytest.approx(row["log_probs"], abs=0.3)
 
 
-# ------------------------------------------------------------------------------------------ answers of every shape
-
-
-def choice_of(text: str, tokens: list[str], log_probs: list[float]) -> dict:
-    return {"text": text, "logprobs": {"tokens": tokens, "token_logprobs": log_probs}}
-
-
-@pytest.mark.parametrize(
-    ("text", "tokens", "question", "kept"),
-    [
-        (" What is X?", [" What", " is", " X", "?"], "What is X?", [0, 1, 2, 3]),
-        ("\n\n What?\n\nExample 5:", ["\n\n", " What", "?", "\n\n", "Example", " 5", ":"], "What?", [1, 2]),
-        ("What?", ["What", "?", "\n"], "What?", [0, 1]),  # the stop sequence comes among the tokens only
-        ("What?", ["What", "?\n\n"], "What?", [0, 1]),  # one token holds the end and the stop sequence
-        ("What?\nmore", ["What", "?\nm", "ore"], "What?", [0, 1]),
-        ("What?", ["What", "?", "</s>"], "What?", [0, 1]),
-        ("What?", ["What", "?", ""], "What?", [0, 1]),  # llama.cpp's last token
-        (" What?", ["What", "?"], "What?", [0, 1]),  # sentencepiece tokens lose their first blank
-        ("What ", ["What", " "], "What", [0]),
-        ("是什么\n", ["是", "什\ufffd", "\ufffd", "\n"], "是什么", [0, 1, 2]),  # vLLM's pieces of a character
-        ("a\ufffd", ["a", "bytes:\\xe6\\x98"], "a", [0]),  # the token limit cut a character in two
-        ("\u3000是什么?", ["\u3000", "是什么", "?"], "是什么?", [1, 2]),  # a blank that is not ASCII's
-        ("🙂?", ["bytes:\\xf0\\x9f", "bytes:\\x99\\x82", "?"], "🙂?", [0, 1, 2]),  # OpenAI's pieces of a character
-        ("", [], "", []),
-        (" \n", [" ", "\n"], "", []),
-    ],
-)
-def test_log_probs_are_those_of_the_question(text: str, tokens: list[str], question: str, kept: list[int]) -> None:
-    log_probs = [-(2.0**i) for i in range(len(tokens))]  # every subset has a sum of its own
-    row = read_answer(choice_of(text, tokens, log_probs), "prompt", Doc("d", "doc"), good_bad=False, echo=False)
-    assert row["question"] == question
-    assert row["log_probs"] == [log_probs[i] for i in kept]
-
-
-def test_chat_tokens_come_as_bytes() -> None:
-    content = [
-        {"token": "\\xe6", "bytes": [230, 152], "logprob": -1.0},
-        {"token": "?", "bytes": [175], "logprob": -2.0},
-    ]
-    choice = {"message": {"content": "是"}, "logprobs": {"content": content}}
-    assert read_answer(choice, "p", Doc("d", "t"), good_bad=False, echo=False)["log_probs"] == [-1.0, -2.0]
-
-
-def test_tokens_that_do_not_spell_the_answer_are_refused() -> None:
-    with pytest.raises(ValueError, match="do not spell"):
-        align(b"What is X?", [b"Who", b" is", b" X?"])
-
-
-@pytest.mark.parametrize(
-    ("text", "good", "bad", "kept"),
-    [
-        (" How far?\nBad Question: Is it far?", "How far?", "Is it far?", 2),
-        (" How far? bad question: Is it far?", "How far?", "Is it far?", 2),
-        (" How far?", "", "", 0),
-        (" How far?\nBad Question:", "", "", 0),
-    ],
-)
-def test_good_and_bad_questions(text: str, good: str, bad: str, kept: int) -> None:
-    tokens = pieces(text)
-    choice = choice_of(text, tokens, [-1.0 * i for i in range(len(tokens))])
-    row = read_answer(choice, "p", Doc("d", "t"), good_bad=True, echo=False)
-    assert (row["question"], row["bad_question"]) == (good, bad)
-    assert row["log_probs"] == [-1.0 * i for i in range(kept)]
-
-
 # ------------------------------------------------------------------------------------------------- the whole script
 
 
-def test_a_run_against_openais_completions(collection: Path, openai_server: OpenAIServer) -> None:
-    openai_server.respond = lambda request: (200, completion(" a question\n\n"))
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_a_run_finds_the_api_that_the_engine_speaks(collection: Path, openai_server: StandIn, api: str) -> None:
+    openai_server.api = api
     done = ok(generate(collection, openai_server.url, "--max_examples", 5, API_KEY="sk-one", OPENAI_API_KEY="sk-two"))
-    assert "5 queries written" in done.stderr
-    written = rows(collection.parent / "queries.jsonl")
-    assert [set(row) for row in written] == [{"doc_id", "doc_text", "question", "log_probs"}] * 5
-    assert all(row["question"] == "a question" and row["log_probs"] == [-0.5, -1.0] for row in written)
-    request = openai_server.requests[0]
-    assert request["path"] == "/v1/completions"
-    assert (request["model"], request["temperature"], request["top_p"], request["max_tokens"]) == ("m", 0, 1, 64)
-    head = (ROOT / "prompts/vanilla_prompt.txt").read_text().partition("{document_text}")[0]
-    assert all(request["prompt"].startswith(head) for request in openai_server.requests)
-    assert all(request["prompt"].endswith("\nRelevant Query:") for request in openai_server.requests)
+    assert f"m is asked through the {api} API" in done.stderr
+    assert "5 queries written now; 5 of 5 documents have one" in done.stderr
+    for row in written(collection).values():
+        assert list(row) == ["doc_id", "doc_text", "question", "log_probs"]
+        assert row["question"] == f"what is {row['doc_text'].split()[0]} about?"
+        assert row["log_probs"] == [-0.5, -1.0, -1.5, -2.0]
     assert set(openai_server.keys) == {"Bearer sk-one"}  # API_KEY goes before OPENAI_API_KEY
+    asked = Counter(request["path"] for request in openai_server.requests)
+    other = {"/v1/completions": 1, "/v1/chat/completions": 5}  # one request to find out
+    assert asked == ({"/v1/completions": 5} if api == "completions" else other)
+    assert meta(collection)["settings"]["api"] == api
+    openai_server.requests.clear()
+    ok(generate(collection, openai_server.url, "--max_examples", 6))  # what was found out is known now
+    assert len(openai_server.requests) == 1
 
 
-def test_braces_are_harmless(tmp_path: Path, openai_server: OpenAIServer) -> None:
+def test_what_is_asked(collection: Path, openai_server: StandIn) -> None:
+    ok(generate(collection, openai_server.url, "--max_examples", 5, "--api", "completions"))
+    ok(generate(collection, openai_server.url, "--max_examples", 6, "--api", "chat", "--temperature", 0.5, "--force"))
+    *first, last = openai_server.requests
+    prompts = [request["prompt"] for request in first] + [last["messages"][0]["content"]]
+    head = (ROOT / "prompts/vanilla_prompt.txt").read_text().partition("{document_text}")[0]
+    assert all(prompt.startswith(head) for prompt in prompts)  # byte for byte: a server's prefix cache serves it
+    assert all(prompt.endswith("\nRelevant Query:") for prompt in prompts)
+    assert (first[0]["model"], first[0]["temperature"], first[0]["top_p"], first[0]["max_tokens"]) == ("m", 0, 1, 64)
+    assert (first[0]["stop"], first[0]["logprobs"], "seed" in first[0]) == ("\n\n", 1, False)
+    assert (last["max_completion_tokens"], last["logprobs"], last["seed"], last["temperature"]) == (64, True, 1, 0.5)
+
+
+def test_parameters_that_newer_models_refuse(collection: Path, openai_server: StandIn) -> None:
+    openai_server.api = "chat"
+    openai_server.refuses = {
+        "top_p": "Unsupported parameter: 'top_p'",
+        "max_completion_tokens": "Unsupported parameter: 'max_completion_tokens'. Use 'max_tokens' instead.",
+    }
+
+    def respond(request: dict) -> tuple[int, object]:
+        if "messages" in request and "temperature" in request and request.get("reasoning_effort") != "none":
+            return error(400, "'temperature' does not support 0 with this model.", "unsupported_value", "temperature")
+        return openai_server.answer(request)
+
+    openai_server.respond = respond
+    done = ok(generate(collection, openai_server.url))
+    assert set(written(collection)) == EVERY
+    for words in ("reasoning_effort none", "refuses top_p; it is left out", "wants max_tokens in place of max_comp"):
+        assert done.stderr.count(words) == 1
+    last = openai_server.requests[-1]
+    assert (last["reasoning_effort"], last["temperature"], last["max_tokens"]) == ("none", 0, 64)
+    assert "top_p" not in last
+    assert len(openai_server.requests) == 20 + 4  # each is refused once, by the first document's; and the other API
+    assert meta(collection)["request"]["refused"] == ["max_completion_tokens", "top_p"]
+
+
+def test_reasoning_effort_is_passed_on(collection: Path, openai_server: StandIn) -> None:
+    ok(generate(collection, openai_server.url, "--max_examples", 1, "--reasoning_effort", "minimal", "--api", "chat"))
+    assert openai_server.requests[0]["reasoning_effort"] == "minimal"
+
+
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_an_engine_without_log_probs(collection: Path, openai_server: StandIn, api: str) -> None:
+    openai_server.api = api
+    openai_server.fault = lambda request: "no_logprobs"
+    said = sentence(generate(collection, openai_server.url, "--api", api))
+    assert "m gives no log-probabilities" in said
+    assert "--no_log_probs" in said
+    assert len(openai_server.requests) == 1  # before any further request
+    openai_server.refuses = {"logprobs": "logprobs are not available", "top_logprobs": "top_logprobs are not available"}
+    ok(generate(collection, openai_server.url, "--no_log_probs"))
+    assert all(list(row) == ["doc_id", "doc_text", "question"] for row in written(collection).values())
+    filtering = ["--input", collection.parent / "queries.jsonl", "--output", collection.parent / "filtered.jsonl"]
+    said = sentence(run("filter_queries_by_score.py", *filtering))
+    assert "20 without log-probabilities; --scoring_function monot5 --model NAME scores rows without them" in said
+
+
+def test_braces_are_harmless(tmp_path: Path, openai_server: StandIn) -> None:
     (tmp_path / "collection.tsv").write_text("d\tdef f(): return {document_text} or {x} {}\n")
     template = tmp_path / "prompt.txt"
     template.write_text('{"json": {}} {0} {document_text}\nQuery:\n')
+    openai_server.respond = lambda request: (200, completion(" a question\n\n"))
     ok(generate(tmp_path / "collection.tsv", openai_server.url, "--prompt_template", template))
     assert openai_server.requests[0]["prompt"] == ('{"json": {}} {0} def f(): return {document_text} or {x} {}\nQuery:')
     template.write_text("no slot {document}")
@@ -185,22 +160,20 @@ def test_braces_are_harmless(tmp_path: Path, openai_server: OpenAIServer) -> Non
     assert "no {document_text} in it" in sentence(done)
 
 
-def test_echo_keeps_the_documents_log_probs_apart(collection: Path, openai_server: OpenAIServer) -> None:
+def test_echo_keeps_the_documents_log_probs_apart(collection: Path, openai_server: StandIn) -> None:
     openai_server.respond = lambda r: (200, completion(" a question\n", prompt=r["prompt"] if r["echo"] else ""))
     ok(generate(collection, openai_server.url, "--max_examples", 2, "--include_doc_probs"))
-    for row in rows(collection.parent / "queries.jsonl"):
+    for row in written(collection).values():
         assert row["question"] == "a question"
         assert row["log_probs"] == [-0.5, -1.0]
         assert row["doc_log_probs"] == [-9.0] * len(row["doc_text"].split())
 
 
-def test_the_draw_depends_on_the_seed_and_not_on_the_order(collection: Path, openai_server: OpenAIServer) -> None:
-    output = collection.parent / "queries.jsonl"
-
+def test_the_draw_depends_on_the_seed_and_not_on_the_order(collection: Path, openai_server: StandIn) -> None:
     def drawn(*args: object) -> set[str]:
         ok(generate(collection, openai_server.url, "--max_examples", 6, *args))
-        ids = {row["doc_id"] for row in rows(output)}
-        output.unlink()
+        ids = set(written(collection))
+        (collection.parent / "queries.jsonl").unlink()
         return ids
 
     first = drawn("--sampling", "first")
@@ -212,124 +185,408 @@ def test_the_draw_depends_on_the_seed_and_not_on_the_order(collection: Path, ope
     assert drawn() == one
 
 
-def test_document_lengths(collection: Path, openai_server: OpenAIServer) -> None:
+def test_document_lengths(collection: Path, openai_server: StandIn) -> None:
     lengths = {line.split("\t")[0]: len(line.split("\t")[1]) for line in collection.read_text().splitlines()}
-    ok(generate(collection, openai_server.url, "--min_doc_chars", 50, "--max_doc_chars", 80))
-    expected = {doc_id for doc_id, length in lengths.items() if 50 <= length <= 80}
-    assert {row["doc_id"] for row in rows(collection.parent / "queries.jsonl")} == expected
-    assert 0 < len(expected) < 20
     done = generate(collection, openai_server.url, "--min_doc_chars", 5000)
     assert "no document of 5000 to 100000 characters" in sentence(done)
+    ok(generate(collection, openai_server.url, "--min_doc_chars", 50, "--max_doc_chars", 80))
+    expected = {doc_id for doc_id, length in lengths.items() if 50 <= length <= 80}
+    assert set(written(collection)) == expected
+    assert 0 < len(expected) < 20
 
 
-def test_requests_go_out_concurrently(collection: Path, openai_server: OpenAIServer) -> None:
+# ------------------------------------------------------------------------------------------- many requests at a time
+
+
+def test_requests_go_out_concurrently(collection: Path, openai_server: StandIn) -> None:
     together = threading.Barrier(4)  # broken, and with it every answer, unless four requests are here at a time
 
-    def respond(_: dict) -> tuple[int, object]:
-        together.wait(timeout=60)
-        return 200, completion(" a question\n\n")
+    def respond(request: dict) -> tuple[int, object]:
+        if len(openai_server.requests) > 1:  # the first goes alone
+            together.wait(timeout=60)
+        return openai_server.answer(request)
 
     openai_server.respond = respond
-    ok(generate(collection, openai_server.url, "--max_examples", 8, "--concurrency", 4))
-    assert len(rows(collection.parent / "queries.jsonl")) == 8
+    ok(generate(collection, openai_server.url, "--max_examples", 9, "--concurrency", 4))
+    assert len(written(collection)) == 9
+    assert openai_server.most_under_way == 4
 
 
-def test_a_kill_loses_nothing_and_repeats_nothing(collection: Path, openai_server: OpenAIServer) -> None:
-    """SIGKILL after some answers; the second run asks for the rest alone, and each document is there once."""
-    output = collection.parent / "queries.jsonl"
-    enough = threading.Event()
+def test_several_servers_share_the_work(collection: Path, openai_server: StandIn) -> None:
+    other = StandIn()
+    together = threading.Barrier(2)
 
     def respond(request: dict) -> tuple[int, object]:
-        if len(openai_server.requests) > 7:
-            enough.set()
-            time.sleep(60 if process.poll() is None else 0)
-        return 200, completion(" a question\n\n")
+        if len(openai_server.requests) + len(other.requests) > 1:
+            together.wait(timeout=60)
+        return openai_server.answer(request)
+
+    openai_server.respond = other.respond = respond
+    with serve(other.handler()) as url:
+        both = ["--base_url", openai_server.url, f"{url}/v1", "--concurrency", 2, "--max_examples", 9]
+        ok(generate(collection, openai_server.url, *both))
+    assert len(written(collection)) == 9
+    assert min(len(openai_server.requests), len(other.requests)) >= 4
+
+
+def test_a_busy_server_is_asked_less_and_then_more_again(collection: Path, openai_server: StandIn) -> None:
+    """It bears 3 requests at a time until it has answered 100, and any number after that."""
+    collection.write_text("".join(f"d{i}\tnumber{i} word\n" for i in range(400)))
+    openai_server.latency = 0.01
+    openai_server.headers = {"Retry-After": "0.02"}
+    answered, refused, later = [], [], []
+
+    def respond(request: dict) -> tuple[int, object]:
+        now = openai_server.under_way
+        if len(answered) < 100 and now > 3:
+            refused.append(now)
+            return error(429, "slow down", "rate_limit_exceeded")
+        (answered if len(answered) < 100 else later).append(now)
+        return openai_server.answer(request)
 
     openai_server.respond = respond
-    command = [sys.executable, ROOT / SCRIPT, "--collection", collection, "--output", output, "--engine", "m"]
-    command += ["--base_url", openai_server.url, "--min_doc_chars", "0", "--concurrency", "1"]
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL)
-    assert enough.wait(60)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = output.read_text()
-    assert len(kept.splitlines()) == 7
-    with output.open("a") as file:
-        file.write('{"doc_id": "d1", "doc_te')  # what a kill in the middle of a write leaves
+    ok(generate(collection, openai_server.url, "--concurrency", 16))
+    assert len(written(collection)) == 400
+    assert 0 < len(refused) < 100  # it began with 16 at a time, and came down
+    assert max(later) > 9
+
+
+def test_the_wait_that_a_server_asks_for(collection: Path, openai_server: StandIn) -> None:
+    """The stand-in's clock says when each request came: none before the time that the 429 named."""
+    came, asked = [], 1.0
+
+    def respond(request: dict) -> tuple[int, object]:
+        came.append(time.monotonic())
+        if len(came) == 2:
+            openai_server.headers = {"Retry-After": str(asked)}
+            return error(429, "slow down")
+        return openai_server.answer(request)
+
+    openai_server.respond = respond
+    ok(generate(collection, openai_server.url, "--max_examples", 4, "--concurrency", 1))
+    assert came[2] - came[1] >= asked
+    assert len(written(collection)) == 4
+
+
+def test_a_server_that_dies_and_comes_back_costs_no_answer(collection: Path, tmp_path: Path) -> None:
+    def serve_alone(port: int) -> tuple[subprocess.Popen, str]:
+        command = [sys.executable, ROOT / "tests/stand_in.py", "--port", str(port), "--latency", "0.1"]
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+        return process, process.stdout.readline().strip()
+
+    server, url = serve_alone(0)
+    process = start(collection, url, "--concurrency", 2)
+    while len(rows(tmp_path / "queries.jsonl") if (tmp_path / "queries.jsonl").exists() else []) < 4:
+        time.sleep(0.02)
+    server.kill()
+    server.wait()
+    for line in process.stderr:
+        if "is away; waiting for it" in line:
+            break
+    server, _ = serve_alone(int(re.search(r":(\d+)/", url)[1]))
+    said = process.stderr.read()
+    server.kill()
+    assert process.wait() == 0, said
+    assert "is back" in said
+    assert set(written(collection)) == EVERY
+    assert not errors(collection)
+
+
+def test_a_server_that_does_not_come_back(collection: Path, openai_server: StandIn) -> None:
+    def respond(request: dict) -> tuple[int, object]:
+        return openai_server.answer(request) if len(openai_server.requests) < 5 else (503, b"<html>")
+
+    openai_server.respond = respond
+    openai_server.headers = {"Retry-After": "0.1"}
+    said = sentence(generate(collection, openai_server.url, "--patience", 1))
+    assert "no answer for 1 s; every answer so far is kept" in said
+    assert len(written(collection)) == 4
+    assert not errors(collection)  # the server's fault, and no document's
+
+
+# ---------------------------------------------------------------------------------- what goes wrong with one document
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "refused"])
+def test_what_went_wrong_once_is_asked_again(collection: Path, openai_server: StandIn, fault: str) -> None:
+    openai_server.fault = fails_for(7, fault, times=1)
+    ok(generate(collection, openai_server.url))
+    assert set(written(collection)) == EVERY
+    assert len(openai_server.requests) == 21
+    assert not errors(collection)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "requests"),
+    [
+        ("refused", "maximum context length is 10 tokens", 1),
+        ("empty", "the answer is empty", 1),
+        ("hang", "no answer in 0.5 s", 3),
+        ("500", "the server failed (500 The server had an error), and so on 7 tries", 7),
+    ],
+)
+def test_what_goes_wrong_with_one_document_stays_with_it(
+    collection: Path, openai_server: StandIn, fault: str, reason: str, requests: int
+) -> None:
+    openai_server.fault = fails_for(7, fault)
+    openai_server.headers = {"Retry-After": "0.1"}
+    done = ok(generate(collection, openai_server.url, "--timeout", 0.5))
+    assert set(written(collection)) == EVERY - {"d7"}
+    assert set(errors(collection)) == {"d7"}
+    assert reason in errors(collection)["d7"]
+    assert "19 of 20 documents have one, 1 failed, 0 are left" in done.stderr
+    assert len(openai_server.requests) == 19 + requests
     openai_server.requests.clear()
-    openai_server.respond = lambda request: (200, completion(" another question\n\n"))
+    openai_server.fault = lambda request: None
+    ok(generate(collection, openai_server.url))  # not by itself
+    assert not openai_server.requests
+    ok(generate(collection, openai_server.url, "--retry_errors"))
+    assert len(openai_server.requests) == 1
+    assert set(written(collection)) == EVERY
+    ok(generate(collection, openai_server.url))
+    assert not errors(collection)  # the file is gone
+
+
+def test_an_answer_that_holds_no_question_is_kept_with_its_error(collection: Path, openai_server: StandIn) -> None:
+    def respond(request: dict) -> tuple[int, object]:
+        body = completion(" how is this?\n\n")
+        if document_of(request) == "number3":
+            body["choices"][0]["logprobs"]["tokens"][0] = " who"
+        if document_of(request) == "number4":  # half a surrogate pair, as broken JSON escapes give
+            return 200, completion(" a \ud83d question\n\n")
+        return 200, body
+
+    openai_server.respond = respond
+    ok(generate(collection, openai_server.url))
+    [row] = rows(collection.parent / "queries.jsonl.errors.jsonl")
+    assert row["doc_id"] == "d3"
+    assert "do not spell" in row["reason"]
+    assert row["answer"] == " how is this?\n\n"
+    assert len(written(collection)["d4"]["log_probs"]) == 3
+
+
+# ------------------------------------------------------------------------------------ nothing lost, nothing paid twice
+
+
+def test_kills_lose_nothing_and_repeat_nothing(collection: Path, openai_server: StandIn) -> None:
+    """SIGKILL at random moments, every fifth request failing. `KILLS=100 bash run_tests.sh -k kills -s` for more."""
+    kills, chance = int(os.environ.get("KILLS", 8)), random.Random(0)
+    documents = 12 * kills
+    collection.write_text("".join(f"d{i}\tnumber{i} word\n" for i in range(documents)))
+    output = collection.parent / "queries.jsonl"
+    on_disk: set[str] = set()
+    read = sent_twice = answered = 0
+    lock = threading.Lock()
+
+    def respond(request: dict) -> tuple[int, object]:
+        nonlocal read, sent_twice, answered
+        with lock:  # what stands in the file when the request comes
+            new = output.read_bytes()[read:]
+            new = new[: new.rfind(b"\n") + 1]
+            read += len(new)
+            on_disk.update(json.loads(line)["doc_id"] for line in new.splitlines())
+            sent_twice += f"d{document_of(request)[6:]}" in on_disk
+        status, body = openai_server.answer(request)
+        whole = isinstance(body, dict) and (body.get("choices") or [{}])[0].get("logprobs")
+        answered += bool(status == 200 and whole)
+        return status, body
+
+    openai_server.respond = respond
+    openai_server.latency, openai_server.faults = 0.01, 0.2
+    faults = [fault for fault in FAULTS if fault != "429"]  # without a header that one costs a second each time
+
+    def fault(_: dict) -> str | None:
+        with lock:
+            return chance.choice(faults) if chance.random() < openai_server.faults else None
+
+    openai_server.fault = fault
+    killed = 0
+    for _ in range(kills):
+        process = start(collection, openai_server.url, "--retry_errors")
+        time.sleep(chance.uniform(0.2, 1.6))
+        before = output.read_bytes() if output.exists() else b""
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        process.stderr.close()
+        after = output.read_bytes() if output.exists() else b""
+        assert after.startswith(before)
+        if chance.random() < 0.5 and b"\n" in after:  # a kill in the middle of a write, which is rare, made by hand
+            with output.open("ab") as file:
+                file.write(after[: after.index(b"\n") // 2])
+    openai_server.faults = 0
+    ok(generate(collection, openai_server.url, "--retry_errors"))
+    lost = documents - len(written(collection))
+    on_the_wire = answered - documents
+    print(
+        f"\n{killed} kills, {len(openai_server.requests):,} requests for {documents:,} documents: {lost} lost, "
+        f"{sent_twice} sent twice after their answer was on disk, {on_the_wire} answers on the wire when a kill came"
+    )
+    assert (lost, sent_twice) == (0, 0)
+    assert killed > kills / 2
+
+
+def test_a_torn_last_line_is_repaired(collection: Path, openai_server: StandIn) -> None:
+    output = collection.parent / "queries.jsonl"
+    ok(generate(collection, openai_server.url, "--max_examples", 7))
+    kept = output.read_text()
+    with output.open("a") as file:
+        file.write('{"doc_id": "d1", "doc_te')
+    openai_server.requests.clear()
     done = ok(generate(collection, openai_server.url))
-    assert "7 of 20 documents have their query already" in done.stderr
+    assert "7 of 20 documents are done with already" in done.stderr
     assert output.read_text().startswith(kept)
-    assert Counter(row["doc_id"] for row in rows(output)) == Counter(f"d{i}" for i in range(20))
+    assert set(written(collection)) == EVERY
     assert len(openai_server.requests) == 13
 
 
-def test_ctrl_c_waits_for_the_answers_under_way(collection: Path, openai_server: OpenAIServer) -> None:
-    output = collection.parent / "queries.jsonl"
-    asked, answer = threading.Event(), threading.Event()
+def test_ctrl_c_waits_for_the_answers_under_way(collection: Path, openai_server: StandIn) -> None:
+    asked, go = threading.Event(), threading.Event()
 
-    def respond(_: dict) -> tuple[int, object]:
+    def respond(request: dict) -> tuple[int, object]:
         asked.set()
-        answer.wait(60)
-        return 200, completion(" a question\n\n")
+        go.wait(60)
+        return openai_server.answer(request)
 
     openai_server.respond = respond
-    command = [sys.executable, ROOT / SCRIPT, "--collection", collection, "--output", output, "--engine", "m"]
-    command += ["--base_url", openai_server.url, "--min_doc_chars", "0", "--concurrency", "1"]
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = start(collection, openai_server.url)
     assert asked.wait(60)
     process.send_signal(signal.SIGINT)
     for line in process.stderr:
         if "Stopping" in line:
             break
-    answer.set()
-    assert "the same command goes on from here" in process.stderr.read()
-    assert process.wait() == 1
-    assert len(rows(output)) == 1
+    go.set()
+    assert "the same command goes on from there" in process.stderr.read()
+    assert process.wait() == 130
+    assert len(written(collection)) == 1
     assert len(openai_server.requests) == 1
 
 
-def test_two_processes_do_not_write_one_output(collection: Path, openai_server: OpenAIServer) -> None:
-    import fcntl
+def test_a_second_ctrl_c_does_not_wait(collection: Path, openai_server: StandIn) -> None:
+    asked = threading.Event()
 
+    def respond(request: dict) -> tuple[int, object]:
+        asked.set()
+        return -1, {}
+
+    openai_server.respond = respond
+    process = start(collection, openai_server.url)
+    assert asked.wait(60)
+    process.send_signal(signal.SIGINT)
+    for line in process.stderr:
+        if "Stopping" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    process.stderr.close()
+
+
+def test_two_processes_do_not_write_one_output(collection: Path, openai_server: StandIn) -> None:
     with (collection.parent / "queries.jsonl").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "another process is writing to it" in sentence(generate(collection, openai_server.url))
     assert not openai_server.requests
 
 
-def test_a_busy_server_is_asked_again(collection: Path, openai_server: OpenAIServer) -> None:
-    def respond(_: dict) -> tuple[int, object]:
-        turn = len(openai_server.requests)
-        if turn in (1, 3):
-            return (429, {"error": {"message": "slow down"}}) if turn == 1 else (503, b"<html>")
-        return 200, completion(" a question\n\n")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--engine", "n"], "engine m, now n"),
+        (["--seed", 2], "seed 1, now 2"),
+        (["--temperature", 0.5], "temperature 0.0, now 0.5"),
+        (["--api", "chat"], "api completions, now chat"),
+        (["--good_bad"], "good_bad False, now True"),
+        (["--prompt_template", ROOT / "prompts/gbq_prompt.txt"], "prompt_sha256"),
+    ],
+)
+def test_other_settings_on_the_same_output(
+    collection: Path, openai_server: StandIn, change: list[object], words: str
+) -> None:
+    ok(generate(collection, openai_server.url, "--max_examples", 3))
+    before = (collection.parent / "queries.jsonl").read_bytes()
+    openai_server.requests.clear()
+    said = sentence(generate(collection, openai_server.url, *change))
+    assert "was made with other settings" in said
+    assert words in said
+    assert not openai_server.requests
+    assert (collection.parent / "queries.jsonl").read_bytes() == before
+    if "--engine" in change:
+        ok(generate(collection, openai_server.url, *change, "--force"))
+        assert set(written(collection)) == EVERY
+        assert meta(collection)["settings"]["engine"] == "n"
 
-    openai_server.respond = respond
-    ok(generate(collection, openai_server.url, "--max_examples", 4, "--concurrency", 1))
-    assert len(rows(collection.parent / "queries.jsonl")) == 4
-    assert len(openai_server.requests) == 6
+
+def test_settings_of_a_run_that_wrote_nothing_do_not_count(collection: Path, openai_server: StandIn) -> None:
+    openai_server.respond = lambda request: error(401, "no")
+    assert "did not accept the key" in sentence(generate(collection, openai_server.url))
+    openai_server.respond = openai_server.answer
+    ok(generate(collection, openai_server.url, "--engine", "n"))
 
 
-def test_one_refused_document_does_not_end_the_run(collection: Path, openai_server: OpenAIServer) -> None:
+def test_a_full_disk_leaves_whole_rows(collection: Path, openai_server: StandIn) -> None:
+    import resource
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+
+    command = [sys.executable, ROOT / SCRIPT, *flags(collection, openai_server.url)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, preexec_fn=limit)
+    assert "File too large" in sentence(done)
+    assert 3 < len(written(collection)) < 20
+    assert (collection.parent / "queries.jsonl").read_bytes().endswith(b"\n")
+    ok(generate(collection, openai_server.url))
+    assert set(written(collection)) == EVERY
+
+
+# -------------------------------------------------------------------------------------------------------------- money
+
+
+def test_tokens_are_summed_over_all_runs(collection: Path, openai_server: StandIn) -> None:
+    ok(generate(collection, openai_server.url, "--max_examples", 8))
+    done = ok(generate(collection, openai_server.url))
+    words = sum(len(request["prompt"].split()) for request in openai_server.requests)
+    cached = sum(len(request["prompt"].split()) // 2 for request in openai_server.requests)
+    total = {"prompt_tokens": words, "cached_tokens": cached, "completion_tokens": 20 * 6}
+    assert meta(collection)["usage"] == total
+    assert f"with the runs before {words:,} in ({cached:,} cached), 120 out" in done.stderr
+
+
+def test_max_total_tokens_stops_before_it_is_exceeded(collection: Path, openai_server: StandIn) -> None:
+    whole = 20 * 300
+    done = ok(generate(collection, openai_server.url, "--max_total_tokens", whole // 4))
+    assert "stopping at" in done.stderr
+    spent = meta(collection)["usage"]
+    assert whole // 4 - 400 < spent["prompt_tokens"] + spent["completion_tokens"] <= whole // 4
+    first = len(openai_server.requests)
+    ok(generate(collection, openai_server.url, "--max_total_tokens", whole // 4))  # of all runs together
+    assert len(openai_server.requests) == first
+    ok(generate(collection, openai_server.url))
+    assert set(written(collection)) == EVERY
+
+
+def test_a_dry_run_projects_and_writes_nothing(collection: Path, openai_server: StandIn) -> None:
+    done = ok(generate(collection, openai_server.url, "--dry_run", 4))
+    assert sorted(path.name for path in collection.parent.iterdir()) == ["collection.tsv"]
+    assert len(openai_server.requests) == 4
+    words = sum(len(request["prompt"].split()) for request in openai_server.requests)
+    assert f"a document: {words / 4:,.0f} tokens in" in done.stdout
+    assert f"all 20: {words / 4 * 20:,.0f} tokens in" in done.stdout
+    assert "120 out" in done.stdout
+    assert "hours at" in done.stdout
+    assert "Question: what is number" in done.stderr
+
+
+def test_what_is_said_of_the_questions(collection: Path, openai_server: StandIn) -> None:
     def respond(request: dict) -> tuple[int, object]:
-        if "number3\n" in request["prompt"]:
-            return 400, {"error": {"message": "maximum context length is 2049 tokens"}}
-        if "number4\n" in request["prompt"]:
-            return 200, completion(" ")
-        if "number5\n" in request["prompt"]:
-            return 200, b'{"choices": [{"te'
-        return 200, completion(" a \ud83d question\n\n")  # half a surrogate pair, as broken JSON escapes give
+        number = int(document_of(request)[6:])
+        return 200, completion(" word word" if number < 3 else f" what is {number}" if number < 10 else " same here")
 
     openai_server.respond = respond
     done = ok(generate(collection, openai_server.url))
-    assert "maximum context length" in done.stderr
-    assert "2 documents were refused" in done.stderr
-    written = {row["doc_id"]: row for row in rows(collection.parent / "queries.jsonl")}
-    assert set(written) == {f"d{i}" for i in range(20)} - {"d3", "d5"}
-    assert (written["d4"]["question"], written["d4"]["log_probs"]) == ("", [])
-    assert len(written["d6"]["log_probs"]) == 3
+    # 3 + 7 + 10 questions, of which 1 + 7 + 1 differ; three stand in their documents
+    assert "questions of 2 to 3 words, 2 in the middle; 11 asked before, 3 copied from the document" in done.stderr
+    expected = (13 * -0.75 + 7 * -1.0) / 20
+    assert f"mean log-probability {expected:.3f}" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ one sentence each
@@ -340,38 +597,50 @@ NOT_FOUND = {"error": {"message": "The model `curie` has been deprecated", "code
 @pytest.mark.parametrize(
     ("engine", "status", "body", "words"),
     [
-        ("curie", 404, NOT_FOUND, "engine curie is retired"),
+        ("curie", 404, NOT_FOUND, "engine curie is retired: OpenAI shut down its GPT-3 models in January 2024"),
         ("text-davinci-003", 404, NOT_FOUND, "--base_url http://HOST:8000/v1"),
-        ("gpt-9", 404, {"error": {"message": "no such model"}}, "answers 404 for engine gpt-9 on its completions API"),
+        ("gpt-4o", 404, NOT_FOUND, "engine gpt-4o is retired"),
+        ("gpt-9", 404, {"error": {"message": "no such model"}}, "answers 404 for engine gpt-9"),
         ("m", 401, {"error": {"message": "Incorrect API key provided: sk-secret"}}, "did not accept the key (401)"),
         ("m", 403, {"error": {"message": "sk-secret may not"}}, "did not accept the key (403)"),
         ("m", 429, {"error": {"message": "quota", "code": "insufficient_quota"}}, "no credit left"),
-        ("m", 400, {"error": {"message": "bad parameter, sk-secret"}}, "the first 5 documents failed"),
-        ("m", 200, {"choices": [{"index": 0, "text": " q?", "finish_reason": "stop"}]}, "has no log-probabilities"),
+        ("m", 402, {"error": {"message": "Insufficient Balance"}}, "no credit left"),
+        ("m", 400, {"error": {"message": "bad request, sk-secret"}}, "the first 5 documents failed"),
+        ("m", 200, {"choices": [{"index": 0, "text": " q?", "finish_reason": "stop"}]}, "gives no log-probabilities"),
     ],
 )
 def test_what_no_document_would_be_spared(
-    collection: Path, openai_server: OpenAIServer, engine: str, status: int, body: object, words: str
+    collection: Path, openai_server: StandIn, engine: str, status: int, body: object, words: str
 ) -> None:
     openai_server.respond = lambda request: (status, body)
-    # One at a time: what was under way when the first failed would be asked too.
-    done = generate(collection, openai_server.url, "--engine", engine, "--concurrency", 1, API_KEY="sk-secret")
+    done = generate(collection, openai_server.url, "--engine", engine, API_KEY="sk-secret")
     assert words in sentence(done)
     assert "sk-secret" not in done.stderr
+    for path in collection.parent.iterdir():
+        assert "sk-secret" not in path.read_text()
     assert (collection.parent / "queries.jsonl").read_bytes() == b""
-    assert len({request["prompt"] for request in openai_server.requests}) == (5 if status == 400 else 1)
+    assert not errors(collection)
+    # A 404 may be about the API: the other one is tried with the same document.
+    documents = {document_of(request) for request in openai_server.requests}
+    assert len(documents) == (5 if status == 400 else 1)
+    assert len(openai_server.requests) == {400: 5, 404: 2}.get(status, 1)
 
 
 def test_an_unreachable_server(collection: Path) -> None:
-    assert "cannot be reached" in sentence(generate(collection, "http://127.0.0.1:9/v1", "--concurrency", 1))
+    assert "http://127.0.0.1:9/v1 cannot be reached" in sentence(generate(collection, "http://u:pw@127.0.0.1:9/v1?k=1"))
 
 
 def test_usage_errors(collection: Path) -> None:
     required = ["--collection", collection, "--output", collection.parent / "q.jsonl"]
-    assert "no key: export API_KEY" in sentence(run(SCRIPT, *required, "--engine", "curie"), 2)
-    assert "--engine" in sentence(run(SCRIPT, *required), 2)
+    assert "no key: export API_KEY" in sentence(run(SCRIPT, *required), 2)
+    gone = sentence(run(SCRIPT, *required, "--engine", "curie"))  # known without a key
+    assert "engine curie is retired" in gone
+    for way in ("--engine gpt-6-luna", "vLLM (--base_url http://HOST:8000/v1", "python demo/serve_llm.py --port 8080"):
+        assert way in gone
     with_url = [*required, "--engine", "m", "--base_url", "http://127.0.0.1:9/v1"]
     assert "--api completions" in sentence(run(SCRIPT, *with_url, "--include_doc_probs", "--api", "chat"), 2)
+    assert "--concurrency is 1 or more" in sentence(run(SCRIPT, *with_url, "--concurrency", 0), 2)
+    assert "does not go with --batch" in sentence(run(SCRIPT, *with_url, "--batch", "--max_total_tokens", 9), 2)
     assert "No such file" in sentence(run(SCRIPT, *with_url, "--collection", "absent.tsv"))
     assert not (collection.parent / "q.jsonl").read_bytes()
 

@@ -1,0 +1,176 @@
+"""The Batch API: nothing is submitted twice and nothing is lost, whatever breaks and whenever."""
+
+import json
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ok, sentence
+from generation import EVERY, errors, generate, meta, start, written
+from stand_in import StandIn, document_of, error
+
+QUICK = ["--batch", "--batch_poll", 0.05]
+
+
+def names(collection: Path) -> set[str]:
+    return {path.name for path in collection.parent.iterdir()} - {"collection.tsv"}
+
+
+def asked(server: StandIn) -> Counter:
+    """How often each document was asked for: by itself, or as part of a batch."""
+    return Counter(document_of(request) for request in server.requests)
+
+
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_a_collection_by_the_batch(collection: Path, openai_server: StandIn, api: str) -> None:
+    openai_server.api = api
+    done = ok(generate(collection, openai_server.url, *QUICK, "--batch_size", 8))
+    assert {row["question"] for row in written(collection).values()} == {f"what is number{i} about?" for i in range(20)}
+    assert set(written(collection)) == EVERY
+    assert "20 of 20 documents have one" in done.stderr
+    # One document is asked for by itself: it tells the API and the parameters. The others go in files of 8.
+    sizes = [len(openai_server.files[batch["input_file_id"]].splitlines()) for batch in openai_server.batches.values()]
+    assert sizes == [8, 8, 3]
+    path = "/v1/completions" if api == "completions" else "/v1/chat/completions"
+    for batch in openai_server.batches.values():
+        assert (batch["endpoint"], batch["completion_window"]) == (path, "24h")
+        for line in openai_server.files[batch["input_file_id"]].splitlines():
+            request = json.loads(line)
+            assert (request["method"], request["url"]) == ("POST", path)
+            assert set(request) == {"custom_id", "method", "url", "body"}
+    assert all(count == 1 for document, count in asked(openai_server).items() if document != "number0")
+    assert meta(collection)["usage"]["completion_tokens"] == 20 * 6
+    assert names(collection) == {"queries.jsonl", "queries.jsonl.meta.json", "queries.jsonl.batches.json"}
+    ok(generate(collection, openai_server.url, *QUICK))  # nothing is left to do
+    assert len(openai_server.batches) == 3
+
+
+@pytest.mark.parametrize("moment", ["upload", "create", "look", "download"])
+def test_a_kill_at_any_step_submits_nothing_twice(collection: Path, openai_server: StandIn, moment: str) -> None:
+    """SIGKILL when the server has done its part of a step and its answer is not here yet."""
+    reached, killed = threading.Event(), threading.Event()
+
+    def step(name: str) -> None:
+        if name == moment and not killed.is_set():
+            reached.set()
+            killed.wait(60)
+
+    openai_server.step = step
+    process = start(collection, openai_server.url, *QUICK)
+    assert reached.wait(60)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    killed.set()
+    ok(generate(collection, openai_server.url, *QUICK))
+    assert set(written(collection)) == EVERY
+    assert len(openai_server.batches) == 1
+    assert set(asked(openai_server).values()) == {1}
+    assert not [name for name in names(collection) if ".batch-" in name]
+
+
+def test_a_submission_whose_answer_is_lost_is_found_again(collection: Path, openai_server: StandIn) -> None:
+    """The connection breaks after the server made the batch: it is looked for in the server's list first."""
+    lost = []
+
+    def create_batch(wanted: dict) -> dict:
+        batch = StandIn.create_batch(openai_server, wanted)
+        if not lost:
+            lost.append(batch)
+            raise ConnectionAbortedError  # the handler dies, and the connection with it
+        return batch
+
+    openai_server.create_batch = create_batch
+    ok(generate(collection, openai_server.url, *QUICK))
+    assert len(lost) == len(openai_server.batches) == 1
+    assert set(written(collection)) == EVERY
+
+
+def test_what_expired_is_submitted_again(collection: Path, openai_server: StandIn) -> None:
+    openai_server.batch_end = lambda batch, number: "expired" if number == 1 else "completed"
+    done = ok(generate(collection, openai_server.url, *QUICK))
+    assert "documents were not answered (batch_expired: 10); they are submitted again" in done.stderr
+    assert len(openai_server.batches) == 2
+    assert set(written(collection)) == EVERY
+    assert set(asked(openai_server).values()) == {1}  # those that were answered are not asked for again
+
+
+def test_requests_that_fail_in_a_batch(collection: Path, openai_server: StandIn) -> None:
+    """The document's own failure goes into the errors; the server's is asked for again."""
+    tries = Counter()
+
+    def respond(request: dict) -> tuple[int, object]:
+        document = document_of(request)
+        tries[document] += 1
+        if document == "number3":
+            return error(400, "maximum context length is 10 tokens")
+        if document == "number4" and tries[document] == 1:
+            return error(500, "The server had an error")
+        return openai_server.answer(request)
+
+    openai_server.respond = respond
+    openai_server.fault = lambda request: "empty" if document_of(request) == "number5" else None
+    done = ok(generate(collection, openai_server.url, *QUICK))
+    assert set(written(collection)) == EVERY - {"d3", "d5"}
+    assert errors(collection) == {"d3": "maximum context length is 10 tokens", "d5": "the answer is empty"}
+    assert "The server had an error: 1" in done.stderr
+    assert tries["number4"] == 2
+    openai_server.respond, openai_server.fault = openai_server.answer, lambda request: None
+    ok(generate(collection, openai_server.url, *QUICK, "--retry_errors"))
+    assert set(written(collection)) == EVERY
+
+
+def test_a_batch_that_is_not_accepted(collection: Path, openai_server: StandIn) -> None:
+    openai_server.batch_end = lambda batch, number: "failed:invalid_model"
+    said = sentence(generate(collection, openai_server.url, *QUICK))
+    assert "did not accept batch batch_1: refused: invalid_model" in said
+    openai_server.batch_end = lambda batch, number: "completed"
+    ok(generate(collection, openai_server.url, *QUICK))
+    assert set(written(collection)) == EVERY
+
+
+def test_too_many_tokens_at_a_time_wait_for_the_other_batches(collection: Path, openai_server: StandIn) -> None:
+    openai_server.batch_end = lambda batch, number: "failed:token_limit_exceeded" if number == 1 else "completed"
+    done = ok(generate(collection, openai_server.url, *QUICK, "--batch_size", 10))
+    assert "too many tokens at a time: 10" in done.stderr
+    assert set(written(collection)) == EVERY
+    assert set(asked(openai_server).values()) == {1}
+
+
+def test_batches_that_bring_nothing_end_the_run(collection: Path, openai_server: StandIn) -> None:
+    openai_server.batch_end = lambda batch, number: "cancelled"  # by somebody else, before it began
+    collection.write_text("".join(collection.read_text().splitlines(keepends=True)[:2]))
+    said = sentence(generate(collection, openai_server.url, *QUICK))
+    assert "answered none of 1 documents (batch_cancelled: 1)" in said
+    assert len(openai_server.batches) == 1
+
+
+def test_cancel_keeps_what_was_answered(collection: Path, openai_server: StandIn) -> None:
+    openai_server.batch_waits = 10**9
+    looked = threading.Event()
+    openai_server.step = lambda name: looked.set() if name == "look" else None
+    process = start(collection, openai_server.url, *QUICK)
+    assert looked.wait(60)
+    process.send_signal(signal.SIGINT)
+    assert "the same command goes on from there" in process.stderr.read()
+    assert process.wait() == 130
+    said = sentence(generate(collection, openai_server.url))  # it would ask, and pay, for the same documents
+    assert "1 batches of" in said
+    assert "--batch_cancel" in said
+    openai_server.batch_waits = 1
+    done = ok(generate(collection, openai_server.url, "--batch_cancel", "--batch_poll", 0.05))
+    assert "10 of 20 documents have one, 0 failed, 10 are left" in done.stderr  # the first, and half of the others
+    assert len(openai_server.batches) == 1
+    ok(generate(collection, openai_server.url))  # the rest one by one
+    assert set(written(collection)) == EVERY
+    assert set(asked(openai_server).values()) == {1}
+
+
+def test_what_ends_a_batch_run_at_once(collection: Path, openai_server: StandIn) -> None:
+    openai_server.respond = lambda request: error(401, "wrong key sk-secret")
+    done = generate(collection, openai_server.url, *QUICK, API_KEY="sk-secret")
+    assert "did not accept the key (401)" in sentence(done)
+    assert "sk-secret" not in done.stderr
+    assert not openai_server.files
