@@ -225,19 +225,23 @@ _TEXTS = "`id<TAB>text`, or JSON objects with `id` and `contents`, `_id` and `te
 
 
 def read_collection(path: str, wanted: Collection[str] | None = None, desc: str | None = None) -> Iterator[Doc]:
-    """Yield the documents of a collection in the order of the file, only those with an id in `wanted` if it is given.
+    """Yield the documents of a collection in the order of the file: all, or those with an id in `wanted`, each once.
 
     Raises:
         InputError: no usable line, or an id of `wanted` on two lines with different texts.
     """
     seen: dict[str, int] = {}
+    count = 0
     for _, (doc_id, text) in _records(path, _id_and_text, _TEXTS, desc):
         if wanted is None:
             yield Doc(doc_id, text)
         elif doc_id in wanted:
-            if seen.setdefault(doc_id, hash(text)) != hash(text):
+            before = seen.setdefault(doc_id, hash(text))
+            if before != hash(text):
                 raise InputError(f"{path}: the id {doc_id} stands on two lines with different texts; keep one of them")
-            yield Doc(doc_id, text)
+            if len(seen) > count:  # a line that is there twice is one document
+                count += 1
+                yield Doc(doc_id, text)
 
 
 def read_texts(path: str, wanted: Collection[str], desc: str | None = None) -> dict[str, str]:

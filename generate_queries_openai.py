@@ -26,6 +26,7 @@ import heapq
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -150,22 +151,23 @@ def choose_documents(args: argparse.Namespace) -> set[str]:
 
 def say_how_good(path: str) -> None:
     """Lengths, log-probabilities, and questions that are worth little, over all rows of an output."""
-    import statistics
-
-    lengths: list[int] = []
-    means: list[float] = []
+    lengths: Counter[int] = Counter()
     seen: set[int] = set()
-    copied = 0
+    copied = scored = 0
+    log_probs = 0.0
     for row in read_synthetic_queries(path):
-        lengths.append(len(row.question.split()))
+        lengths[len(row.question.split())] += 1
         seen.add(hash(row.question.lower()))
         copied += row.question.lower() in row.doc_text.lower()
         if row.log_probs:
-            means.append(statistics.fmean(row.log_probs))
+            scored += 1
+            log_probs += sum(row.log_probs) / len(row.log_probs)
+    in_order = (length for length in sorted(lengths) for _ in range(lengths[length]))
+    middle = next(islice(in_order, lengths.total() // 2, None))
     print(
-        f"questions of {min(lengths)} to {max(lengths)} words, {statistics.median(lengths):.0f} in the middle; "
-        f"{len(lengths) - len(seen):,} asked before, {copied:,} copied from the document"
-        + (f"; mean log-probability {statistics.fmean(means):.3f}" if means else ""),
+        f"questions of {min(lengths)} to {max(lengths)} words, {middle} in the middle; "
+        f"{lengths.total() - len(seen):,} asked before, {copied:,} copied from the document"
+        + (f"; mean log-probability {log_probs / scored:.3f}" if scored else ""),
         file=sys.stderr,
     )
 
@@ -211,41 +213,39 @@ def main() -> None:
         chosen = set(heapq.nsmallest(args.dry_run, chosen, key=draw_of(args.seed)))
     if args.retry_errors:
         output.failed = set()
-    todo = chosen - output.done - output.failed
-    done = len(chosen) - len(todo)
-    if done:
-        print(f"{done:,} of {total:,} documents are done with already", file=sys.stderr)
+    have, failed, bar_total = len(chosen & output.done), len(chosen & output.failed), len(chosen)
+    if have or failed:
+        print(f"{have + failed:,} of {total:,} documents are done with already", file=sys.stderr)
+    chosen -= output.done
+    chosen -= output.failed
+    output.left = chosen
     output.save()
 
-    def documents(wanted: set[str]) -> Iterator[Doc]:
-        left = set(wanted)
-        for doc in read_collection(args.collection, wanted):
-            if doc.doc_id in left:  # not a second time, should the collection repeat a line
-                left.remove(doc.doc_id)
-                yield doc
+    def documents(doc_ids: set[str]) -> Iterator[Doc]:
+        return read_collection(args.collection, doc_ids)
 
     started = time.monotonic()
     stopped: BaseException | None = None
     try:
-        if (todo and not args.batch_cancel and not (args.batch and output.request)) or args.dry_run:
-            generation = Generation(args, engine, template, documents(todo), output, len(chosen), done)
+        if (output.left and not args.batch_cancel and not (args.batch and output.request)) or args.dry_run:
+            generation = Generation(args, engine, template, documents(output.left), output, bar_total, have + failed)
             asyncio.run(generation.run(only_first=args.batch and not args.dry_run))
         if args.batch and not args.dry_run:
-            batches.run(args, engine, output, todo - output.done - output.failed, documents, template)
+            batches.run(args, engine, output, documents, template)
     except (InputError, KeyboardInterrupt) as error:
         stopped = error
     if args.dry_run:
         if stopped:
             raise stopped
         return project(output, total, time.monotonic() - started)
-    if output.done:
+    if output.done or output.answers:
         say_how_good(args.output)
     print(
         f"tokens: {output.usage_now}"
         + (f"; with the runs before {output.usage}" if output.usage != output.usage_now else ""),
         file=sys.stderr,
     )
-    have, failed = len(chosen & output.done), len(chosen & output.failed)
+    have, failed = have + output.answers, failed + output.failures
     print(
         f"{args.output}: {output.answers:,} queries written now; {have:,} of {total:,} documents have one, "
         f"{failed:,} failed, {total - have - failed:,} are left",
@@ -255,7 +255,7 @@ def main() -> None:
         warn(f"{args.output}.errors.jsonl says why; --retry_errors tries those again")
     if stopped:
         raise stopped
-    if not output.done:
+    if not output.done and not output.answers:
         raise InputError(f"no query was written; {args.output}.errors.jsonl says why")
 
 

@@ -24,8 +24,9 @@ class Output:
         self.request: dict[str, Any] | None = None  # how the engine is asked, as an earlier run found it out
         self.usage = self.usage_now = Usage()
         self.answers = self.failures = 0  # now
-        self.done: set[str] = set()
-        self.failed: set[str] = set()
+        self.done: set[str] = set()  # documents with a row of an earlier run
+        self.failed: set[str] = set()  # documents that were given up by one
+        self.left: set[str] = set()  # documents to be asked for; what is answered or given up leaves it
         self.saved_at = 0.0
         if path is None:
             return
@@ -98,7 +99,7 @@ class Output:
 
     def answer(self, row: dict[str, Any], usage: Usage) -> None:
         self.answers += 1
-        self.done.add(row["doc_id"])
+        self.left.discard(row["doc_id"])
         if self.path:
             self.write(self.file, row)
         self.count(usage)
@@ -106,7 +107,7 @@ class Output:
     def failure(self, row: dict[str, Any], usage: Usage = NO_TOKENS) -> None:
         """A document without a query: doc_id, reason, and the answer if there was one."""
         self.failures += 1
-        self.failed.add(row["doc_id"])
+        self.left.discard(row["doc_id"])
         if self.path:
             self.errors = self.errors or open(f"{self.path}.errors.jsonl", "ab", buffering=0)
             self.write(self.errors, row)

@@ -64,14 +64,13 @@ class Batches:
         args: argparse.Namespace,
         engine: Engine,
         store: Output,
-        todo: set[str],
         documents: Callable[[set[str]], Iterator[Doc]],
         template: str,
     ) -> None:
         """Submit what is not under way, wait for it, collect it; what expired or failed is submitted again.
 
         Args:
-            todo: the ids of the documents that have neither row nor error.
+            store: where answers go; its `left` are the ids of the documents to ask for.
             documents: the documents of the collection with these ids.
 
         Raises:
@@ -93,14 +92,14 @@ class Batches:
                     with suppress(openai.ConflictError, openai.BadRequestError):  # it has ended meanwhile
                         self.client.batches.cancel(batch["batch_id"])
                 return self.collect_all()
-            while todo or self.open:
-                self.prepare(todo - {doc_id for batch in self.open for doc_id in batch["doc_ids"]})
+            while store.left or self.open:
+                before = len(store.left)
+                self.prepare(store.left - {doc_id for batch in self.open for doc_id in batch["doc_ids"]})
                 reasons = self.collect_all()
-                before, todo = len(todo), todo - store.done - store.failed
-                if len(todo) == before and todo:
+                if store.left and len(store.left) == before:
                     raise InputError(f"the last batches answered none of {before:,} documents ({reasons}); {KEPT}")
-                if todo:
-                    warn(f"{len(todo):,} documents were not answered ({reasons}); they are submitted again")
+                if store.left:
+                    warn(f"{len(store.left):,} documents were not answered ({reasons}); they are submitted again")
         except openai.APIConnectionError as error:
             raise InputError(
                 f"{self.server} cannot be reached ({error.__cause__ or error}); the batches go on there, and the same "
@@ -223,7 +222,7 @@ class Batches:
                         for chunk in response.iter_bytes(1 << 20):
                             file.write(chunk)
                     file.write(b"\n")
-        self.take_in(path, set(batch["doc_ids"]) - self.store.done - self.store.failed, reasons)
+        self.take_in(path, self.store.left.intersection(batch["doc_ids"]), reasons)
         self.open.remove(batch)
         self.store.save()
         self.save()

@@ -176,7 +176,8 @@ class Generation:
             return None
         if (most := self.args.max_total_tokens) is not None:
             spent = self.output.usage.total
-            mean = spent / max(1, len(self.output.done) + len(self.output.failed))
+            asked = len(self.output.done) + len(self.output.failed) + self.output.answers + self.output.failures
+            mean = spent / max(1, asked)
             if spent >= most or spent + (waiting + 1) * mean > most:
                 warn(f"stopping at {spent:,} tokens: another document might exceed --max_total_tokens {most:,}")
                 self.sending = False
@@ -233,7 +234,7 @@ class Generation:
             self.now_here(server)
             self.refusal(job, server, error, sent, path, sent_at)
         except NoLogProbs as error:
-            if not self.output.done:
+            if not self.output.done and not self.output.answers:
                 self.stop(InputError(self.engine.no_log_probs()))
             else:
                 self.try_again(job, server, str(error), usage=usage, answer=error.answer)
