@@ -139,7 +139,7 @@ def main() -> None:
     pairs = sum(min(len(hits), args.top_k) for hits in run.values())
     with tqdm(desc="Reranking", total=pairs, unit=" pairs") as bar:
         for block in blocks(run, args.top_k):
-            scored = model.score([(topics[hit.query_id], texts[hit.doc_id]) for hit in block], args.batch_size)
+            scored = model.score([(topics[hit.query_id], texts[hit.doc_id]) for hit in block])
             for hit, score in zip(block, scored.tolist(), strict=True):
                 scores.setdefault(hit.query_id, {})[hit.doc_id] = score
             bar.update(len(block))

@@ -208,7 +208,7 @@ def main() -> None:
             hits = [hit for query_id in mine for hit in dev.run[query_id]]
             pairs = [(dev.topics[hit.query_id], dev.texts[hit.doc_id]) for hit in hits]
             with self.accelerator.autocast():
-                values = reranker.score(pairs, args.per_device_eval_batch_size).tolist()
+                values = reranker.score(pairs).tolist()
             scores: dict[str, dict[str, float]] = {}
             scored = [(hit.query_id, hit.doc_id, value) for hit, value in zip(hits, values, strict=True)]
             for query_id, doc_id, value in gather_object(scored):

@@ -227,6 +227,10 @@ def test_several_servers_share_the_work(collection: Path, openai_server: StandIn
         ok(generate(collection, openai_server.url, *both))
     assert len(written(collection)) == 9
     assert min(len(openai_server.requests), len(other.requests)) >= 4
+    gone = ["--base_url", f"{url}/v1", openai_server.url]  # the first is gone now, and the second does all
+    openai_server.respond = openai_server.answer
+    ok(generate(collection, openai_server.url, *gone))
+    assert set(written(collection)) == EVERY
 
 
 def test_a_busy_server_is_asked_less_and_then_more_again(collection: Path, openai_server: StandIn) -> None:

@@ -50,9 +50,10 @@ def test_a_long_document_is_cut_and_never_the_end(tiny_t5: Path) -> None:
 
 def test_monot5s_score_is_what_generation_would_say(tiny_t5: Path) -> None:
     """log P(true) against P(false) at the first step of decoding, padded or not, in whatever batch."""
-    model = models.load_model(str(tiny_t5))
+    model = models.load_model(str(tiny_t5), dtype="float32")
     pairs = [("what are tides", " ".join(WORDS[:n])) for n in (1, 14, 3, 9, 5)]
-    scores = model.score(pairs, batch_size=2)
+    model.batch_tokens = 40  # several batches, of several lengths
+    scores = model.score(pairs)
     true, false = (model.tokenizer(word, add_special_tokens=False).input_ids for word in ("true", "false"))
     for pair, score in zip(pairs, scores, strict=True):
         ids = torch.tensor([model.encode(*pair)["input_ids"]])
@@ -88,7 +89,7 @@ def test_training_batches_hold_as_many_positives_as_negatives(tiny_t5: Path, tin
 
 
 def test_a_cross_encoder_cuts_documents(tiny_encoder: Path) -> None:
-    model = models.load_model(str(tiny_encoder), max_length=20, new_head=True)
+    model = models.load_model(str(tiny_encoder), max_length=20, dtype="float32", new_head=True)
     for query, text in (("what are tides", "tides " * 500), ("what are tides " * 500, "bread and bees")):
         encoded = model.encode(query, text)
         assert len(encoded["input_ids"]) <= 20
