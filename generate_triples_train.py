@@ -20,6 +20,7 @@ import sys
 from formats import (
     InputError,
     SyntheticQuery,
+    json_line,
     read_synthetic_queries,
     read_texts,
     run_script,
@@ -39,11 +40,14 @@ def parse_args() -> argparse.Namespace:
     add("--index", default="msmarco-passage", help="BM25 index of the corpus (default: %(default)s)")
     add("--max_hits", type=int, default=1000, help="hits that negatives are drawn from (default: %(default)s)")
     add("--n_samples", type=int, default=1, help="negatives a query (default: %(default)s, as in the paper)")
+    add("--holdout", type=int, default=0, metavar="N", help="queries kept from training, in OUTPUT.holdout.jsonl")
     add("--seed", type=int, default=1, help="which hits are drawn (default: %(default)s)")
     add("--threads", type=int, default=os.cpu_count(), help="default: one a core")
     args = parser.parse_args()
     if min(args.max_hits, args.n_samples, args.threads) < 1:
         parser.error("--max_hits, --n_samples and --threads are 1 or more")
+    if args.holdout < 0:
+        parser.error("--holdout is 0 or more")
     return args
 
 
@@ -89,6 +93,13 @@ def main() -> None:
     queries = [query for query in queries if query.question and query.doc_text]
     if not queries:
         raise InputError(f"{args.input}: no row has both a question and a document text")
+    if args.holdout:
+        if args.holdout >= len(queries):
+            raise InputError(f"{args.input} has {len(queries):,} usable rows; --holdout {args.holdout} leaves none")
+        held = set(random.Random(f"{args.seed} holdout").sample([query.line for query in queries], args.holdout))
+        with whole_file(f"{args.output}.holdout.jsonl") as file:
+            file.writelines(json_line(query.row) for query in queries if query.line in held)
+        queries = [query for query in queries if query.line not in held]
     negatives = mine(queries, args)
 
     wanted = {doc_id for ids in negatives for doc_id in ids}

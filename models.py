@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Pairs of answers that T5-like rerankers were trained to give, the usual one first. A vocabulary decides: the T5 and
 # Flan-T5 ones have "true" and "false" as one piece each, that of mT5 has "yes" and "no" alone.
 ANSWERS = [("true", "false"), ("yes", "no")]
-CPU_TOKENS = 4096  # of a batch on a CPU: more no longer fits into its caches
+CPU_TOKENS = 2048  # of a batch on a CPU: more no longer fits into its caches
 GPU_TOKENS = 65536  # of a batch on a GPU, at most
 
 
@@ -134,7 +134,10 @@ class Reranker:
         return scores
 
     def find_batch_tokens(self) -> int:
-        """As many tokens as a quarter of the GPU's free memory holds the activations of, roughly."""
+        """As many tokens as a quarter of the GPU's memory holds the activations of, roughly.
+
+        Of the whole memory, not of what is free: like cards make like batches, and so like scores.
+        """
         import torch
 
         if self.model.device.type != "cuda":
@@ -144,8 +147,8 @@ class Reranker:
         heads = getattr(config, "num_heads", None) or getattr(config, "num_attention_heads", 12)
         # The widest layer's input and output, and each head's bias towards every other token; four times all of that.
         each = 4 * self.model.dtype.itemsize * (2 * width + heads * self.max_length)
-        free = torch.cuda.mem_get_info(self.model.device)[0] // 4
-        return max(self.max_length, min(GPU_TOKENS, free // each))
+        memory = torch.cuda.mem_get_info(self.model.device)[1] // 4
+        return max(self.max_length, min(GPU_TOKENS, memory // each))
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -228,6 +231,18 @@ def first_step(model: Any, input_ids: "torch.Tensor", mask: "torch.Tensor", rows
     import torch
     from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention
 
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, buffers: list[torch.Tensor]
+    ) -> torch.Tensor:
+        # PyTorch's fused attention computes in float32 on a CPU: with the matrices in bfloat16 it is the slower way.
+        if not buffers:
+            return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        shape, (scores, shares) = q.shape, buffers
+        q, k, v = (x.view(-1, *shape[2:]) for x in (q, k, v))
+        torch.baddbmm(bias, q, k.transpose(1, 2), out=scores)
+        torch.softmax(scores, -1, out=shares)
+        return torch.bmm(shares, v).view(shape)
+
     def norm(hidden: torch.Tensor, layer: Any) -> torch.Tensor:
         return rms_norm(hidden, (hidden.shape[-1],), layer.weight.to(hidden.dtype), layer.variance_epsilon)
 
@@ -242,7 +257,11 @@ def first_step(model: Any, input_ids: "torch.Tensor", mask: "torch.Tensor", rows
     hidden = embedding(input_ids, model.shared.weight)
     bias = encoder.block[0].layer[0].SelfAttention.compute_bias(length, length).to(hidden.dtype)
     padded = not bool(mask.all())
-    bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min) if padded else bias.contiguous()
+    bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min) if padded else bias
+    buffers: list[torch.Tensor] = []
+    if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
+        bias = bias.expand(pairs, -1, -1, -1).reshape(pairs * heads, length, length)
+        buffers = [torch.empty_like(bias) for _ in range(2)]
     for block in encoder.block:
         attention, feed = block.layer[0], block.layer[-1]
         weights = attention.SelfAttention
@@ -250,7 +269,7 @@ def first_step(model: Any, input_ids: "torch.Tensor", mask: "torch.Tensor", rows
             norm(hidden, attention.layer_norm), torch.cat([weights.q.weight, weights.k.weight, weights.v.weight])
         )
         q, k, v = qkv.view(pairs, length, 3, heads, width).permute(2, 0, 3, 1, 4).contiguous()
-        mixed = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        mixed = attend(q, k, v, bias, buffers)
         hidden = add(hidden, weights.o(mixed.transpose(1, 2).reshape(pairs, length, heads * width)))
         hidden = add(hidden, feed.DenseReluDense(norm(hidden, feed.layer_norm)))
     states = norm(hidden, encoder.final_layer_norm)
@@ -327,6 +346,13 @@ def checkpoint_name(name: str) -> str:
     return f"google-t5/t5-{size}" if name != size and size in ("small", "base", "large", "3b", "11b") else name
 
 
+def default_device(local_rank: int = 0) -> str:
+    """The GPU of this process, or the CPU where there is none."""
+    import torch
+
+    return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(
     checkpoint: str,
     *,
@@ -355,7 +381,7 @@ def load_model(
 
     transformers.logging.set_verbosity_error()  # it would report the new head at length
     transformers.logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,29 +1,40 @@
-"""Stage 5: rerank the hits of a first stage with a trained model, and say in numbers whether it helped.
+"""Stage 5: the trained model reranks the first documents of a run, or of BM25; with judgements, says whether it helped.
 
-Reads   a model, topics, the collection, and a run or a BM25 index to make one with
-Writes  a TREC run: the first --top_k documents of each query reranked, the others below in the order they had
+Reads   topics, their collection, a run (TREC or MS MARCO) or a BM25 index, a model, perhaps qrels
+Writes  the reranked run (TREC); with --index the first stage too, as OUTPUT.bm25.txt; with --qrels a table on stdout
 
     python rerank.py --model data/msmarco --queries data/msmarco/topics.dl20.txt --corpus data/msmarco/collection.tsv \\
         --index msmarco-passage --qrels data/msmarco/qrels.dl20-passage.txt --relevance_threshold 2 \\
-        --output data/msmarco/run.dl20.monot5.txt
+        --output data/msmarco/run.dl20.txt
 
-With --qrels it prints both rankings side by side: means, the p-value of a paired t-test over the queries, and how many
-queries the reranker won, tied and lost.
+    torchrun --nproc_per_node=4 -- rerank.py ...        # on 4 GPUs: the same run, the same bytes
+
+Documents after the first --top_k keep their order, below the others. Scores are on disk as soon as they are made, in
+OUTPUT.scores.*.jsonl: killed at any moment, the same command goes on where it was.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 from formats import (
     InputError,
     Qrel,
     ScoredDoc,
+    json_line,
+    read_collection,
     read_qrels,
     read_run,
-    read_texts,
+    read_synthetic_queries,
     read_topics,
+    repair_last_line,
     run_script,
     warn,
     write_run,
@@ -31,6 +42,8 @@ from formats import (
 
 FIRST_STAGE_HITS = 1000  # of BM25, with --index: those beyond --top_k stay below
 BLOCK = 256  # pairs scored at a time, of whole queries: enough to batch pairs of like length
+TEXTS = 1024  # tokenised at a time
+WEIGHTS = [i / 10 for i in range(11)]  # that `--interpolation_weight auto` chooses from
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,14 +52,20 @@ def parse_args() -> argparse.Namespace:
     add("--model", required=True, help="folder of a trained model, or a name on the Hugging Face hub")
     add("--queries", required=True, help="topics")
     add("--corpus", required=True, help="collection")
-    first_stage = parser.add_mutually_exclusive_group(required=True)
-    first_stage.add_argument("--run", help="first-stage run, TREC or MS MARCO")
-    first_stage.add_argument("--index", help="BM25 index, as in generate_triples_train.py")
+    add("--run", help="first-stage run, TREC or MS MARCO")
+    add("--index", help="without --run: BM25 index whose hits are reranked, as in generate_triples_train.py")
     add("--output", required=True, help="reranked run, TREC")
     add("--top_k", type=int, default=1000, help="documents a query to rerank (default: %(default)s)")
     add("--qrels", help="judgements: prints the table")
     add("--relevance_threshold", type=int, default=1, help="lowest relevant grade (default: %(default)s)")
-    add("--batch_size", type=int, default=32, help="default: %(default)s")
+    add(
+        "--interpolation_weight",
+        default="1",
+        metavar="W",
+        help="of the reranker's score beside the first stage's, standardised; auto: chosen on --holdout (default: 1)",
+    )
+    add("--holdout", help="synthetic queries that training did not see, from generate_triples_train.py --holdout")
+    add("--batch_tokens", type=int, help="tokens of a batch (default: what suits the device)")
     add("--max_length", type=int, default=512, help="tokens of query and document (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: %(default)s")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -54,41 +73,224 @@ def parse_args() -> argparse.Namespace:
     add("--token_false", help="T5-like models: word for not relevant")
     add("--threads", type=int, default=os.cpu_count(), help="of the search with --index (default: one a core)")
     args = parser.parse_args()
-    if min(args.top_k, args.batch_size, args.threads) < 1:
-        parser.error("--top_k, --batch_size and --threads are 1 or more")
+    if min(args.top_k, args.threads, args.batch_tokens or 1) < 1:
+        parser.error("--top_k, --threads and --batch_tokens are 1 or more")
+    if not args.run and not args.index:
+        parser.error("one of --run and --index is needed")
+    if args.interpolation_weight == "auto":
+        if not args.holdout or not args.index:
+            parser.error("--interpolation_weight auto needs --holdout, and --index to find their hits")
+    else:
+        with suppress(ValueError):
+            args.interpolation_weight = float(args.interpolation_weight)
+        if not isinstance(args.interpolation_weight, float) or not 0 <= args.interpolation_weight <= 1:
+            parser.error("--interpolation_weight is a number from 0 to 1, or auto")
     if bool(args.token_true) != bool(args.token_false):
         parser.error("--token_true and --token_false come together")
     return args
 
 
-def first_stage(args: argparse.Namespace, topics: Mapping[str, str]) -> dict[str, list[ScoredDoc]]:
-    if args.index:
-        import bm25
+class Processes:
+    """The processes of torchrun, or this one alone."""
 
-        searcher = bm25.open_index(args.index, args.corpus, args.threads)
-        hits_of = bm25.search(searcher, topics, max(args.top_k, FIRST_STAGE_HITS), args.threads)
-        run = {query_id: hits for query_id, hits in hits_of if hits}
-        if not run:
-            raise InputError(f"no query of {args.queries} has a hit in {args.index}")
-    else:
+    def __init__(self) -> None:
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+
+    def wait(self) -> None:
+        """For all to have come here."""
+        if self.count == 1:
+            return
+        import torch.distributed as distributed
+
+        if not distributed.is_initialized():  # one process may have much more to do than another
+            distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        distributed.barrier()
+
+
+def search(args: argparse.Namespace, topics: Mapping[str, str], top_k: int) -> dict[str, list[ScoredDoc]]:
+    import bm25
+
+    searcher = bm25.open_index(args.index, args.corpus, args.threads)
+    return {query_id: hits for query_id, hits in bm25.search(searcher, topics, top_k, args.threads) if hits}
+
+
+def first_stage(
+    args: argparse.Namespace, topics: Mapping[str, str], processes: Processes
+) -> dict[str, list[ScoredDoc]]:
+    if args.run:
         run = read_run(args.run, topics)
         if not run:
             raise InputError(f"{args.run} has hits for no query of {args.queries}; is it a run of other topics?")
-    if len(run) < len(topics):
+    else:
+        path = f"{args.output}.bm25.txt"
+        if processes.rank == 0:
+            run = search(args, topics, max(args.top_k, FIRST_STAGE_HITS))
+            if not run:
+                raise InputError(f"no query of {args.queries} has a hit in {args.index}")
+            write_run(path, (hit for hits in run.values() for hit in hits), tag="bm25")
+        processes.wait()
+        run = read_run(path, topics)
+    if len(run) < len(topics) and processes.rank == 0:
         warn(f"{len(topics) - len(run):,} of {len(topics):,} queries have no hits and will have no ranking")
     return {query_id: run[query_id] for query_id in topics if query_id in run}
 
 
-def blocks(run: Mapping[str, list[ScoredDoc]], top_k: int) -> Iterator[list[ScoredDoc]]:
-    """The documents to rerank, cut between queries into lists of about BLOCK."""
-    block: list[ScoredDoc] = []
+def read_holdout(
+    args: argparse.Namespace,
+) -> tuple[dict[str, str], dict[str, list[ScoredDoc]], list[Qrel]]:
+    """Topics, BM25 hits and judgements of the synthetic queries held out: each one's source document is relevant."""
+    rows = {f"holdout {row.line}": row for row in read_synthetic_queries(args.holdout) if row.question}
+    topics = {query_id: row.question for query_id, row in rows.items()}  # no id of a topic has a blank in it
+    hits = search(args, topics, args.top_k)
+    return topics, hits, [Qrel(query_id, row.doc_id, 1) for query_id, row in rows.items()]
+
+
+def cut(run: Mapping[str, list[ScoredDoc]], top_k: int) -> list[list[ScoredDoc]]:
+    """The documents to rerank in blocks of whole queries, of BLOCK pairs or more but for the last.
+
+    They are the same whatever the number of processes and wherever a run was stopped: so are the batches, and so is
+    each bit of a score.
+    """
+    blocks: list[list[ScoredDoc]] = [[]]
     for hits in run.values():
-        block += hits[:top_k]
-        if len(block) >= BLOCK:
-            yield block
-            block = []
-    if block:
-        yield block
+        if len(blocks[-1]) >= BLOCK:
+            blocks.append([])
+        blocks[-1] += hits[:top_k]
+    return blocks
+
+
+# --------------------------------------------------------------------------------------------------- scores on disk
+
+
+class Scores:
+    """The scores of blocks, on disk as soon as they are made: a file for each process, which reads those of all.
+
+    Their first lines say what they are the scores of; files of another model, run or setting are begun anew.
+    """
+
+    def __init__(self, output: str, settings: dict[str, Any], processes: Processes) -> None:
+        self.output, self.settings, self.processes = output, settings, processes
+        self.path = f"{output}.scores.{processes.rank}.jsonl"
+
+    def read(self) -> dict[int, list[float]]:
+        """The scores of the blocks that are finished, by block."""
+        found: dict[int, list[float]] = {}
+        for path in Path(os.path.dirname(self.output) or ".").glob(f"{os.path.basename(self.output)}.scores.*.jsonl"):
+            with path.open(encoding="utf-8") as file, suppress(ValueError):  # a kill may have torn the last line
+                if json.loads(file.readline() or "null") == self.settings:
+                    for line in file:
+                        row = json.loads(line)
+                        found[row["block"]] = row["scores"]
+        return found
+
+    def open(self) -> None:
+        """Begin to write, after every process has read."""
+        os.makedirs(os.path.dirname(self.output) or ".", exist_ok=True)
+        mine = open(self.path, "ab+")
+        repair_last_line(self.path)
+        mine.seek(0)
+        with suppress(ValueError):
+            if json.loads(mine.readline() or b"null") == self.settings:
+                self.file = mine
+                return
+        mine.truncate(0)
+        self.file = mine
+        self.write(self.settings)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json_line(row).encode())
+        self.file.flush()
+
+    def delete(self) -> None:
+        for path in Path(os.path.dirname(self.output) or ".").glob(f"{os.path.basename(self.output)}.scores.*.jsonl"):
+            path.unlink()
+
+
+def settings_of(args: argparse.Namespace, dtype: str, topics: Mapping[str, str], blocks: Any) -> dict[str, Any]:
+    """What scores depend on."""
+    pairs = hashlib.sha256()
+    for block in blocks:
+        for hit in block:
+            pairs.update(f"{topics[hit.query_id]}\t{hit.query_id}\t{hit.doc_id}\n".encode(errors="replace"))
+        pairs.update(b"\n")
+    files = [Path(args.corpus)]
+    if os.path.isdir(args.model):
+        files += sorted(path for path in Path(args.model).iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return {
+        "model": args.model,
+        "files": hashlib.sha256(repr(stamps).encode()).hexdigest(),
+        "pairs": pairs.hexdigest(),
+        "max_length": args.max_length,
+        "dtype": dtype,
+        "batch_tokens": args.batch_tokens,
+        "answers": [args.token_true, args.token_false],
+    }
+
+
+def read_tokens(args: argparse.Namespace, model: Any, wanted: set[str]) -> dict[str, Any]:
+    """The token ids of the wanted documents: each is tokenised once, however many queries it is a hit of."""
+    tokens: dict[str, Any] = {}
+    ids: list[str] = []
+    texts: list[str] = []
+
+    def flush() -> None:
+        tokens.update(zip(ids, model.tokenize(texts), strict=True))
+        ids.clear()
+        texts.clear()
+
+    for doc in read_collection(args.corpus, wanted, desc="Reading texts"):
+        ids.append(doc.doc_id)
+        texts.append(doc.text)
+        if len(ids) == TEXTS:
+            flush()
+    flush()
+    if absent := wanted - tokens.keys():
+        raise InputError(
+            f"{len(absent):,} of the {len(wanted):,} documents of {args.run or args.index} are not in "
+            f"{args.corpus} (one is {min(absent)}); the two must be of one collection"
+        )
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------- interpolation
+
+
+def standardise(values: Sequence[float]) -> list[float]:
+    """With mean 0 and standard deviation 1; all 0 where they do not differ."""
+    from statistics import fmean, pstdev
+
+    mean, deviation = fmean(values), pstdev(values)
+    return [(value - mean) / deviation if deviation else 0.0 for value in values]
+
+
+def interpolate(hits: list[ScoredDoc], scores: Mapping[str, float], weight: float) -> dict[str, float]:
+    """The reranker's and the first stage's scores of a query's documents, mixed.
+
+    A `weight` of 1 is the reranker alone, with its scores as they are.
+    """
+    if weight == 1.0:
+        return dict(scores)
+    both = [hit for hit in hits if hit.doc_id in scores]
+    new, old = standardise([scores[hit.doc_id] for hit in both]), standardise([hit.score for hit in both])
+    return {hit.doc_id: weight * a + (1 - weight) * b for hit, a, b in zip(both, new, old, strict=True)}
+
+
+def choose_weight(
+    run: Mapping[str, list[ScoredDoc]], scores: Mapping[str, Mapping[str, float]], qrels: list[Qrel]
+) -> float:
+    """The weight with the best nDCG@10 on the synthetic queries held out; of equals the one nearest to the reranker."""
+    import ranking
+
+    values = {}
+    for weight in WEIGHTS:
+        mixed = [hit for q, hits in run.items() for hit in ranking.rank(hits, interpolate(hits, scores[q], weight))]
+        values[weight] = round(ranking.means(ranking.per_query(qrels, mixed, 1))["nDCG@10"], 4)
+    best = max(WEIGHTS, key=lambda weight: (values[weight], weight))
+    curve = ", ".join(f"{weight:g}: {value:.4f}" for weight, value in values.items())
+    print(f"nDCG@10 of {len(qrels):,} held-out synthetic queries by weight: {curve}", file=sys.stderr)
+    return best
 
 
 def compare(qrels: list[Qrel], before: list[ScoredDoc], after: list[ScoredDoc], threshold: int) -> str:
@@ -112,19 +314,15 @@ def compare(qrels: list[Qrel], before: list[ScoredDoc], after: list[ScoredDoc], 
 
 def main() -> None:
     args = parse_args()
+    processes = Processes()
     topics = read_topics(args.queries)
     qrels = [qrel for qrel in read_qrels(args.qrels) if qrel.query_id in topics] if args.qrels else []
     if args.qrels and not qrels:
         raise InputError(f"{args.qrels} judges no query of {args.queries}; are they of another collection?")
-    run = first_stage(args, topics)
-
-    wanted = {hit.doc_id for hits in run.values() for hit in hits[: args.top_k]}
-    texts = read_texts(args.corpus, wanted, desc="Reading texts")
-    if absent := wanted - texts.keys():
-        raise InputError(
-            f"{len(absent):,} of the {len(wanted):,} documents of {args.run or args.index} are not in "
-            f"{args.corpus} (one is {min(absent)}); the two must be of one collection"
-        )
+    run = first_stage(args, topics, processes)
+    held_topics, held_run, held_qrels = {}, {}, []
+    if args.interpolation_weight == "auto":
+        held_topics, held_run, held_qrels = read_holdout(args)
 
     from tqdm import tqdm
 
@@ -132,25 +330,49 @@ def main() -> None:
     from ranking import rank
 
     answers = (args.token_true, args.token_false) if args.token_true else None
-    model = models.load_model(
-        args.model, max_length=args.max_length, device=args.device, dtype=args.dtype, answers=answers
-    )
-    scores: dict[str, dict[str, float]] = {}
-    pairs = sum(min(len(hits), args.top_k) for hits in run.values())
-    with tqdm(desc="Reranking", total=pairs, unit=" pairs") as bar:
-        for block in blocks(run, args.top_k):
-            scored = model.score([(topics[hit.query_id], texts[hit.doc_id]) for hit in block])
-            for hit, score in zip(block, scored.tolist(), strict=True):
-                scores.setdefault(hit.query_id, {})[hit.doc_id] = score
-            bar.update(len(block))
-    reranked = [hit for query_id, hits in run.items() for hit in rank(hits, scores[query_id])]
+    device = args.device or models.default_device(processes.local_rank)
+    model = models.load_model(args.model, max_length=args.max_length, device=device, dtype=args.dtype, answers=answers)
+    model.batch_tokens = args.batch_tokens
+
+    texts_of = {**held_topics, **topics}
+    blocks = cut({**held_run, **run}, args.top_k)
+    scores = Scores(args.output, settings_of(args, str(model.model.dtype), texts_of, blocks), processes)
+    done = scores.read()
+    processes.wait()
+    scores.open()
+    mine = [i for i in range(len(blocks)) if i % processes.count == processes.rank]
+    todo = [i for i in mine if i not in done]
+    documents = read_tokens(args, model, {hit.doc_id for i in todo for hit in blocks[i]}) if todo else {}
+    total = sum(len(blocks[i]) for i in mine)
+    left = sum(len(blocks[i]) for i in todo)
+    with tqdm(desc="Reranking", total=total, initial=total - left, unit=" pairs", disable=processes.rank > 0) as bar:
+        for i in todo:
+            ids = list(dict.fromkeys(hit.query_id for hit in blocks[i]))
+            queries = dict(zip(ids, model.tokenize_queries([texts_of[query_id] for query_id in ids]), strict=True))
+            scored = model.score_tokens([(queries[hit.query_id], documents[hit.doc_id]) for hit in blocks[i]])
+            scores.write({"block": i, "scores": scored.tolist()})
+            bar.update(len(blocks[i]))
+    processes.wait()
+    if processes.rank > 0:
+        return
+
+    by_query: dict[str, dict[str, float]] = {}
+    for i, values in scores.read().items():
+        for hit, value in zip(blocks[i], values, strict=True):
+            by_query.setdefault(hit.query_id, {})[hit.doc_id] = value
+    weight = choose_weight(held_run, by_query, held_qrels) if held_run else args.interpolation_weight
+    weight = 1.0 if weight == "auto" else weight  # no query held out has a hit
+    reranked = [hit for q, hits in run.items() for hit in rank(hits, interpolate(hits, by_query[q], weight))]
     write_run(args.output, reranked, tag="inpars")
-    print(f"{args.output}: {len(run):,} queries, {pairs:,} documents reranked", file=sys.stderr)
+    scores.delete()
+    pairs = sum(min(len(hits), args.top_k) for hits in run.values())
+    mixed = "" if weight == 1 else f", weight {weight:g} beside the first stage's {1 - weight:g}"
+    print(f"{args.output}: {len(run):,} queries, {pairs:,} documents reranked{mixed}", file=sys.stderr)
 
     if args.qrels:
         before = [hit for hits in run.values() for hit in hits]
         judged = len({qrel.query_id for qrel in qrels})
-        print(f"{judged:,} judged queries, first {args.top_k} documents reranked by {args.model}\n")
+        print(f"{judged:,} judged queries, first {args.top_k} documents reranked by {args.model}{mixed}\n")
         print(compare(qrels, before, reranked, args.relevance_threshold))
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SUBJECTS, ok, run, sentence
+from conftest import ROOT, SUBJECTS, ok, rows, run, save_t5, sentence, write_rows
+
+from formats import Qrel, ScoredDoc
+from rerank import choose_weight, interpolate
 
 DEV_FILES = {"--queries": "topics.tsv", "--qrels": "qrels.txt", "--run": "run.txt", "--corpus": "collection.tsv"}
 
@@ -145,6 +149,134 @@ def test_two_processes_train_as_one_does(separable: Path, tiny_t5: Path, tmp_pat
     assert "cannot be shared among 2 processes" in done.stderr
 
 
+# --------------------------------------------------------------------------- a run that is shared, stopped and goes on
+
+
+@pytest.fixture(scope="session")
+def long_run(separable: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """1,000 queries of 20 documents each: 77 blocks of 260 pairs."""
+    folder = tmp_path_factory.mktemp("long")
+    topics = [line.split("\t") for line in (separable / "topics.tsv").read_text().splitlines()]
+    hits = [line.split() for line in (separable / "run.txt").read_text().splitlines()]
+    with (folder / "topics.tsv").open("w") as file:
+        file.writelines(f"{q}-{i}\t{text} {i}\n" for i in range(100) for q, text in topics)
+    with (folder / "run.txt").open("w") as file:
+        file.writelines(" ".join([f"{hit[0]}-{i}", *hit[1:]]) + "\n" for i in range(100) for hit in hits)
+    files = ["--queries", folder / "topics.tsv", "--run", folder / "run.txt"]
+    return [*files, "--corpus", separable / "collection.tsv", "--max_length", 64]
+
+
+def blocks(scores: Path) -> int:
+    return max(0, scores.read_bytes().count(b"\n") - 1) if scores.exists() else 0
+
+
+def kill_after(command: list[object], scores: Path, finished: int) -> None:
+    """Start a run and kill it when so many of its blocks are finished."""
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and blocks(scores) < finished:
+        pass
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_kills_do_not_change_a_run(long_run: list[object], tiny_t5: Path, tmp_path: Path) -> None:
+    """SIGKILL after some blocks, several times over. `KILLS=20 bash run_tests.sh -k kills` for more."""
+    ok(run("rerank.py", "--model", tiny_t5, *long_run, "--output", tmp_path / "whole.txt"))
+    scores = tmp_path / "run.txt.scores.0.jsonl"
+    args = ["--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"]
+    for kill in range(int(os.environ.get("KILLS", 3))):
+        kill_after([sys.executable, ROOT / "rerank.py", *args], scores, blocks(scores) + 1)
+        assert not (tmp_path / "run.txt").exists()
+        if kill % 2:
+            with scores.open("a") as file:
+                file.write('{"block": 99, "scor')  # torn
+    finished = blocks(scores)
+    done = ok(run("rerank.py", *args))
+    assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
+    assert not scores.exists()
+    percent = int(re.search(r"Reranking: +([0-9]+)%", done.stderr)[1])  # where it began
+    assert percent >= int(100 * finished / 79) > 0
+
+
+def test_scores_of_another_model_are_not_taken_over(
+    separable: Path, long_run: list[object], tiny_t5: Path, tmp_path: Path
+) -> None:
+    other = save_t5(tmp_path / "other", (separable / "triples.tsv").read_text().splitlines()[:50])
+    for model, name in ((tiny_t5, "one.txt"), (other, "two.txt")):
+        ok(run("rerank.py", "--model", model, *long_run, "--output", tmp_path / name))
+    assert (tmp_path / "one.txt").read_bytes() != (tmp_path / "two.txt").read_bytes()
+    command = [sys.executable, ROOT / "rerank.py", "--model", other, *long_run, "--output", tmp_path / "run.txt"]
+    kill_after(command, tmp_path / "run.txt.scores.0.jsonl", 5)
+    ok(run("rerank.py", "--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"))
+    assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "one.txt").read_bytes()
+
+
+def test_two_processes_write_the_run_of_one(long_run: list[object], tiny_t5: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    args = ["--model", tiny_t5, *long_run]
+    one = [sys.executable, ROOT / "rerank.py", *args, "--output", tmp_path / "one.txt"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    two = [*torchrun, ROOT / "rerank.py", *args, "--output", tmp_path / "two.txt"]
+    for command in (one, two):
+        done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one.txt").read_bytes() == (tmp_path / "two.txt").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.txt", "two.txt"]
+
+
+# -------------------------------------------------------------------------------------------------------- interpolation
+
+
+def test_mixed_scores() -> None:
+    hits = [ScoredDoc("q", "a", 30.0), ScoredDoc("q", "b", 20.0), ScoredDoc("q", "c", 10.0), ScoredDoc("q", "d", 5.0)]
+    scores = {"a": -3.0, "b": -1.0, "c": -2.0}  # d was not reranked
+    assert interpolate(hits, scores, 1.0) == scores
+    step = (3 / 2) ** 0.5  # three values at equal distances, standardised
+    assert interpolate(hits, scores, 0.0) == pytest.approx({"a": step, "b": 0, "c": -step})
+    assert interpolate(hits, scores, 0.5) == pytest.approx({"a": 0, "b": step / 2, "c": -step / 2})
+    assert interpolate(hits[:1], {"a": -3.0}, 0.5) == {"a": 0.0}  # nothing to compare with
+
+
+def test_the_weight_is_chosen_where_the_source_documents_come_first() -> None:
+    run = {q: [ScoredDoc(q, "a", 3.0), ScoredDoc(q, "b", 2.0), ScoredDoc(q, "c", 1.0)] for q in ("1", "2")}
+    against = {q: {"a": -3.0, "b": -2.0, "c": -1.0} for q in run}
+    source = [Qrel("1", "a", 1), Qrel("2", "a", 1)]
+    assert choose_weight(run, against, source) == 0.4  # up to here the first stage's order holds
+    assert choose_weight(run, against, [Qrel("1", "c", 1), Qrel("2", "c", 1)]) == 1.0
+
+
+def test_auto_interpolation_uses_the_queries_held_out(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    collection = separable / "collection.tsv"
+    texts = dict(line.split("\t") for line in collection.read_text().splitlines())
+    data = [
+        {"doc_id": i, "doc_text": text, "question": " ".join(text.split()[2:6]), "log_probs": [-1.0]}
+        for i, text in list(texts.items())[::5]
+    ]
+    queries = write_rows(tmp_path / "queries.jsonl", data)
+    mining = ["--input", queries, "--output", tmp_path / "t.tsv", "--output_ids", tmp_path / "ids.tsv"]
+    index = ["--corpus", collection, "--index", tmp_path / "index"]
+    ok(run("generate_triples_train.py", *mining, *index, "--holdout", 10))
+    held = rows(tmp_path / "t.tsv.holdout.jsonl")
+    assert len(held) == 10
+    lines = {int(line.split("\t")[0]) for line in (tmp_path / "ids.tsv").read_text().splitlines()}
+    assert lines == set(range(len(data))) - {data.index(row) for row in held}  # and no triple is of those
+    too_many = run("generate_triples_train.py", *mining, *index, "--holdout", len(data))
+    assert "leaves none" in sentence(too_many)
+
+    files = ["--model", tiny_t5, "--queries", separable / "topics.tsv", *index, "--qrels", separable / "qrels.txt"]
+    mixing = ["--interpolation_weight", "auto", "--holdout", tmp_path / "t.tsv.holdout.jsonl", "--top_k", 20]
+    done = ok(run("rerank.py", *files, *mixing, "--output", tmp_path / "auto.txt", "--max_length", 64))
+    assert "nDCG@10 of 10 held-out synthetic queries by weight: 0: " in done.stderr
+    weight = re.search(r"weight ([0-9.]+) beside the first stage's", done.stdout)[1]
+    fixed = ["--interpolation_weight", weight, "--top_k", 20, "--output", tmp_path / "fixed.txt", "--max_length", 64]
+    ok(run("rerank.py", *files, *fixed))
+    assert (tmp_path / "auto.txt").read_bytes() == (tmp_path / "fixed.txt").read_bytes()
+    first = (tmp_path / "fixed.txt.bm25.txt").read_text().splitlines()
+    assert first[0].split()[5] == "bm25"
+    assert "needs --holdout" in sentence(run("rerank.py", *files, *mixing[:2], "--output", tmp_path / "x"), 2)
+    assert "from 0 to 1" in sentence(run("rerank.py", *files, *mixing[:1], "2", "--output", tmp_path / "x"), 2)
+
+
 # ------------------------------------------------------------------------------------------------ one sentence each
 
 
@@ -195,6 +327,6 @@ def test_usage_errors(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     no_triples = run("train_t5.py", "--triples_train", tmp_path / "t.tsv", "--output_dir", output)
     assert "t.tsv: not one usable line" in sentence(no_triples)
     args = ["--queries", separable / "topics.tsv", "--corpus", separable / "collection.tsv", "--output", tmp_path / "o"]
-    assert "one of the arguments --run --index" in sentence(run("rerank.py", "--model", tiny_t5, *args), 2)
+    assert "one of --run and --index is needed" in sentence(run("rerank.py", "--model", tiny_t5, *args), 2)
     no_model = run("rerank.py", "--model", tmp_path / "absent", *args, "--run", separable / "run.txt")
     assert "cannot load the model" in sentence(no_model)
