@@ -70,7 +70,8 @@ step "$WORK/filtered.jsonl" "$PYTHON" filter_queries_by_score.py --input "$WORK/
     --output "$WORK/filtered.jsonl" --top_k 500 --scoring_function mean_log_probs --plot "$WORK/scores.png"
 
 step "$WORK/triples.tsv" "$PYTHON" generate_triples_train.py --input "$WORK/filtered.jsonl" --output "$WORK/triples.tsv" \
-    --output_ids "$WORK/triples.ids.tsv" --corpus "$WORK/collection.tsv" --index "$WORK/index" --max_hits 100
+    --output_ids "$WORK/triples.ids.tsv" --corpus "$WORK/collection.tsv" --index "$WORK/index" --max_hits 100 \
+    --holdout 100
 
 step "$MODEL/config.json" "$PYTHON" train_t5.py --base_model "$BASE_MODEL" --triples_train "$WORK/triples.tsv" \
     --output_dir "$MODEL" --epochs 2 --learning_rate 2e-4 --gradient_accumulation_steps 2 --max_length 128 \
@@ -78,4 +79,5 @@ step "$MODEL/config.json" "$PYTHON" train_t5.py --base_model "$BASE_MODEL" --tri
 
 echo
 show "$PYTHON" rerank.py --model "$MODEL" --queries "$WORK/topics.tsv" --corpus "$WORK/collection.tsv" \
-    --index "$WORK/index" --qrels "$WORK/qrels.txt" --output "$WORK/run.txt" --top_k 20 --max_length 128
+    --index "$WORK/index" --qrels "$WORK/qrels.txt" --output "$WORK/run.txt" --top_k 20 --max_length 128 \
+    --interpolation_weight auto --holdout "$WORK/triples.tsv.holdout.jsonl"

@@ -61,7 +61,6 @@ def parse_args() -> argparse.Namespace:
         default=16,
         help="batches a step, shared among the processes of torchrun (default: %(default)s)",
     )
-    add("--per_device_eval_batch_size", type=int, default=16, help="default: %(default)s")
     add("--learning_rate", type=float, default=3e-4, help="constant (default: %(default)s)")
     add("--warmup_steps", type=int, default=0, help="steps of linear rise to it (default: %(default)s)")
     add("--weight_decay", type=float, default=5e-5, help="not on biases and norms (default: %(default)s)")
