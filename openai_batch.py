@@ -85,8 +85,13 @@ class Batches:
             api_key=args.key or "none", base_url=url, max_retries=MAX_RETRIES, timeout=args.timeout
         )
         try:
-            for batch in [b for b in self.open if not b.get("batch_id")]:  # a kill came between two steps
-                self.submit(batch, resumed=True)
+            for batch in [b for b in self.open if "batch_id" not in b]:  # a kill came between two steps
+                if args.batch_cancel and self.find(batch) is None:
+                    self.open.remove(batch)
+                    self.save()
+                    os.remove(self.file_of(batch, "requests"))
+                else:
+                    self.submit(batch, resumed=True)
             if args.batch_cancel:
                 for batch in self.open:
                     with suppress(openai.ConflictError, openai.BadRequestError):  # it has ended meanwhile
@@ -178,7 +183,7 @@ class Batches:
 
     def find(self, batch: dict[str, Any]) -> str | None:
         """The id of the batch that was made of this one's file, if the server has one. It lists the newest first."""
-        for known in self.client.batches.list(limit=100):
+        for known in self.client.batches.list(limit=100) if "input_file_id" in batch else ():
             if known.input_file_id == batch["input_file_id"]:
                 return known.id
             if known.created_at < batch["uploaded_at"] - 3600:

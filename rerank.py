@@ -14,6 +14,7 @@ OUTPUT.scores.*.jsonl: killed at any moment, the same command goes on where it w
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import os
@@ -176,7 +177,7 @@ class Scores:
     def read(self) -> dict[int, list[float]]:
         """The scores of the blocks that are finished, by block."""
         found: dict[int, list[float]] = {}
-        for path in Path(os.path.dirname(self.output) or ".").glob(f"{os.path.basename(self.output)}.scores.*.jsonl"):
+        for path in self.files():
             with path.open(encoding="utf-8") as file, suppress(ValueError):  # a kill may have torn the last line
                 if json.loads(file.readline() or "null") == self.settings:
                     for line in file:
@@ -202,8 +203,12 @@ class Scores:
         self.file.write(json_line(row).encode())
         self.file.flush()
 
+    def files(self) -> list[Path]:
+        output = Path(self.output)
+        return list(output.parent.glob(f"{glob.escape(output.name)}.scores.*.jsonl"))
+
     def delete(self) -> None:
-        for path in Path(os.path.dirname(self.output) or ".").glob(f"{os.path.basename(self.output)}.scores.*.jsonl"):
+        for path in self.files():
             path.unlink()
 
 

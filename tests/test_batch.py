@@ -71,6 +71,31 @@ def test_a_kill_at_any_step_submits_nothing_twice(collection: Path, openai_serve
     assert not [name for name in names(collection) if ".batch-" in name]
 
 
+@pytest.mark.parametrize("moment", ["upload", "create"])
+def test_cancel_after_a_kill_submits_nothing(collection: Path, openai_server: StandIn, moment: str) -> None:
+    reached, killed = threading.Event(), threading.Event()
+
+    def step(name: str) -> None:
+        if name == moment and not killed.is_set():
+            reached.set()
+            killed.wait(60)
+
+    openai_server.step = step
+    process = start(collection, openai_server.url, *QUICK)
+    assert reached.wait(60)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    killed.set()
+    ok(generate(collection, openai_server.url, "--batch_cancel", "--batch_poll", 0.05))
+    assert len(openai_server.batches) == (0 if moment == "upload" else 1)
+    assert len(written(collection)) == (1 if moment == "upload" else 10)
+    assert not [name for name in names(collection) if ".batch-" in name]
+    ok(generate(collection, openai_server.url, *QUICK))
+    assert set(written(collection)) == EVERY
+    assert set(asked(openai_server).values()) == {1}
+
+
 def test_a_submission_whose_answer_is_lost_is_found_again(collection: Path, openai_server: StandIn) -> None:
     """The connection breaks after the server made the batch: it is looked for in the server's list first."""
     lost = []
