@@ -32,7 +32,7 @@ from itertools import islice
 from typing import Any
 
 from engine import INSTEAD, SLOT, Engine, retired
-from formats import Doc, InputError, read_collection, read_synthetic_queries, run_script, warn
+from formats import Doc, InputError, read_collection, read_synthetic_queries, run_script
 from generation_output import Output
 from openai_batch import Batches
 from openai_concurrent import Generation
@@ -252,7 +252,8 @@ def main() -> None:
         file=sys.stderr,
     )
     if failed:
-        warn(f"{args.output}.errors.jsonl says why; --retry_errors tries those again")
+        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in output.reasons().most_common(3))
+        print(f"most failed for: {reasons}; --retry_errors tries them again", file=sys.stderr)
     if stopped:
         raise stopped
     if not output.done and not output.answers:

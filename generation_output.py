@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
@@ -112,6 +113,14 @@ class Output:
             self.errors = self.errors or open(f"{self.path}.errors.jsonl", "ab", buffering=0)
             self.write(self.errors, row)
         self.count(usage)
+
+    def reasons(self) -> Counter[str]:
+        """Why documents have no query, and how many for each reason."""
+        if self.path is None or not os.path.exists(f"{self.path}.errors.jsonl"):
+            return Counter()
+        with open(f"{self.path}.errors.jsonl", encoding="utf-8") as file:
+            last = {row["doc_id"]: row["reason"][:80] for row in map(json.loads, file)}
+        return Counter(last.values())
 
     def count(self, usage: Usage) -> None:
         self.usage, self.usage_now = self.usage.plus(usage), self.usage_now.plus(usage)

@@ -339,6 +339,7 @@ def test_what_goes_wrong_with_one_document_stays_with_it(
     assert set(errors(collection)) == {"d7"}
     assert reason in errors(collection)["d7"]
     assert "19 of 20 documents have one, 1 failed, 0 are left" in done.stderr
+    assert f"most failed for: {errors(collection)['d7'][:80]} (1)" in done.stderr
     assert len(openai_server.requests) == 19 + requests
     openai_server.requests.clear()
     openai_server.fault = lambda request: None
