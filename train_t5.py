@@ -8,11 +8,12 @@ Writes  into --output_dir the model, checkpoint-N folders, results.csv (a row an
         --qrels data/msmarco/qrels.dl20-passage.txt --run data/msmarco/run.dl20.bm25.txt --relevance_threshold 2 \\
         --output_dir data/msmarco --save_every_n_steps 156 --eval_steps 156
 
-On two GPUs, with the same 128 examples a step:  torchrun --nproc_per_node=2 train_t5.py ...
+On two GPUs, with the same 128 examples a step:  torchrun --nproc_per_node=2 -- train_t5.py ...
 After a kill, the same command with --resume_from_checkpoint goes on from the last whole checkpoint.
 
 The base model's config decides what is trained: T5, mT5, Flan-T5 become monoT5, an encoder becomes a cross-encoder.
-The settings are the paper's (arXiv 2202.05144, with the learning rate of its released scripts).
+The settings are the paper's (arXiv 2202.05144, with the learning rate of its released scripts). Any further flag is one
+of transformers.TrainingArguments: --gradient_checkpointing True, --optim adafactor, --deepspeed zero2.json, ...
 """
 
 import argparse
@@ -21,7 +22,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from formats import (
     InputError,
@@ -38,8 +39,25 @@ from formats import (
 )
 
 
+def read_trainer_flags(parser: argparse.ArgumentParser, flags: list[str]) -> dict[str, Any]:
+    """Any further flag is one of transformers.TrainingArguments, and passes through to it."""
+    if not flags:
+        return {}
+    from transformers import HfArgumentParser, TrainingArguments
+
+    known, unknown = HfArgumentParser(TrainingArguments, allow_abbrev=False).parse_args_into_dataclasses(
+        ["--output_dir", "unused", *flags], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"{unknown[0]} is neither a flag of this script nor one of transformers.TrainingArguments")
+    names = [flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")]
+    return {name: getattr(known, name) for name in names}
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--base_model", default="t5_base", help="folder, hub name, or t5_SIZE (default: %(default)s)")
     add("--triples_train", required=True, help="training triples")
@@ -77,7 +95,8 @@ def parse_args() -> argparse.Namespace:
         const="last",
         help="go on from this checkpoint; without a value, from the last whole one in --output_dir",
     )
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
+    args.trainer = read_trainer_flags(parser, more)
     dev = [args.queries, args.qrels, args.run, args.corpus]
     if any(dev[:3]) and not all(dev):
         parser.error("evaluation needs all of --queries, --qrels, --run and --corpus")
@@ -179,19 +198,18 @@ def write_figures(args: argparse.Namespace, history: list[dict], first_stage: di
 
 
 def main() -> None:
+    world = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    if world == 1:  # without torchrun the Trainer would split batches over all GPUs it sees, and make them larger
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     args = parse_args()
     checkpoint = find_checkpoint(args)
     dev = read_dev(args) if args.evaluate else None
     triples = Triples(args.triples_train)
-    world = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if args.gradient_accumulation_steps % world:
         raise InputError(
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be shared among {world} "
             f"processes; choose a multiple of {world}"
         )
-    if world == 1:  # without torchrun the Trainer would split batches over all GPUs it sees, and make them larger
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-
     import torch
     from accelerate.utils import gather_object
     from transformers import Trainer, TrainingArguments, set_seed
@@ -231,29 +249,31 @@ def main() -> None:
     reranker.model.accepts_loss_kwargs = False
     examples_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps = max(1, int(args.epochs * 2 * len(triples) / examples_a_step)) if args.max_steps < 1 else args.max_steps
+    settings = {
+        "output_dir": args.output_dir,
+        "max_steps": steps,
+        "per_device_train_batch_size": args.per_device_train_batch_size // 2,  # triples, of two examples each
+        "gradient_accumulation_steps": args.gradient_accumulation_steps // world,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": args.warmup_steps,
+        "weight_decay": args.weight_decay,
+        "bf16": args.bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "eval_strategy": "steps" if dev else "no",
+        "eval_steps": args.eval_steps,
+        "save_steps": args.save_every_n_steps,
+        "logging_steps": args.logging_steps,
+        "seed": args.seed,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": False,  # which transformers would take our quieter log level to mean
+        **args.trainer,
+    }
     trainer = RerankerTrainer(
         model=reranker.model,
         processing_class=reranker.tokenizer,  # saved beside the model
-        args=TrainingArguments(
-            output_dir=args.output_dir,
-            max_steps=steps,
-            per_device_train_batch_size=args.per_device_train_batch_size // 2,  # triples, of two examples each
-            gradient_accumulation_steps=args.gradient_accumulation_steps // world,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=args.warmup_steps,
-            weight_decay=args.weight_decay,
-            bf16=args.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            eval_strategy="steps" if dev else "no",
-            eval_steps=args.eval_steps,
-            save_steps=args.save_every_n_steps,
-            logging_steps=args.logging_steps,
-            seed=args.seed,
-            remove_unused_columns=False,
-            report_to="none",
-            disable_tqdm=False,  # which transformers would take our quieter log level to mean
-        ),
+        args=TrainingArguments(**settings),
         train_dataset=triples,
         eval_dataset=list(dev.run) if dev else None,
         data_collator=reranker.collate,

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, SUBJECTS, ok, rows, run, save_t5, sentence, write_rows
 
 from formats import Qrel, ScoredDoc
@@ -122,9 +123,19 @@ def test_a_kill_and_going_on(separable: Path, tiny_t5: Path, tmp_path: Path) -> 
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_further_flags_are_the_trainers(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    quick = ["--max_steps", 2, "--gradient_accumulation_steps", 1]
+    more = ["--optim", "adafactor", "--gradient_checkpointing", "True", "--save_total_limit=1", "--save_steps", 1]
+    ok(train(separable, tiny_t5, tmp_path / "model", *quick, *more))
+    [checkpoint] = (tmp_path / "model").glob("checkpoint-*")  # of two, as the flag asks
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert any("exp_avg_sq_row" in values for values in state["state"].values())  # Adafactor's alone
+    unknown = train(separable, tiny_t5, tmp_path / "none", *quick, "--learning_rat", 1)
+    assert "--learning_rat is neither a flag of this script nor one of" in sentence(unknown, 2)
+
+
 def test_two_processes_train_as_one_does(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     """torchrun: the accumulation is shared, so that a step has the same examples; the run to rerank is shared too."""
-    import torch
     from safetensors.torch import load_file
 
     args = ["--base_model", tiny_t5, "--triples_train", separable / "triples.tsv", "--max_length", 64, "--max_steps", 4]
