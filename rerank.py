@@ -66,6 +66,7 @@ def parse_args() -> argparse.Namespace:
         help="of the reranker's score beside the first stage's, standardised; auto: chosen on --holdout (default: 1)",
     )
     add("--holdout", help="synthetic queries that training did not see, from generate_triples_train.py --holdout")
+    add("--dry_run", action="store_true", help="write nothing: count the tokens, estimate the time from three blocks")
     add("--batch_tokens", type=int, help="tokens of a batch (default: what suits the device)")
     add("--max_length", type=int, default=512, help="tokens of query and document (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: %(default)s")
@@ -123,6 +124,8 @@ def first_stage(
         run = read_run(args.run, topics)
         if not run:
             raise InputError(f"{args.run} has hits for no query of {args.queries}; is it a run of other topics?")
+    elif args.dry_run:
+        run = search(args, topics, args.top_k)
     else:
         path = f"{args.output}.bm25.txt"
         if processes.rank == 0:
@@ -259,6 +262,33 @@ def read_tokens(args: argparse.Namespace, model: Any, wanted: set[str]) -> dict[
     return tokens
 
 
+def project(model: Any, blocks: list[list[ScoredDoc]], queries: Mapping[str, Any], documents: Mapping[str, Any]) -> str:
+    """What scoring all blocks would take, from the tokens of all and the time of three."""
+    import time
+
+    def pairs_of(block: list[ScoredDoc]) -> list[tuple[Any, Any]]:
+        return [(queries[hit.query_id], documents[hit.doc_id]) for hit in block]
+
+    empty = (*model.tokenize_queries([""]), *model.tokenize([""]))
+    around = len(model.join(*empty)[0]) - sum(map(len, empty))  # tokens that the model adds to a pair
+
+    def tokens_of(block: list[ScoredDoc]) -> int:
+        return sum(min(model.max_length, around + len(query) + len(text)) for query, text in pairs_of(block))
+
+    model.score_tokens(pairs_of(blocks[0][:8]))  # what the first call sets up is not counted
+    sample = [blocks[i] for i in sorted({0, len(blocks) // 2, len(blocks) - 1})]
+    started = time.monotonic()
+    for block in sample:
+        model.score_tokens(pairs_of(block))
+    seconds = time.monotonic() - started
+    tokens, pairs = sum(map(tokens_of, blocks)), sum(map(len, blocks))
+    hours = seconds * tokens / sum(map(tokens_of, sample)) / 3600
+    return (
+        f"{len(queries):,} queries, {pairs:,} pairs, {tokens:,} tokens ({tokens / pairs:.0f} a pair); about "
+        f"{hours:.2f} hours on one {model.model.device.type}, {pairs / hours / 3600:,.1f} pairs a second"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- interpolation
 
 
@@ -341,6 +371,11 @@ def main() -> None:
 
     texts_of = {**held_topics, **topics}
     blocks = cut({**held_run, **run}, args.top_k)
+    if args.dry_run:
+        queries = dict(zip(texts_of, model.tokenize_queries(list(texts_of.values())), strict=True))
+        documents = read_tokens(args, model, {hit.doc_id for block in blocks for hit in block})
+        print(project(model, blocks, queries, documents))
+        return
     scores = Scores(args.output, settings_of(args, str(model.model.dtype), texts_of, blocks), processes)
     done = scores.read()
     processes.wait()

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, SUBJECTS, ok, rows, run, save_t5, sentence, write_rows
 
 from formats import Qrel, ScoredDoc
+from models import load_model
 from rerank import choose_weight, interpolate
 
 DEV_FILES = {"--queries": "topics.tsv", "--qrels": "qrels.txt", "--run": "run.txt", "--corpus": "collection.tsv"}
@@ -233,6 +234,18 @@ def test_two_processes_write_the_run_of_one(long_run: list[object], tiny_t5: Pat
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "one.txt").read_bytes() == (tmp_path / "two.txt").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.txt", "two.txt"]
+
+
+def test_a_dry_run_counts_and_writes_nothing(long_run: list[object], tiny_t5: Path, tmp_path: Path) -> None:
+    done = ok(run("rerank.py", "--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt", "--dry_run"))
+    assert not list(tmp_path.iterdir())
+    files = {flag: path for flag, path in zip(long_run[::2], long_run[1::2], strict=True)}
+    topics = dict(line.split("\t") for line in files["--queries"].read_text().splitlines())
+    texts = dict(line.split("\t") for line in files["--corpus"].read_text().splitlines())
+    model = load_model(str(tiny_t5), max_length=64)
+    hits = [line.split() for line in files["--run"].read_text().splitlines()]
+    tokens = sum(len(model.encode(topics[hit[0]], texts[hit[2]])["input_ids"]) for hit in hits)
+    assert f"1,000 queries, 20,000 pairs, {tokens:,} tokens" in done.stdout
 
 
 # -------------------------------------------------------------------------------------------------------- interpolation
