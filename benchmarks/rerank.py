@@ -1,7 +1,7 @@
 """Pairs a second of rerank.py's models beside other packages': the same weights, the same pairs, one run.
 
-    pip install --no-deps inpars rerankers pyterrier-t5 python-terrier pyterrier-alpha sentence-transformers
-    pip install pandas ir_datasets sentencepiece deprecated
+    pip install --no-deps inpars rerankers pyterrier-t5 pyterrier pyterrier-alpha sentence-transformers
+    pip install pandas ir_datasets sentencepiece deprecated lz4
     python benchmarks/rerank.py --tokenizer tokenizer.json --queries topics.tsv --corpus collection.tsv
 
 Needs T5's own vocabulary (`--tokenizer`, from any T5 on the Hugging Face hub): the weights are drawn at random in T5's
