@@ -206,7 +206,8 @@ class Engine:
         if sent[name] != self.parameters.get(name):  # an answer that came before this one said so already
             return True
         value = self.parameters[name]
-        if name in UNREASONED and self.api == "chat" and not {"reasoning_effort"} & {*self.parameters, *self.refused}:
+        said = "reasoning_effort" in self.parameters or "reasoning_effort" in self.refused
+        if name in UNREASONED and self.api == "chat" and not said:
             self.parameters["reasoning_effort"] = "none"
             warn(f"{self.name} refuses {name}; with reasoning_effort none it may give it")
             return True

@@ -231,17 +231,15 @@ def read_collection(path: str, wanted: Collection[str] | None = None, desc: str 
         InputError: no usable line, or an id of `wanted` on two lines with different texts.
     """
     seen: dict[str, int] = {}
-    count = 0
     for _, (doc_id, text) in _records(path, _id_and_text, _TEXTS, desc):
         if wanted is None:
             yield Doc(doc_id, text)
         elif doc_id in wanted:
-            before = seen.setdefault(doc_id, hash(text))
-            if before != hash(text):
-                raise InputError(f"{path}: the id {doc_id} stands on two lines with different texts; keep one of them")
-            if len(seen) > count:  # a line that is there twice is one document
-                count += 1
+            if doc_id not in seen:  # a line that is there twice is one document
+                seen[doc_id] = hash(text)
                 yield Doc(doc_id, text)
+            elif seen[doc_id] != hash(text):
+                raise InputError(f"{path}: the id {doc_id} stands on two lines with different texts; keep one of them")
 
 
 def read_texts(path: str, wanted: Collection[str], desc: str | None = None) -> dict[str, str]:

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -196,7 +197,7 @@ class Batches:
         """Wait for the batches under way and collect each that ends. Returns what kept documents from an answer."""
         from tqdm import tqdm
 
-        reasons: dict[str, int] = {}
+        reasons: Counter[str] = Counter()
         total = sum(len(batch["doc_ids"]) for batch in self.open)
         ended = 0  # requests of batches that were collected
         with tqdm(desc="Waiting for batches", total=total, unit=" docs") as bar:
@@ -217,7 +218,7 @@ class Batches:
                     time.sleep(self.args.batch_poll)
         return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items()) or "no reason given"
 
-    def collect(self, batch: dict[str, Any], ended: Any, reasons: dict[str, int]) -> None:
+    def collect(self, batch: dict[str, Any], ended: Any, reasons: Counter[str]) -> None:
         """Take in the answers of a batch that has ended, however it did."""
         path = self.file_of(batch, "results")
         with whole_file(path, "wb") as file:
@@ -241,9 +242,9 @@ class Batches:
                     f"{self.server} did not accept batch {ended.id}: {said}; too many tokens at a time go through with "
                     f"a smaller --batch_size or --max_examples; {KEPT}"
                 )
-            reasons["too many tokens at a time"] = reasons.get("too many tokens at a time", 0) + len(batch["doc_ids"])
+            reasons["too many tokens at a time"] += len(batch["doc_ids"])
 
-    def take_in(self, path: str, wanted: set[str], reasons: dict[str, int]) -> None:
+    def take_in(self, path: str, wanted: set[str], reasons: Counter[str]) -> None:
         places: dict[str, int] = {}  # of each result in the file: a batch of them may be larger than the memory
         with open(path, "rb") as results:
             place = 0
@@ -273,8 +274,6 @@ class Batches:
                 except ValueError as failure:
                     reason = str(failure)
                 # The server's, or the day was over: to be submitted again.
-                reason = error.get("code") or reason
-                reasons[reason] = reasons.get(reason, 0) + 1
-            missing = len(wanted - places.keys())
-            if missing:
-                reasons["not among the results"] = reasons.get("not among the results", 0) + missing
+                reasons[error.get("code") or reason] += 1
+            if missing := len(wanted - places.keys()):
+                reasons["not among the results"] += missing

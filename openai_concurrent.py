@@ -136,8 +136,7 @@ class Generation:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.wake.wait(), pause)
         if self.error is None or self.output.answers:
-            for row in self.held:
-                self.output.failure(row)
+            self.release()
         self.bar.close()
         self.output.save()
         if self.error:
@@ -220,7 +219,7 @@ class Generation:
         import openai
 
         prompt = self.template.replace(SLOT, job.doc.text)
-        sent, path, sent_at, usage = self.engine.request(prompt), self.engine.path, self.now(), Usage()
+        sent, path, sent_at, usage = self.engine.request(prompt), self.engine.path, self.now(), NO_TOKENS
         try:
             answer = await server.client.post(path, body=sent, cast_to=object)
             usage = read_usage(answer)
@@ -261,11 +260,15 @@ class Generation:
                 warn(f"{self.engine.name} is asked through the {self.engine.api} API")
         output.answer(row, usage)
         self.bar.update()
-        for failure in self.held:
-            output.failure(failure)
-        self.held = []
+        self.release()
         if output.answers & (output.answers - 1) == 0:  # at powers of two, as upstream
             warn(f"\nDocument: {row['doc_text'][:500]}\nQuestion: {row['question']}\n")
+
+    def release(self) -> None:
+        """Write the failures that were held back: they are not all of one cause."""
+        for row in self.held:
+            self.output.failure(row)
+        self.held = []
 
     def now_here(self, server: Server) -> None:
         if server.away > 1:

@@ -210,6 +210,7 @@ def main() -> None:
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be shared among {world} "
             f"processes; choose a multiple of {world}"
         )
+
     import torch
     from accelerate.utils import gather_object
     from transformers import Trainer, TrainingArguments, set_seed

@@ -47,8 +47,7 @@ def test_a_collection_by_the_batch(collection: Path, openai_server: StandIn, api
     assert len(openai_server.batches) == 3
 
 
-@pytest.mark.parametrize("moment", ["upload", "create", "look", "download"])
-def test_a_kill_at_any_step_submits_nothing_twice(collection: Path, openai_server: StandIn, moment: str) -> None:
+def kill_at(moment: str, collection: Path, server: StandIn) -> None:
     """SIGKILL when the server has done its part of a step and its answer is not here yet."""
     reached, killed = threading.Event(), threading.Event()
 
@@ -57,13 +56,18 @@ def test_a_kill_at_any_step_submits_nothing_twice(collection: Path, openai_serve
             reached.set()
             killed.wait(60)
 
-    openai_server.step = step
-    process = start(collection, openai_server.url, *QUICK)
+    server.step = step
+    process = start(collection, server.url, *QUICK)
     assert reached.wait(60)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stderr.close()
     killed.set()
+
+
+@pytest.mark.parametrize("moment", ["upload", "create", "look", "download"])
+def test_a_kill_at_any_step_submits_nothing_twice(collection: Path, openai_server: StandIn, moment: str) -> None:
+    kill_at(moment, collection, openai_server)
     ok(generate(collection, openai_server.url, *QUICK))
     assert set(written(collection)) == EVERY
     assert len(openai_server.batches) == 1
@@ -73,20 +77,7 @@ def test_a_kill_at_any_step_submits_nothing_twice(collection: Path, openai_serve
 
 @pytest.mark.parametrize("moment", ["upload", "create"])
 def test_cancel_after_a_kill_submits_nothing(collection: Path, openai_server: StandIn, moment: str) -> None:
-    reached, killed = threading.Event(), threading.Event()
-
-    def step(name: str) -> None:
-        if name == moment and not killed.is_set():
-            reached.set()
-            killed.wait(60)
-
-    openai_server.step = step
-    process = start(collection, openai_server.url, *QUICK)
-    assert reached.wait(60)
-    process.kill()
-    process.wait()
-    process.stderr.close()
-    killed.set()
+    kill_at(moment, collection, openai_server)
     ok(generate(collection, openai_server.url, "--batch_cancel", "--batch_poll", 0.05))
     assert len(openai_server.batches) == (0 if moment == "upload" else 1)
     assert len(written(collection)) == (1 if moment == "upload" else 10)

@@ -445,6 +445,15 @@ def test_a_torn_last_line_is_repaired(collection: Path, openai_server: StandIn) 
     assert len(openai_server.requests) == 13
 
 
+def interrupt(process: subprocess.Popen, asked: threading.Event) -> None:
+    """Ctrl-C when a request is under way; returns when the script has said that it stops."""
+    assert asked.wait(60)
+    process.send_signal(signal.SIGINT)
+    for line in process.stderr:
+        if "Stopping" in line:
+            break
+
+
 def test_ctrl_c_waits_for_the_answers_under_way(collection: Path, openai_server: StandIn) -> None:
     asked, go = threading.Event(), threading.Event()
 
@@ -455,11 +464,7 @@ def test_ctrl_c_waits_for_the_answers_under_way(collection: Path, openai_server:
 
     openai_server.respond = respond
     process = start(collection, openai_server.url)
-    assert asked.wait(60)
-    process.send_signal(signal.SIGINT)
-    for line in process.stderr:
-        if "Stopping" in line:
-            break
+    interrupt(process, asked)
     go.set()
     assert "the same command goes on from there" in process.stderr.read()
     assert process.wait() == 130
@@ -476,11 +481,7 @@ def test_a_second_ctrl_c_does_not_wait(collection: Path, openai_server: StandIn)
 
     openai_server.respond = respond
     process = start(collection, openai_server.url)
-    assert asked.wait(60)
-    process.send_signal(signal.SIGINT)
-    for line in process.stderr:
-        if "Stopping" in line:
-            break
+    interrupt(process, asked)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     process.stderr.close()
