@@ -10,7 +10,7 @@ tokenised once however many queries it is a hit of, one step of decoding, only t
 and a forward pass of T5 that does less and goes through memory fewer times than transformers' own.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from formats import InputError, Triple
@@ -59,19 +59,23 @@ class Reranker:
         """
         raise NotImplementedError
 
-    def encode(self, query: str, text: str) -> dict[str, list[int]]:
-        """The input of a pair, as `tokenizer.pad` takes it."""
-        return self.inputs([self.join(*self.tokenize_queries([query]), *self.tokenize([text]))])[0]
+    def encode(self, query: str, text: str) -> tuple["numpy.ndarray", int]:
+        """The same from texts."""
+        return self.join(*self.tokenize_queries([query]), *self.tokenize([text]))
 
-    def inputs(self, joined: Iterable[tuple["numpy.ndarray", int]]) -> list[dict[str, list[int]]]:
-        types = "token_type_ids" in self.tokenizer.model_input_names
-        return [
-            {"input_ids": ids.tolist()} | ({"token_type_ids": [0] * at + [1] * (len(ids) - at)} if types else {})
-            for ids, at in joined
-        ]
+    def pad(self, joined: Sequence[tuple["numpy.ndarray", int]]) -> dict[str, "torch.Tensor"]:
+        """What the model takes of pairs from `join`: int64 of shape (pairs, tokens of the longest)."""
+        import torch
 
-    def pad(self, encoded: list[dict[str, list[int]]]) -> dict[str, "torch.Tensor"]:
-        return dict(self.tokenizer.pad(encoded, return_tensors="pt"))
+        shape = len(joined), max(len(ids) for ids, _ in joined)
+        batch = {"input_ids": torch.full(shape, self.tokenizer.pad_token_id)}
+        batch |= {name: torch.zeros(shape, dtype=torch.int64) for name in ("attention_mask", "token_type_ids")}
+        arrays = {name: tensor.numpy() for name, tensor in batch.items()}
+        for i, (ids, second) in enumerate(joined):
+            arrays["input_ids"][i, : len(ids)] = ids
+            arrays["attention_mask"][i, : len(ids)] = 1
+            arrays["token_type_ids"][i, second : len(ids)] = 1
+        return {name: tensor for name, tensor in batch.items() if name in self.tokenizer.model_input_names}
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -83,7 +87,7 @@ class Reranker:
         """A training batch: each triple is a positive and a negative pair, so that every batch has as many of both."""
         queries = self.tokenize_queries([triple.query for triple in triples for _ in range(2)])
         texts = self.tokenize([text for triple in triples for text in (triple.positive, triple.negative)])
-        batch = self.pad(self.inputs(map(self.join, queries, texts)))
+        batch = self.pad(list(map(self.join, queries, texts)))
         return {**batch, "labels": self.labels([True, False] * len(triples))}
 
     # ------------------------------------------------------------------------------------------------------ scoring
@@ -121,7 +125,7 @@ class Reranker:
             while start < len(order):
                 chosen = order[start : start + max(1, self.batch_tokens // max(1, int(lengths[order[start]])))]
                 try:
-                    batch = self.pad(self.inputs(joined[i] for i in chosen))
+                    batch = self.pad([joined[i] for i in chosen])
                     scored = self.forward({k: v.to(self.model.device) for k, v in batch.items()}).float().cpu()
                 except (torch.OutOfMemoryError, RuntimeError) as error:
                     if len(chosen) == 1 or not is_out_of_memory(error):

@@ -1,11 +1,11 @@
 """From scores to a ranking, and what a ranking is worth: the measures of upstream's script, by ir-measures."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from formats import Qrel, ScoredDoc
 
 
-def rank(hits: list[ScoredDoc], scores: Mapping[str, float]) -> list[ScoredDoc]:
+def rank(hits: Sequence[ScoredDoc], scores: Mapping[str, float]) -> list[ScoredDoc]:
     """The hits of a query by their new scores, those without one below in the order they had.
 
     Scores are rounded as they will be written, and ties go by doc_id downwards, as trec_eval has them, so that whoever
@@ -17,7 +17,9 @@ def rank(hits: list[ScoredDoc], scores: Mapping[str, float]) -> list[ScoredDoc]:
     return reranked + [hit._replace(score=reranked[-1].score - 1 - i) for i, hit in enumerate(rest)]
 
 
-def per_query(qrels: Iterable[Qrel], run: Iterable[ScoredDoc], relevance_threshold: int) -> dict[str, dict[str, float]]:
+def per_query(
+    qrels: Iterable[Qrel], run: Mapping[str, Sequence[ScoredDoc]], relevance_threshold: int
+) -> dict[str, dict[str, float]]:
     """The value of each measure for each query of `qrels`, 0 for one without hits: {measure: {query id: value}}.
 
     MRR@10, MAP, P@20 and R@1000 count documents of `relevance_threshold` and above as relevant; nDCG uses the grades as
@@ -34,10 +36,13 @@ def per_query(qrels: Iterable[Qrel], run: Iterable[ScoredDoc], relevance_thresho
         P(rel=level) @ 20: "P@20",
         R(rel=level) @ 1000: "R@1000",
     }
-    qrels = list(qrels)
-    values = {name: dict.fromkeys((qrel.query_id for qrel in qrels), 0.0) for name in named.values()}
-    for metric in iter_calc(list(named), qrels, list(run)):
-        values[named[metric.measure]][metric.query_id] = metric.value
+    judged: dict[str, list[Qrel]] = {}
+    for qrel in qrels:
+        judged.setdefault(qrel.query_id, []).append(qrel)
+    values = {name: dict.fromkeys(judged, 0.0) for name in named.values()}
+    for query_id in judged.keys() & run.keys():  # one at a time, to hold one in memory
+        for metric in iter_calc(list(named), judged[query_id], list(run[query_id])):
+            values[named[metric.measure]][query_id] = metric.value
     return values
 
 

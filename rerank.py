@@ -14,14 +14,17 @@ OUTPUT.scores.*.jsonl: killed at any moment, the same command goes on where it w
 """
 
 import argparse
+import array
 import glob
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from formats import (
     read_topics,
     repair_last_line,
     run_script,
+    two_texts,
     warn,
     write_run,
 )
@@ -110,29 +114,34 @@ class Processes:
         distributed.barrier()
 
 
-def search(args: argparse.Namespace, topics: Mapping[str, str], top_k: int) -> dict[str, list[ScoredDoc]]:
+def search(args: argparse.Namespace, topics: Mapping[str, str], top_k: int) -> Iterator[tuple[str, list[ScoredDoc]]]:
+    """The BM25 hits of each query that has any."""
     import bm25
 
     searcher = bm25.open_index(args.index, args.corpus, args.threads)
-    return {query_id: hits for query_id, hits in bm25.search(searcher, topics, top_k, args.threads) if hits}
+    found = False
+    for query_id, hits in bm25.search(searcher, topics, top_k, args.threads):
+        if hits:
+            found = True
+            yield query_id, hits
+    if not found:
+        raise InputError(f"none of the {len(topics):,} queries has a hit in {args.index}")
 
 
 def first_stage(
     args: argparse.Namespace, topics: Mapping[str, str], processes: Processes
-) -> dict[str, list[ScoredDoc]]:
+) -> dict[str, Sequence[ScoredDoc]]:
     if args.run:
-        run = read_run(args.run, topics)
+        run = read_run(args.run, topics, desc="Reading the run" if processes.rank == 0 else None)
         if not run:
             raise InputError(f"{args.run} has hits for no query of {args.queries}; is it a run of other topics?")
     elif args.dry_run:
-        run = search(args, topics, args.top_k)
+        run = dict(search(args, topics, args.top_k))
     else:
         path = f"{args.output}.bm25.txt"
         if processes.rank == 0:
-            run = search(args, topics, max(args.top_k, FIRST_STAGE_HITS))
-            if not run:
-                raise InputError(f"no query of {args.queries} has a hit in {args.index}")
-            write_run(path, (hit for hits in run.values() for hit in hits), tag="bm25")
+            searched = search(args, topics, max(args.top_k, FIRST_STAGE_HITS))
+            write_run(path, (hit for _, hits in searched for hit in hits), tag="bm25")
         processes.wait()
         run = read_run(path, topics)
     if len(run) < len(topics) and processes.rank == 0:
@@ -142,26 +151,37 @@ def first_stage(
 
 def read_holdout(
     args: argparse.Namespace,
-) -> tuple[dict[str, str], dict[str, list[ScoredDoc]], list[Qrel]]:
+) -> tuple[dict[str, str], dict[str, Sequence[ScoredDoc]], list[Qrel]]:
     """Topics, BM25 hits and judgements of the synthetic queries held out: each one's source document is relevant."""
     rows = {f"holdout {row.line}": row for row in read_synthetic_queries(args.holdout) if row.question}
     topics = {query_id: row.question for query_id, row in rows.items()}  # no id of a topic has a blank in it
-    hits = search(args, topics, args.top_k)
+    hits = dict(search(args, topics, args.top_k))
     return topics, hits, [Qrel(query_id, row.doc_id, 1) for query_id, row in rows.items()]
 
 
-def cut(run: Mapping[str, list[ScoredDoc]], top_k: int) -> list[list[ScoredDoc]]:
+class Blocks:
     """The documents to rerank in blocks of whole queries, of BLOCK pairs or more but for the last.
 
     They are the same whatever the number of processes and wherever a run was stopped: so are the batches, and so is
     each bit of a score.
     """
-    blocks: list[list[ScoredDoc]] = [[]]
-    for hits in run.values():
-        if len(blocks[-1]) >= BLOCK:
-            blocks.append([])
-        blocks[-1] += hits[:top_k]
-    return blocks
+
+    def __init__(self, run: Mapping[str, Sequence[ScoredDoc]], top_k: int) -> None:
+        self.run = {query_id: hits[:top_k] for query_id, hits in run.items()}
+        self.queries: list[list[str]] = []  # of each block
+        self.sizes: list[int] = []
+        for query_id, hits in self.run.items():
+            if not self.sizes or self.sizes[-1] >= BLOCK:
+                self.queries.append([])
+                self.sizes.append(0)
+            self.queries[-1].append(query_id)
+            self.sizes[-1] += len(hits)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, i: int) -> list[ScoredDoc]:
+        return [hit for query_id in self.queries[i] for hit in self.run[query_id]]
 
 
 # --------------------------------------------------------------------------------------------------- scores on disk
@@ -177,15 +197,15 @@ class Scores:
         self.output, self.settings, self.processes = output, settings, processes
         self.path = f"{output}.scores.{processes.rank}.jsonl"
 
-    def read(self) -> dict[int, list[float]]:
+    def read(self) -> dict[int, array.array]:
         """The scores of the blocks that are finished, by block."""
-        found: dict[int, list[float]] = {}
+        found: dict[int, array.array] = {}
         for path in self.files():
             with path.open(encoding="utf-8") as file, suppress(ValueError):  # a kill may have torn the last line
                 if json.loads(file.readline() or "null") == self.settings:
                     for line in file:
                         row = json.loads(line)
-                        found[row["block"]] = row["scores"]
+                        found[row["block"]] = array.array("d", row["scores"])
         return found
 
     def open(self) -> None:
@@ -215,13 +235,19 @@ class Scores:
             path.unlink()
 
 
-def settings_of(args: argparse.Namespace, dtype: str, topics: Mapping[str, str], blocks: Any) -> dict[str, Any]:
+def split(block: list[ScoredDoc], values: Iterable[float]) -> Iterator[tuple[str, dict[str, float]]]:
+    """A block's scores by query: (query id, {doc_id: score})."""
+    scored = zip(block, values, strict=True)
+    for query_id, group in groupby(scored, key=lambda pair: pair[0].query_id):
+        yield query_id, {hit.doc_id: value for hit, value in group}
+
+
+def settings_of(args: argparse.Namespace, dtype: str, topics: Mapping[str, str], blocks: Blocks) -> dict[str, Any]:
     """What scores depend on."""
     pairs = hashlib.sha256()
-    for block in blocks:
-        for hit in block:
-            pairs.update(f"{topics[hit.query_id]}\t{hit.query_id}\t{hit.doc_id}\n".encode(errors="replace"))
-        pairs.update(b"\n")
+    for query_id, hits in blocks.run.items():
+        ids = " ".join(hit.doc_id for hit in hits)
+        pairs.update(f"{topics[query_id]}\t{query_id}\t{ids}\n".encode(errors="replace"))
     files = [Path(args.corpus)]
     if os.path.isdir(args.model):
         files += sorted(path for path in Path(args.model).iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
@@ -237,32 +263,53 @@ def settings_of(args: argparse.Namespace, dtype: str, topics: Mapping[str, str],
     }
 
 
-def read_tokens(args: argparse.Namespace, model: Any, wanted: set[str]) -> dict[str, Any]:
+class Tokens:
+    """The token ids of documents by doc_id, in a file without a name: in memory 8 bytes a document beside its id."""
+
+    def __init__(self, folder: str, doc_ids: Iterable[str]) -> None:
+        self.file = tempfile.TemporaryFile(dir=folder or ".")
+        self.number: dict[str, int] = dict.fromkeys(doc_ids, -1)
+        self.starts = array.array("q", [0])
+
+    def add(self, doc_id: str, ids: Any) -> bool:
+        """False if other tokens of this document are there already."""
+        if self.number[doc_id] >= 0:
+            return self[doc_id].tolist() == ids.tolist()
+        self.number[doc_id] = len(self.starts) - 1
+        self.starts.append(self.starts[-1] + ids.nbytes)
+        self.file.write(ids.tobytes())
+        return True
+
+    def __getitem__(self, doc_id: str) -> Any:
+        import numpy
+
+        start, end = self.starts[self.number[doc_id] : self.number[doc_id] + 2]
+        self.file.flush()
+        return numpy.frombuffer(os.pread(self.file.fileno(), end - start, start), dtype=numpy.int32)
+
+    def count(self, doc_id: str) -> int:
+        """Of a document's tokens."""
+        start, end = self.starts[self.number[doc_id] : self.number[doc_id] + 2]
+        return (end - start) // 4
+
+
+def read_tokens(args: argparse.Namespace, model: Any, wanted: Iterable[str]) -> Tokens:
     """The token ids of the wanted documents: each is tokenised once, however many queries it is a hit of."""
-    tokens: dict[str, Any] = {}
-    ids: list[str] = []
-    texts: list[str] = []
-
-    def flush() -> None:
-        tokens.update(zip(ids, model.tokenize(texts), strict=True))
-        ids.clear()
-        texts.clear()
-
-    for doc in read_collection(args.corpus, wanted, desc="Reading texts"):
-        ids.append(doc.doc_id)
-        texts.append(doc.text)
-        if len(ids) == TEXTS:
-            flush()
-    flush()
-    if absent := wanted - tokens.keys():
+    tokens = Tokens(os.path.dirname(args.output), wanted)
+    docs = (doc for doc in read_collection(args.corpus, desc="Reading texts") if doc.doc_id in tokens.number)
+    while chunk := list(islice(docs, TEXTS)):
+        for doc, ids in zip(chunk, model.tokenize([doc.text for doc in chunk]), strict=True):
+            if not tokens.add(doc.doc_id, ids):
+                raise two_texts(args.corpus, doc.doc_id)
+    if absent := [doc_id for doc_id, number in tokens.number.items() if number < 0]:
         raise InputError(
-            f"{len(absent):,} of the {len(wanted):,} documents of {args.run or args.index} are not in "
+            f"{len(absent):,} of the {len(tokens.number):,} documents of {args.run or args.index} are not in "
             f"{args.corpus} (one is {min(absent)}); the two must be of one collection"
         )
     return tokens
 
 
-def project(model: Any, blocks: list[list[ScoredDoc]], queries: Mapping[str, Any], documents: Mapping[str, Any]) -> str:
+def project(model: Any, blocks: Blocks, queries: Mapping[str, Any], documents: Tokens) -> str:
     """What scoring all blocks would take, from the tokens of all and the time of three."""
     import time
 
@@ -273,7 +320,8 @@ def project(model: Any, blocks: list[list[ScoredDoc]], queries: Mapping[str, Any
     around = len(model.join(*empty)[0]) - sum(map(len, empty))  # tokens that the model adds to a pair
 
     def tokens_of(block: list[ScoredDoc]) -> int:
-        return sum(min(model.max_length, around + len(query) + len(text)) for query, text in pairs_of(block))
+        lengths = (len(queries[hit.query_id]) + documents.count(hit.doc_id) for hit in block)
+        return sum(min(model.max_length, around + length) for length in lengths)
 
     model.score_tokens(pairs_of(blocks[0][:8]))  # what the first call sets up is not counted
     sample = [blocks[i] for i in sorted({0, len(blocks) // 2, len(blocks) - 1})]
@@ -281,7 +329,7 @@ def project(model: Any, blocks: list[list[ScoredDoc]], queries: Mapping[str, Any
     for block in sample:
         model.score_tokens(pairs_of(block))
     seconds = time.monotonic() - started
-    tokens, pairs = sum(map(tokens_of, blocks)), sum(map(len, blocks))
+    tokens, pairs = sum(map(tokens_of, blocks)), sum(blocks.sizes)
     hours = seconds * tokens / sum(map(tokens_of, sample)) / 3600
     return (
         f"{len(queries):,} queries, {pairs:,} pairs, {tokens:,} tokens ({tokens / pairs:.0f} a pair); about "
@@ -300,7 +348,7 @@ def standardise(values: Sequence[float]) -> list[float]:
     return [(value - mean) / deviation if deviation else 0.0 for value in values]
 
 
-def interpolate(hits: list[ScoredDoc], scores: Mapping[str, float], weight: float) -> dict[str, float]:
+def interpolate(hits: Sequence[ScoredDoc], scores: Mapping[str, float], weight: float) -> dict[str, float]:
     """The reranker's and the first stage's scores of a query's documents, mixed.
 
     A `weight` of 1 is the reranker alone, with its scores as they are.
@@ -313,14 +361,14 @@ def interpolate(hits: list[ScoredDoc], scores: Mapping[str, float], weight: floa
 
 
 def choose_weight(
-    run: Mapping[str, list[ScoredDoc]], scores: Mapping[str, Mapping[str, float]], qrels: list[Qrel]
+    run: Mapping[str, Sequence[ScoredDoc]], scores: Mapping[str, Mapping[str, float]], qrels: list[Qrel]
 ) -> float:
     """The weight with the best nDCG@10 on the synthetic queries held out; of equals the one nearest to the reranker."""
     import ranking
 
     values = {}
     for weight in WEIGHTS:
-        mixed = [hit for q, hits in run.items() for hit in ranking.rank(hits, interpolate(hits, scores[q], weight))]
+        mixed = {q: ranking.rank(hits, interpolate(hits, scores[q], weight)) for q, hits in run.items()}
         values[weight] = round(ranking.means(ranking.per_query(qrels, mixed, 1))["nDCG@10"], 4)
     best = max(WEIGHTS, key=lambda weight: (values[weight], weight))
     curve = ", ".join(f"{weight:g}: {value:.4f}" for weight, value in values.items())
@@ -328,7 +376,12 @@ def choose_weight(
     return best
 
 
-def compare(qrels: list[Qrel], before: list[ScoredDoc], after: list[ScoredDoc], threshold: int) -> str:
+def compare(
+    qrels: list[Qrel],
+    before: Mapping[str, Sequence[ScoredDoc]],
+    after: Mapping[str, Sequence[ScoredDoc]],
+    threshold: int,
+) -> str:
     """The table: both rankings under each measure, tested over the queries of `qrels`."""
     from scipy.stats import ttest_rel
 
@@ -370,10 +423,10 @@ def main() -> None:
     model.batch_tokens = args.batch_tokens
 
     texts_of = {**held_topics, **topics}
-    blocks = cut({**held_run, **run}, args.top_k)
+    blocks = Blocks({**held_run, **run}, args.top_k)
     if args.dry_run:
         queries = dict(zip(texts_of, model.tokenize_queries(list(texts_of.values())), strict=True))
-        documents = read_tokens(args, model, {hit.doc_id for block in blocks for hit in block})
+        documents = read_tokens(args, model, (hit.doc_id for hits in blocks.run.values() for hit in hits))
         print(project(model, blocks, queries, documents))
         return
     scores = Scores(args.output, settings_of(args, str(model.model.dtype), texts_of, blocks), processes)
@@ -382,38 +435,35 @@ def main() -> None:
     scores.open()
     mine = [i for i in range(len(blocks)) if i % processes.count == processes.rank]
     todo = [i for i in mine if i not in done]
-    documents = read_tokens(args, model, {hit.doc_id for i in todo for hit in blocks[i]}) if todo else {}
-    total = sum(len(blocks[i]) for i in mine)
-    left = sum(len(blocks[i]) for i in todo)
+    del done
+    documents = read_tokens(args, model, (hit.doc_id for i in todo for hit in blocks[i])) if todo else {}
+    total, left = (sum(blocks.sizes[i] for i in chosen) for chosen in (mine, todo))
     with tqdm(desc="Reranking", total=total, initial=total - left, unit=" pairs", disable=processes.rank > 0) as bar:
         for i in todo:
-            ids = list(dict.fromkeys(hit.query_id for hit in blocks[i]))
+            ids = blocks.queries[i]
             queries = dict(zip(ids, model.tokenize_queries([texts_of[query_id] for query_id in ids]), strict=True))
             scored = model.score_tokens([(queries[hit.query_id], documents[hit.doc_id]) for hit in blocks[i]])
             scores.write({"block": i, "scores": scored.tolist()})
-            bar.update(len(blocks[i]))
+            bar.update(blocks.sizes[i])
     processes.wait()
     if processes.rank > 0:
         return
 
-    by_query: dict[str, dict[str, float]] = {}
-    for i, values in scores.read().items():
-        for hit, value in zip(blocks[i], values, strict=True):
-            by_query.setdefault(hit.query_id, {})[hit.doc_id] = value
-    weight = choose_weight(held_run, by_query, held_qrels) if held_run else args.interpolation_weight
-    weight = 1.0 if weight == "auto" else weight  # no query held out has a hit
-    reranked = [hit for q, hits in run.items() for hit in rank(hits, interpolate(hits, by_query[q], weight))]
-    write_run(args.output, reranked, tag="inpars")
+    by_query = (pair for i, values in sorted(scores.read().items()) for pair in split(blocks[i], values))
+    held_scores = dict(islice(by_query, len(held_run)))
+    weight = choose_weight(held_run, held_scores, held_qrels) if held_run else args.interpolation_weight
+    mixed_scores = ((q, interpolate(run[q], scores_of_q, weight)) for q, scores_of_q in by_query)
+    write_run(args.output, (hit for q, mixed in mixed_scores for hit in rank(run[q], mixed)), tag="inpars")
     scores.delete()
     pairs = sum(min(len(hits), args.top_k) for hits in run.values())
     mixed = "" if weight == 1 else f", weight {weight:g} beside the first stage's {1 - weight:g}"
     print(f"{args.output}: {len(run):,} queries, {pairs:,} documents reranked{mixed}", file=sys.stderr)
 
     if args.qrels:
-        before = [hit for hits in run.values() for hit in hits]
         judged = len({qrel.query_id for qrel in qrels})
         print(f"{judged:,} judged queries, first {args.top_k} documents reranked by {args.model}{mixed}\n")
-        print(compare(qrels, before, reranked, args.relevance_threshold))
+        reranked = read_run(args.output, {qrel.query_id for qrel in qrels})
+        print(compare(qrels, run, reranked, args.relevance_threshold))
 
 
 if __name__ == "__main__":

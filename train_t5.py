@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from formats import (
+    Hits,
     InputError,
     Qrel,
-    ScoredDoc,
     Triples,
     read_qrels,
     read_run,
@@ -113,7 +113,7 @@ class Dev(NamedTuple):
 
     topics: dict[str, str]
     qrels: list[Qrel]
-    run: dict[str, list[ScoredDoc]]
+    run: dict[str, Hits]
     texts: dict[str, str]
 
 
@@ -231,7 +231,7 @@ def main() -> None:
             scored = [(hit.query_id, hit.doc_id, value) for hit, value in zip(hits, values, strict=True)]
             for query_id, doc_id, value in gather_object(scored):
                 scores.setdefault(query_id, {})[doc_id] = value
-            run = [hit for query_id in dev.run for hit in ranking.rank(dev.run[query_id], scores[query_id])]
+            run = {query_id: ranking.rank(hits, scores[query_id]) for query_id, hits in dev.run.items()}
             means = ranking.means(ranking.per_query(dev.qrels, run, args.relevance_threshold))
             metrics = {f"eval_{name}": value for name, value in means.items()}
             self.log(metrics)
@@ -281,8 +281,7 @@ def main() -> None:
     )
     first_stage = {}
     if dev:
-        hits = [hit for ranked in dev.run.values() for hit in ranked]
-        first_stage = ranking.means(ranking.per_query(dev.qrels, hits, args.relevance_threshold))
+        first_stage = ranking.means(ranking.per_query(dev.qrels, dev.run, args.relevance_threshold))
     main_process = trainer.is_world_process_zero()
     if main_process:
         print(

@@ -129,7 +129,7 @@ def operations(folder: Path, pairs: list[tuple[str, str]], shape: str) -> float:
     width, head, feed, layers, heads = SHAPES[shape]
     inner, total = head * heads, 0.0
     for query, text in pairs:
-        n = len(model.encode(query, text)["input_ids"])
+        n = len(model.encode(query, text)[0])
         total += layers * (2 * n * (4 * width * inner + 2 * width * feed) + 4 * n * n * inner)
         # The decoder: keys and values of each token of the encoder as the paper has them, the rest for one token.
         total += layers * (2 * n * 2 * width * inner + 4 * n * inner + 2 * (6 * width * inner + 2 * width * feed))
@@ -193,7 +193,7 @@ def main() -> None:
         ):
             model = models.load_model(str(folder), max_length=10**6, device="cpu", dtype="float32")
             model.max_length = 10**6
-            lengths = [len(model.encode(*pair)["input_ids"]) for pair in pairs]
+            lengths = [len(model.encode(*pair)[0]) for pair in pairs]
             print(f"{title}: {len(pairs)} pairs of {sum(lengths) / len(pairs):.0f} tokens", file=sys.stderr)
             scorers = {"ours, float32": ours(folder, "float32"), "ours, bfloat16": ours(folder, "bfloat16")}
             for peer in peers:

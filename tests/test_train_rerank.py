@@ -244,7 +244,7 @@ def test_a_dry_run_counts_and_writes_nothing(long_run: list[object], tiny_t5: Pa
     texts = dict(line.split("\t") for line in files["--corpus"].read_text().splitlines())
     model = load_model(str(tiny_t5), max_length=64)
     hits = [line.split() for line in files["--run"].read_text().splitlines()]
-    tokens = sum(len(model.encode(topics[hit[0]], texts[hit[2]])["input_ids"]) for hit in hits)
+    tokens = sum(len(model.encode(topics[hit[0]], texts[hit[2]])[0]) for hit in hits)
     assert f"1,000 queries, 20,000 pairs, {tokens:,} tokens" in done.stdout
 
 
