@@ -13,7 +13,7 @@ and a forward pass of T5 that does less and goes through memory fewer times than
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from formats import InputError, Triple
+from formats import InputError
 
 if TYPE_CHECKING:
     import numpy
@@ -83,12 +83,11 @@ class Reranker:
         """The targets of pairs, as the checkpoint's own loss wants them."""
         raise NotImplementedError
 
-    def collate(self, triples: list[Triple]) -> dict[str, "torch.Tensor"]:
-        """A training batch: each triple is a positive and a negative pair, so that every batch has as many of both."""
-        queries = self.tokenize_queries([triple.query for triple in triples for _ in range(2)])
-        texts = self.tokenize([text for triple in triples for text in (triple.positive, triple.negative)])
-        batch = self.pad(list(map(self.join, queries, texts)))
-        return {**batch, "labels": self.labels([True, False] * len(triples))}
+    def collate(self, examples: Sequence[tuple[str, str, bool]]) -> dict[str, "torch.Tensor"]:
+        """A training batch of (query, document text, whether it is relevant)."""
+        queries, texts, relevant = map(list, zip(*examples, strict=True))
+        batch = self.pad(list(map(self.join, self.tokenize_queries(queries), self.tokenize(texts))))
+        return {**batch, "labels": self.labels(relevant)}
 
     # ------------------------------------------------------------------------------------------------------ scoring
 
@@ -248,7 +247,7 @@ def first_step(model: Any, input_ids: "torch.Tensor", mask: "torch.Tensor", rows
         return torch.bmm(shares, v).view(shape)
 
     def norm(hidden: torch.Tensor, layer: Any) -> torch.Tensor:
-        return rms_norm(hidden, (hidden.shape[-1],), layer.weight.to(hidden.dtype), layer.variance_epsilon)
+        return rms_norm(hidden, layer.normalized_shape, layer.weight.to(hidden.dtype), layer.eps)
 
     def add(hidden: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         hidden = hidden.add_(change)
@@ -334,6 +333,18 @@ class CrossEncoder(Reranker):
         return torch.tensor([[float(r)] for r in relevant])
 
 
+def use_fused_norms(model: Any) -> None:
+    """Replace T5's layer norms by PyTorch's RMSNorm, which computes the same in fewer passes over memory."""
+    import torch
+
+    for module in list(model.modules()):
+        for name, norm in list(module.named_children()):
+            if hasattr(norm, "variance_epsilon"):  # T5's, mT5's, ...: each has a class of its own
+                fused = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon)
+                fused.weight = norm.weight
+                setattr(module, name, fused)
+
+
 def has_fast_bfloat16(device: str) -> bool:
     """Whether bfloat16 is faster than float32 there: GPUs since Ampere, processors with AVX512-BF16 or AMX."""
     import torch
@@ -398,6 +409,7 @@ def load_model(
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if config.is_encoder_decoder:
             model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=getattr(torch, dtype))
+            use_fused_norms(model)
             return MonoT5(model.to(device), tokenizer, max_length, answers)
         trained = any("ForSequenceClassification" in architecture for architecture in config.architectures or [])
         if trained and config.num_labels != 1:

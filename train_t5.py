@@ -20,7 +20,9 @@ import argparse
 import csv
 import json
 import os
+import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,6 +147,48 @@ def read_dev(args: argparse.Namespace) -> Dev:
     return Dev(topics, [qrel for qrel in judged if qrel.query_id in topics], run, texts)
 
 
+class Examples:
+    """Each triple is a positive and a negative example: (query, text, whether it is relevant)."""
+
+    def __init__(self, triples: Triples) -> None:
+        self.triples = triples
+
+    def __len__(self) -> int:
+        return 2 * len(self.triples)
+
+    def __getitem__(self, i: int) -> tuple[str, str, bool]:
+        triple = self.triples[i // 2]
+        return triple.query, triple.negative if i % 2 else triple.positive, i % 2 == 0
+
+
+class StepsByLength:
+    """A sampler: triples in random order, the examples of each optimiser step longest first.
+
+    A step has the same examples as without that, as many positive as negative, and so the same mean gradient; but its
+    batches hold examples of like length, and little is padded.
+    """
+
+    def __init__(self, examples: Examples, examples_a_step: int, seed: int) -> None:
+        self.examples, self.examples_a_step, self.seed, self.epoch = examples, examples_a_step, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:  # called by the Trainer
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(len(self.examples) // 2))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        triples_a_step = self.examples_a_step // 2
+        for start in range(0, len(order), triples_a_step):
+            lengths = {}
+            for i in order[start : start + triples_a_step]:
+                triple = self.examples.triples[i]
+                lengths |= {2 * i: len(triple.query + triple.positive), 2 * i + 1: len(triple.query + triple.negative)}
+            yield from sorted(lengths, key=lambda i: -lengths[i])
+
+
 def find_checkpoint(args: argparse.Namespace) -> str | None:
     """The checkpoint to go on from. One without trainer_state.json, written last, was cut off by a kill."""
     if args.resume_from_checkpoint not in (None, "last"):
@@ -204,7 +248,7 @@ def main() -> None:
     args = parse_args()
     checkpoint = find_checkpoint(args)
     dev = read_dev(args) if args.evaluate else None
-    triples = Triples(args.triples_train)
+    examples = Examples(Triples(args.triples_train))
     if args.gradient_accumulation_steps % world:
         raise InputError(
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be shared among {world} "
@@ -220,6 +264,9 @@ def main() -> None:
 
     class RerankerTrainer(Trainer):
         """A Trainer that evaluates by reranking the development run, its queries shared among the processes."""
+
+        def _get_train_sampler(self, *_: object, **__: object) -> StepsByLength:
+            return StepsByLength(examples, examples_a_step, args.seed)
 
         def evaluate(self, *_: object, **__: object) -> dict[str, float]:
             mine = list(dev.run)[self.args.process_index :: self.args.world_size]
@@ -249,11 +296,11 @@ def main() -> None:
     # sums over a step: without this, accumulated gradients would be too great by the number of batches.
     reranker.model.accepts_loss_kwargs = False
     examples_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    steps = max(1, int(args.epochs * 2 * len(triples) / examples_a_step)) if args.max_steps < 1 else args.max_steps
+    steps = max(1, int(args.epochs * len(examples) / examples_a_step)) if args.max_steps < 1 else args.max_steps
     settings = {
         "output_dir": args.output_dir,
         "max_steps": steps,
-        "per_device_train_batch_size": args.per_device_train_batch_size // 2,  # triples, of two examples each
+        "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps // world,
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": "constant_with_warmup",
@@ -275,7 +322,7 @@ def main() -> None:
         model=reranker.model,
         processing_class=reranker.tokenizer,  # saved beside the model
         args=TrainingArguments(**settings),
-        train_dataset=triples,
+        train_dataset=examples,
         eval_dataset=list(dev.run) if dev else None,
         data_collator=reranker.collate,
     )
@@ -285,8 +332,9 @@ def main() -> None:
     main_process = trainer.is_world_process_zero()
     if main_process:
         print(
-            f"Training {type(reranker).__name__} from {args.base_model}: {len(triples):,} triples, {examples_a_step} "
-            f"examples a step, {steps:,} steps" + (f", going on from {checkpoint}" if checkpoint else ""),
+            f"Training {type(reranker).__name__} from {args.base_model}: {len(examples.triples):,} triples, "
+            f"{examples_a_step} examples a step, {steps:,} steps"
+            + (f", going on from {checkpoint}" if checkpoint else ""),
             file=sys.stderr,
         )
         if dev:

@@ -9,7 +9,7 @@ from conftest import save_t5
 
 import models
 import ranking
-from formats import InputError, Qrel, ScoredDoc, Triple
+from formats import InputError, Qrel, ScoredDoc
 
 WORDS = [
     "what",
@@ -78,14 +78,14 @@ def test_answers_come_from_the_vocabulary(tmp_path: Path) -> None:
         models.load_model(str(tmp_path / "both"), answers=("supercalifragilistic", "cold"))
 
 
-def test_training_batches_hold_as_many_positives_as_negatives(tiny_t5: Path, tiny_encoder: Path) -> None:
-    triples = [Triple("tides", "the study of tides", "buy tides"), Triple("bread", "the study of bread", "buy bread")]
+def test_labels_of_a_training_batch(tiny_t5: Path, tiny_encoder: Path) -> None:
+    examples = [("tides", "the study of tides", True), ("tides", "buy tides", False)]
     model = models.load_model(str(tiny_t5))
-    labels = model.collate(triples)["labels"]
+    labels = model.collate(examples)["labels"]
     true, false, eos = *model.answer_ids, model.tokenizer.eos_token_id
-    assert labels.tolist() == [[true, eos], [false, eos]] * 2
+    assert labels.tolist() == [[true, eos], [false, eos]]
     encoder = models.load_model(str(tiny_encoder), new_head=True)
-    assert encoder.collate(triples)["labels"].tolist() == [[1.0], [0.0]] * 2
+    assert encoder.collate(examples)["labels"].tolist() == [[1.0], [0.0]]
 
 
 def test_a_cross_encoder_cuts_documents(tiny_encoder: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import ROOT, SUBJECTS, ok, rows, run, save_t5, sentence, write_rows
 
-from formats import Qrel, ScoredDoc
+from formats import Qrel, ScoredDoc, Triples
 from models import load_model
 from rerank import choose_weight, interpolate
+from train_t5 import Examples, StepsByLength
 
 DEV_FILES = {"--queries": "topics.tsv", "--qrels": "qrels.txt", "--run": "run.txt", "--corpus": "collection.tsv"}
 
@@ -159,6 +160,27 @@ def test_two_processes_train_as_one_does(separable: Path, tiny_t5: Path, tmp_pat
     command[-1] = tmp_path / "three"
     done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
     assert "cannot be shared among 2 processes" in done.stderr
+
+
+def test_a_step_has_the_examples_of_its_triples_longest_first(tmp_path: Path) -> None:
+    triples = [(f"q{i}", "positive " * (i % 7 + 1), "negative " * (i % 5 + 1)) for i in range(20)]
+    (tmp_path / "t.tsv").write_text("".join("\t".join(triple) + "\n" for triple in triples))
+    examples = Examples(Triples(str(tmp_path / "t.tsv")))
+    sampler = StepsByLength(examples, examples_a_step=16, seed=1)
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert order == list(sampler)  # what a run that goes on needs
+        assert sorted(order) == list(range(40)) == sorted(range(len(sampler)))
+        for start in (0, 16, 32):
+            step = [examples[i] for i in order[start : start + 16]]
+            assert sum(relevant for *_, relevant in step) == len(step) / 2
+            lengths = [len(query + text) for query, text, _ in step]
+            assert lengths == sorted(lengths, reverse=True)
+            assert all(relevant == text.startswith("positive") for _, text, relevant in step)
+        epochs.append(order)
+    assert set(epochs[0][:16]) != set(epochs[1][:16])  # other steps in another epoch
 
 
 # --------------------------------------------------------------------------- a run that is shared, stopped and goes on
