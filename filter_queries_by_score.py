@@ -6,8 +6,11 @@ Writes  the best --top_k of them, best first, each with its `score`
     python filter_queries_by_score.py --input data/msmarco/synthetic_queries.jsonl \\
         --output data/msmarco/filtered_synthetic_queries.jsonl --top_k 10000 --scoring_function mean_log_probs
 
-`--scoring_function monot5` needs no log-probabilities: a trained reranker judges how well question and document fit
-(InPars-v2, arXiv 2301.01820). Memory grows with --top_k alone, not with the input. Ties are broken by doc_id.
+Two scoring functions need no log-probabilities: `monot5`, by which a trained reranker judges how well question and
+document fit (InPars-v2, arXiv 2301.01820), and `consistency`, 1 / the rank at which BM25 finds the document by its
+question. With any of them, --consistency_k 20 --index INDEX drops the questions whose own document is not among the
+first 20 hits (after Promptagator, arXiv 2209.11755). Memory grows with --top_k alone, not with the input. Ties are
+broken by doc_id.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
+import bm25
 from formats import InputError, SyntheticQuery, json_line, read_synthetic_queries, run_script, whole_file
 
 SCORING = {
@@ -25,7 +29,8 @@ SCORING = {
     "sum_log_probs": sum,
     "mean_probs": lambda log_probs: sum(map(math.exp, log_probs)) / len(log_probs),
 }
-BIN = {"mean_log_probs": 0.05, "sum_log_probs": 1.0, "mean_probs": 0.02, "monot5": 0.1}  # width of a bar when plotted
+# Of a bar when plotted:
+BIN = {"mean_log_probs": 0.05, "sum_log_probs": 1.0, "mean_probs": 0.02, "monot5": 0.1, "consistency": 0.05}
 NO_LOG_PROBS = "without log-probabilities"
 BLOCK = 1024  # rows that a reranker scores at a time
 
@@ -36,17 +41,26 @@ def parse_args() -> argparse.Namespace:
     add("--input", required=True, help="synthetic queries")
     add("--output", required=True, help="the best of them")
     add("--top_k", type=int, default=10_000, help="how many are kept (default: %(default)s)")
-    add("--scoring_function", choices=[*SCORING, "monot5"], default="mean_log_probs", help="default: %(default)s")
+    add("--scoring_function", choices=list(BIN), default="mean_log_probs", help="default: %(default)s")
     add("--model", help="reranker of monot5: a folder, or a name on the hub like castorini/monot5-3b-msmarco-10k")
+    add("--consistency_k", type=int, help="keep what BM25 finds its document by among the first so many hits")
+    add("--index", help="BM25 index for it, as in generate_triples_train.py")
+    add("--corpus", help="collection, if that index is yet to be made")
     add("--min_tokens", type=int, default=3, help="questions of fewer tokens are dropped (default: %(default)s)")
     add("--max_tokens", type=int, help="questions of more tokens are dropped (default: no bound)")
     add("--skip_questions_copied_from_context", action="store_true", help="drop questions that stand in their document")
     add("--plot", metavar="PNG", help="draw the histogram of the scores, with the cut")
+    bm25.add_arguments(parser)
     args = parser.parse_args()
+    args.searching = bm25.searching(parser, args)
     if args.top_k < 1 or args.min_tokens < 1:
         parser.error("--top_k and --min_tokens are 1 or more")
     if (args.scoring_function == "monot5") != bool(args.model):
         parser.error("--scoring_function monot5 and --model go together")
+    if args.scoring_function == "consistency" and not args.consistency_k:
+        parser.error("--scoring_function consistency needs --consistency_k")
+    if bool(args.consistency_k) != bool(args.index) or (args.consistency_k or 1) < 1:
+        parser.error("--consistency_k, 1 or more, and --index go together")
     return args
 
 
@@ -66,7 +80,23 @@ def reason_to_drop(query: SyntheticQuery, args: argparse.Namespace) -> str | Non
     return None
 
 
-def score_rows(queries: Iterator[SyntheticQuery], args: argparse.Namespace) -> Iterator[tuple[float, SyntheticQuery]]:
+def find_ranks(queries: Iterator[SyntheticQuery], args: argparse.Namespace) -> Iterator[tuple[int, SyntheticQuery]]:
+    """Each question and the rank at which BM25 finds its document, 0 beyond the first --consistency_k."""
+    searcher = bm25.open_index(args.index, args.corpus, args.searching)
+    while block := list(islice(queries, BLOCK)):
+        questions = {str(query.line): query.question for query in block}
+        found = bm25.search(searcher, questions, args.consistency_k, args.threads, bar=False)
+        for query, (_, hits) in zip(block, found, strict=True):
+            yield next((rank for rank, hit in enumerate(hits, 1) if hit.doc_id == query.doc_id), 0), query
+
+
+def score_rows(
+    ranked: Iterator[tuple[int, SyntheticQuery]], args: argparse.Namespace
+) -> Iterator[tuple[float, SyntheticQuery]]:
+    if args.scoring_function == "consistency":
+        yield from ((1 / rank, query) for rank, query in ranked)
+        return
+    queries = (query for _, query in ranked)
     if args.scoring_function in SCORING:
         score = SCORING[args.scoring_function]
         yield from ((score(query.log_probs), query) for query in queries)
@@ -106,8 +136,15 @@ def main() -> None:
             else:
                 yield query
 
+    def consistent() -> Iterator[tuple[int, SyntheticQuery]]:
+        for rank, query in find_ranks(usable(), args) if args.index else ((0, query) for query in usable()):
+            if args.index and not rank:
+                dropped[f"whose document is not among the first {args.consistency_k} hits"] += 1
+            else:
+                yield rank, query
+
     def scored() -> Iterator[tuple[float, SyntheticQuery]]:
-        for value, query in score_rows(usable(), args):
+        for value, query in score_rows(consistent(), args):
             bins[math.floor(value / width)] += 1
             yield value, query
 

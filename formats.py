@@ -1,14 +1,15 @@
 """Every file format of the pipeline, read and written in one place.
 
     collection         TSV `doc_id<TAB>text`; JSONL `id`/`contents` (Anserini), `_id`/`title`/`text` (BEIR) or
-                       `doc_id`/`text`
+                       `doc_id`/`text`; a folder of such files, or of BEIR's
     topics             TSV `query_id<TAB>text`, JSONL `_id`/`text` (BEIR)
     qrels              TREC, four columns; BEIR, three columns under a header line
     run                TREC, six columns; MS MARCO, `query_id<TAB>doc_id<TAB>rank`
     synthetic queries  JSONL `doc_id`, `doc_text`, `question`, `log_probs`, as in the published InPars sets
     triples            TSV `query<TAB>positive<TAB>negative`
 
-Any of them but triples may be gzipped. Ids are strings and stay as they are written: "007" is not "7". Readers are
+Any of them but triples may be gzipped. Collection, topics and qrels may also be `ir_datasets:NAME`, with that package
+installed. Ids are strings and stay as they are written: "007" is not "7". Readers are
 generators of named tuples. A line that cannot be used is reported with its number and skipped; a file without one
 usable line, and whatever would change a result in silence, raises `InputError`.
 """
@@ -122,37 +123,54 @@ def run_script(main: Callable[[], None]) -> None:
 # ----------------------------------------------------------------------------------------------------- reading lines
 
 
-def _lines(path: str, desc: str | None = None) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line without its end). `desc` shows a progress bar over the bytes of the file."""
+def files_of(path: str) -> list[str]:
+    """The files of a collection: itself, or of a folder BEIR's corpus.jsonl, or all that look like one, by name."""
+    if not os.path.isdir(path):
+        return [path]
+    names = sorted(os.listdir(path))
+    chosen = [name for name in names if name in ("corpus.jsonl", "corpus.jsonl.gz")][:1]
+    chosen = chosen or [name for name in names if name.removesuffix(".gz").endswith((".tsv", ".jsonl", ".json"))]
+    if not chosen:
+        raise InputError(f"{path} is a folder without a .tsv, .jsonl or .json file, gzipped or not; name one with them")
+    return [os.path.join(path, name) for name in chosen]
+
+
+def _lines(paths: list[str], desc: str | None = None) -> Iterator[tuple[str, int, bytes]]:
+    """Yield (path, line number from 1, line without its end). `desc` shows a progress bar over the bytes of all."""
     from tqdm import tqdm
 
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a folder; name a file")
-    bar = tqdm(desc=desc, total=os.path.getsize(path), unit="B", unit_scale=True, disable=desc is None)
-    with open(path, "rb") as raw, bar:
-        zipped = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        try:
-            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if zipped else raw, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                elif number % 4096 == 0:
-                    bar.update(raw.tell() - bar.n)
-                yield number, line.rstrip(b"\r\n")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"{path}: the gzip data is broken ({error}); get the file again") from None
-        bar.update(raw.tell() - bar.n)
+    for path in paths:
+        if os.path.isdir(path):
+            raise InputError(f"{path} is a folder; name a file")
+    sizes = list(map(os.path.getsize, paths))
+    with tqdm(desc=desc, total=sum(sizes), unit="B", unit_scale=True, disable=desc is None) as bar:
+        for i, path in enumerate(paths):
+            before = sum(sizes[:i])
+            with open(path, "rb") as raw:
+                zipped = raw.read(2) == b"\x1f\x8b"
+                raw.seek(0)
+                try:
+                    for number, line in enumerate(gzip.GzipFile(fileobj=raw) if zipped else raw, 1):
+                        if number == 1:
+                            line = line.removeprefix(b"\xef\xbb\xbf")
+                        elif number % 4096 == 0:
+                            bar.update(before + raw.tell() - bar.n)
+                        yield path, number, line.rstrip(b"\r\n")
+                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                    raise InputError(f"{path}: the gzip data is broken ({error}); get the file again") from None
+                bar.update(before + raw.tell() - bar.n)
 
 
 def _records(
-    path: str, parse: Callable[[str], T | None], form: str, desc: str | None = None
+    path: str, parse: Callable[[str], T | None], form: str, desc: str | None = None, paths: list[str] | None = None
 ) -> Iterator[tuple[int, T]]:
     """Yield (line number from 1, parse(line)) for each line that `parse` does not refuse with a ValueError.
 
     Blank lines and lines for which `parse` gives None are passed over. `form` says in an error what a line should be.
+    `paths` are the files if `path` is a folder.
     """
     usable = refused = 0
-    for number, line in _lines(path, desc):
+    for file, number, line in _lines(paths or [path], desc):
         if not line.strip():
             continue
         try:
@@ -161,7 +179,7 @@ def _records(
             refused += 1
             if refused <= SHOWN_PROBLEMS:
                 reason = "not valid UTF-8" if isinstance(error, UnicodeDecodeError) else error
-                warn(f"{path}, line {number}: {reason}; the line is left out")
+                warn(f"{file}, line {number}: {reason}; the line is left out")
             continue
         if record is not None:
             usable += 1
@@ -208,6 +226,18 @@ def one_line(text: str) -> str:
     return _BREAKS.sub(" ", text).strip()
 
 
+def _joined(row: Mapping[str, Any]) -> str:
+    """The text of a document that is a JSON object: its contents, or its title and its text."""
+    return one_line(
+        _string(row, "contents") if "contents" in row else f"{_string(row, 'title')} {_string(row, 'text')}"
+    )
+
+
+def text_of(stored: str) -> str:
+    """The text of a document as an index stores it: as it is, or as a JSON object."""
+    return _joined(_json_object(stored)) if stored.startswith("{") else one_line(stored)
+
+
 def _id_and_text(line: str) -> tuple[str, str]:
     """A line of a collection or of topics, in any of the spellings that the top of this file lists."""
     if not line.startswith("{"):
@@ -218,8 +248,7 @@ def _id_and_text(line: str) -> tuple[str, str]:
     row = _json_object(line)
     for name in ("_id", "id", "doc_id", "query_id"):
         if name in row:
-            text = _string(row, "contents") if "contents" in row else f"{_string(row, 'title')} {_string(row, 'text')}"
-            return _id(row[name]), one_line(text)
+            return _id(row[name]), _joined(row)
     raise ValueError("none of the fields _id, id, doc_id, query_id")
 
 
@@ -240,6 +269,45 @@ def _number(word: str, kind: type[T]) -> T:
     return value
 
 
+# ------------------------------------------------------------------------------------------------------- ir_datasets
+
+
+def _ir_dataset(name: str, part: str) -> Any:
+    """A data set of the package ir_datasets, which downloads it when it is read.
+
+    Raises:
+        InputError: the package is not installed, it knows no such set, or the set has no such part.
+    """
+    try:
+        import ir_datasets
+    except ImportError:
+        raise InputError(f"ir_datasets:{name} needs a package that is not here: pip install ir_datasets") from None
+    try:
+        dataset = ir_datasets.load(name)
+    except KeyError:
+        raise InputError(f"ir_datasets knows no {name}; its names are listed at https://ir-datasets.com") from None
+    if not getattr(dataset, f"has_{part}")():
+        raise InputError(f"ir_datasets:{name} has no {part}; choose one that has, as listed at https://ir-datasets.com")
+    return dataset
+
+
+def _texts(path: str, desc: str | None = None) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Yield (line number, (id, text)) of a collection."""
+    scheme, _, name = path.partition(":")
+    if scheme != "ir_datasets":
+        yield from _records(path, _id_and_text, _TEXTS, desc, files_of(path))
+        return
+    from tqdm import tqdm
+
+    dataset = _ir_dataset(name, "docs")
+    bar = tqdm(dataset.docs_iter(), desc=desc, total=dataset.docs_count(), unit=" docs", disable=desc is None)
+    for number, doc in enumerate(bar, 1):
+        try:
+            yield number, (_id(doc.doc_id), one_line(doc.default_text()))
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
+
+
 # ----------------------------------------------------------------------------------------------------------- readers
 
 _TEXTS = "`id<TAB>text`, or JSON objects with `id` and `contents`, `_id` and `text`, or `doc_id` and `text`"
@@ -256,7 +324,7 @@ def read_collection(path: str, wanted: Collection[str] | None = None, desc: str 
         InputError: no usable line, or an id of `wanted` on two lines with different texts.
     """
     seen: dict[str, int] = {}
-    for _, (doc_id, text) in _records(path, _id_and_text, _TEXTS, desc):
+    for _, (doc_id, text) in _texts(path, desc):
         if wanted is None:
             yield Doc(doc_id, text)
         elif doc_id in wanted:
@@ -279,6 +347,10 @@ def read_topics(path: str) -> dict[str, str]:
         InputError: no usable line, or a query id on two lines.
     """
     topics: dict[str, str] = {}
+    scheme, _, name = path.partition(":")
+    if scheme == "ir_datasets":
+        queries = _ir_dataset(name, "queries").queries_iter()
+        return {_id(query.query_id): one_line(query.default_text()) for query in queries}
     for number, (query_id, text) in _records(path, _id_and_text, _TEXTS):
         if query_id in topics:
             raise InputError(f"{path}, line {number}: the query id {query_id} was there before; keep one of the two")
@@ -292,6 +364,12 @@ def read_qrels(path: str) -> Iterator[Qrel]:
     Raises:
         InputError: no usable line, or a document judged twice for a query, and differently.
     """
+
+    scheme, _, name = path.partition(":")
+    if scheme == "ir_datasets":
+        for qrel in _ir_dataset(name, "qrels").qrels_iter():
+            yield Qrel(qrel.query_id, qrel.doc_id, qrel.relevance)
+        return
 
     def parse(line: str) -> Qrel | None:
         columns = _columns(line, 3, 4)
@@ -472,3 +550,37 @@ def repair_last_line(path: str) -> None:
                 file.write(b"\n")  # only the line's end was missing
             except ValueError:
                 file.truncate(whole)
+
+
+class Journal:
+    """What a long run has finished, on disk as soon as it is made: JSONL, whose first line says what it is of.
+
+    A journal of other settings is begun anew. A last line that a kill tore is passed over.
+    """
+
+    def __init__(self, path: str, settings: Mapping[str, Any]) -> None:
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self._file: Any = None
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield what was finished before."""
+        if os.path.exists(self.path):
+            with open(self.path, encoding="utf-8", errors="replace") as file, suppress(ValueError):
+                if json.loads(file.readline() or "null") == self.settings:
+                    yield from map(json.loads, file)
+
+    def open(self) -> None:
+        """Begin to write, after what was there if its settings are these."""
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        self._file = open(self.path, "ab+")
+        repair_last_line(self.path)
+        self._file.seek(0)
+        with suppress(ValueError):
+            if json.loads(self._file.readline() or b"null") == self.settings:
+                return
+        self._file.truncate(0)
+        self.write(self.settings)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json_line(row).encode(errors="replace"))
+        self._file.flush()

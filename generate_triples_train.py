@@ -9,16 +9,21 @@ Writes  triples, TSV: query, positive text, negative text
         --corpus data/msmarco/collection.tsv --index msmarco-passage
 
 --index is the folder of a Lucene index, the name of a prebuilt one of Pyserini, or a path that does not exist yet:
-then the corpus is indexed there. No Java has to be installed. Negatives are drawn from the first --max_hits hits.
+then the corpus is indexed there. No Java has to be installed. Negatives are drawn from the first --max_hits hits; a
+document with the same text as the positive is none. Killed at any moment, the same command goes on where it was.
 """
 
 import argparse
+import hashlib
 import os
 import random
 import sys
+from itertools import islice
 
+import bm25
 from formats import (
     InputError,
+    Journal,
     SyntheticQuery,
     json_line,
     read_synthetic_queries,
@@ -29,6 +34,8 @@ from formats import (
     whole_file,
 )
 
+SPARE = 2  # hits drawn beside --n_samples and one for the query's own document, should some have the same text as it
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,16 +43,26 @@ def parse_args() -> argparse.Namespace:
     add("--input", required=True, help="synthetic queries, filtered")
     add("--output", required=True, help="triples of texts")
     add("--output_ids", required=True, help="triples of ids")
-    add("--corpus", required=True, help="the collection that the queries were written for")
+    add("--corpus", help="the collection that the queries were written for")
+    add("--texts_from_index", action="store_true", help="texts of negatives come from an index that stores them")
     add("--index", default="msmarco-passage", help="BM25 index of the corpus (default: %(default)s)")
     add("--max_hits", type=int, default=1000, help="hits that negatives are drawn from (default: %(default)s)")
     add("--n_samples", type=int, default=1, help="negatives a query (default: %(default)s, as in the paper)")
     add("--holdout", type=int, default=0, metavar="N", help="queries kept from training, in OUTPUT.holdout.jsonl")
     add("--seed", type=int, default=1, help="which hits are drawn (default: %(default)s)")
-    add("--threads", type=int, default=os.cpu_count(), help="default: one a core")
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from what a run with the same input and settings left (default: yes)",
+    )
+    bm25.add_arguments(parser)
     args = parser.parse_args()
-    if min(args.max_hits, args.n_samples, args.threads) < 1:
-        parser.error("--max_hits, --n_samples and --threads are 1 or more")
+    args.searching = bm25.searching(parser, args)
+    if min(args.max_hits, args.n_samples) < 1:
+        parser.error("--max_hits and --n_samples are 1 or more")
+    if not args.corpus and not args.texts_from_index:
+        parser.error("one of --corpus and --texts_from_index is needed")
     if args.holdout < 0:
         parser.error("--holdout is 0 or more")
     return args
@@ -59,31 +76,57 @@ def clean(text: str) -> str:
 
 
 def mine(queries: list[SyntheticQuery], args: argparse.Namespace) -> list[list[str]]:
-    """The ids of the negatives of each query, drawn from its BM25 hits without its own document.
+    """The ids of documents that may be negatives of each query, drawn from its BM25 hits without its own document.
 
-    A draw depends on the seed and the query's line alone, so the number of threads does not change it.
+    A draw depends on the seed and the query's line alone: neither the number of threads nor a kill changes it.
     """
-    import bm25
+    from tqdm import tqdm
 
-    searcher = bm25.open_index(args.index, args.corpus, args.threads)
-    negatives = []
-    reciprocal_ranks = recalled = 0.0
-    # One hit more than asked for: the query's own document may take a place.
-    hits_of = bm25.search(searcher, {str(q.line): q.question for q in queries}, args.max_hits + 1, args.threads)
-    for query, (_, hits) in zip(queries, hits_of, strict=True):
-        ids = [hit.doc_id for hit in hits]
-        rank = ids.index(query.doc_id) + 1 if query.doc_id in ids else None
-        reciprocal_ranks += 1 / rank if rank and rank <= 10 else 0
-        recalled += rank is not None and rank <= args.max_hits
-        others = [doc_id for doc_id in ids if doc_id != query.doc_id][: args.max_hits]
-        chosen = random.Random(f"{args.seed} {query.line}").sample(others, min(args.n_samples, len(others)))
-        negatives.append(chosen)
+    asked = hashlib.sha256()
+    for query in queries:
+        asked.update(f"{query.line}\t{query.doc_id}\t{query.question}\n".encode(errors="replace"))
+    settings = {name: getattr(args, name) for name in ("index", "max_hits", "n_samples", "seed", "k1", "b", "language")}
+    journal = Journal(f"{args.output}.mined.jsonl", {**settings, "queries": asked.hexdigest()})
+    if not args.resume and os.path.exists(journal.path):
+        os.remove(journal.path)
+    mined = list(islice(journal.rows(), len(queries)))
+    journal.open()
+    if len(mined) < len(queries):
+        searcher = bm25.open_index(args.index, args.corpus, args.searching)
+        rest = queries[len(mined) :]
+
+        def ranks(number: int, hits: int) -> list[int]:
+            draw = random.Random(f"{args.seed} {rest[number].line}")
+            return draw.sample(range(hits), min(args.n_samples + 1 + SPARE, hits))
+
+        asking = [(query.question, query.doc_id) for query in rest]
+        found = bm25.draw(searcher, asking, args.max_hits, ranks, args.threads)
+        for row in tqdm(found, desc="BM25", total=len(queries), initial=len(mined), unit=" queries"):
+            mined.append(row._asdict())
+            journal.write(mined[-1])
+    reciprocal_rank = sum(1 / row["rank"] for row in mined if row["rank"]) / len(queries)
     print(
-        f"BM25 on the synthetic queries: MRR@10 {reciprocal_ranks / len(queries):.4f} and R@{args.max_hits} "
-        f"{recalled / len(queries):.4f} of the document that each was written for",
+        f"BM25 on the synthetic queries: MRR@10 {reciprocal_rank:.4f} and R@{args.max_hits} "
+        f"{sum(row['found'] for row in mined) / len(queries):.4f} of the document that each was written for",
         file=sys.stderr,
     )
-    return negatives
+    return [
+        [doc_id for doc_id in row["doc_ids"] if doc_id != query.doc_id]
+        for query, row in zip(queries, mined, strict=True)
+    ]
+
+
+def read_negatives(args: argparse.Namespace, wanted: set[str]) -> dict[str, str]:
+    """The texts of the documents drawn."""
+    if args.texts_from_index:
+        from tqdm import tqdm
+
+        searcher = bm25.open_index(args.index, args.corpus, args.searching)
+        stored = bm25.read_stored_texts(searcher, wanted, args.index)
+        texts = dict(tqdm(stored, desc="Reading texts", total=len(wanted), unit=" docs"))
+    else:
+        texts = read_texts(args.corpus, wanted, desc="Reading texts")
+    return {doc_id: clean(text) for doc_id, text in texts.items()}
 
 
 def main() -> None:
@@ -100,10 +143,10 @@ def main() -> None:
         with whole_file(f"{args.output}.holdout.jsonl") as file:
             file.writelines(json_line(query.row) for query in queries if query.line in held)
         queries = [query for query in queries if query.line not in held]
-    negatives = mine(queries, args)
+    candidates = mine(queries, args)
 
-    wanted = {doc_id for ids in negatives for doc_id in ids}
-    texts = {doc_id: clean(text) for doc_id, text in read_texts(args.corpus, wanted, desc="Reading texts").items()}
+    wanted = {doc_id for ids in candidates for doc_id in ids}
+    texts = read_negatives(args, wanted)
     absent = sorted(doc_id for doc_id in wanted if not texts.get(doc_id))
     if len(absent) == len(wanted) > 0:
         raise InputError(
@@ -111,14 +154,15 @@ def main() -> None:
             f"(one is {absent[0]}); the index is one of another collection: name a path that does not exist yet, to "
             "index this one"
         )
-    written = 0
+    written = unserved = 0
     with whole_file(args.output) as output, whole_file(args.output_ids) as output_ids:
-        for query, ids in zip(queries, negatives, strict=True):
-            for doc_id in ids:
-                if text := texts.get(doc_id):
-                    output.write(tsv_line(query.question, query.doc_text, text))
-                    output_ids.write(tsv_line(str(query.line), query.doc_id, doc_id))
-                    written += 1
+        for query, ids in zip(queries, candidates, strict=True):
+            usable = [doc_id for doc_id in ids if texts.get(doc_id) not in (None, "", query.doc_text)]
+            for doc_id in usable[: args.n_samples]:
+                output.write(tsv_line(query.question, query.doc_text, texts[doc_id]))
+                output_ids.write(tsv_line(str(query.line), query.doc_id, doc_id))
+            written += len(usable[: args.n_samples])
+            unserved += not usable
         if not written:
             raise InputError(
                 f"no query had a hit in {args.index} other than its own document; is it the index of {args.corpus}?"
@@ -128,7 +172,7 @@ def main() -> None:
         warn(f"{len(rows) - len(queries):,} rows without a question or a document text left out")
     if absent:
         warn(f"{len(absent):,} documents of the index have no text in {args.corpus} (the first: {absent[0]})")
-    unserved = sum(not any(texts.get(doc_id) for doc_id in ids) for ids in negatives)
+    os.remove(f"{args.output}.mined.jsonl")
     print(f"{args.output}: {written:,} triples; {unserved:,} queries had no usable hit", file=sys.stderr)
 
 

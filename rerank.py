@@ -17,7 +17,6 @@ import argparse
 import array
 import glob
 import hashlib
-import json
 import os
 import sys
 import tempfile
@@ -28,17 +27,18 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+import bm25
 from formats import (
     InputError,
+    Journal,
     Qrel,
     ScoredDoc,
-    json_line,
+    files_of,
     read_collection,
     read_qrels,
     read_run,
     read_synthetic_queries,
     read_topics,
-    repair_last_line,
     run_script,
     two_texts,
     warn,
@@ -77,10 +77,11 @@ def parse_args() -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--token_true", help="T5-like models: word for relevant (default: the model's own)")
     add("--token_false", help="T5-like models: word for not relevant")
-    add("--threads", type=int, default=os.cpu_count(), help="of the search with --index (default: one a core)")
+    bm25.add_arguments(parser)
     args = parser.parse_args()
-    if min(args.top_k, args.threads, args.batch_tokens or 1) < 1:
-        parser.error("--top_k, --threads and --batch_tokens are 1 or more")
+    args.searching = bm25.searching(parser, args)
+    if min(args.top_k, args.batch_tokens or 1) < 1:
+        parser.error("--top_k and --batch_tokens are 1 or more")
     if not args.run and not args.index:
         parser.error("one of --run and --index is needed")
     if args.interpolation_weight == "auto":
@@ -116,9 +117,7 @@ class Processes:
 
 def search(args: argparse.Namespace, topics: Mapping[str, str], top_k: int) -> Iterator[tuple[str, list[ScoredDoc]]]:
     """The BM25 hits of each query that has any."""
-    import bm25
-
-    searcher = bm25.open_index(args.index, args.corpus, args.threads)
+    searcher = bm25.open_index(args.index, args.corpus, args.searching)
     found = False
     for query_id, hits in bm25.search(searcher, topics, top_k, args.threads):
         if hits:
@@ -188,43 +187,16 @@ class Blocks:
 
 
 class Scores:
-    """The scores of blocks, on disk as soon as they are made: a file for each process, which reads those of all.
+    """The scores of blocks: a journal for each process, which reads those of all."""
 
-    Their first lines say what they are the scores of; files of another model, run or setting are begun anew.
-    """
-
-    def __init__(self, output: str, settings: dict[str, Any], processes: Processes) -> None:
-        self.output, self.settings, self.processes = output, settings, processes
-        self.path = f"{output}.scores.{processes.rank}.jsonl"
+    def __init__(self, output: str, settings: dict[str, Any], rank: int) -> None:
+        self.output, self.settings = output, settings
+        self.mine = Journal(f"{output}.scores.{rank}.jsonl", settings)
 
     def read(self) -> dict[int, array.array]:
         """The scores of the blocks that are finished, by block."""
-        found: dict[int, array.array] = {}
-        for path in self.files():
-            with path.open(encoding="utf-8") as file, suppress(ValueError):  # a kill may have torn the last line
-                if json.loads(file.readline() or "null") == self.settings:
-                    for line in file:
-                        row = json.loads(line)
-                        found[row["block"]] = array.array("d", row["scores"])
-        return found
-
-    def open(self) -> None:
-        """Begin to write, after every process has read."""
-        os.makedirs(os.path.dirname(self.output) or ".", exist_ok=True)
-        mine = open(self.path, "ab+")
-        repair_last_line(self.path)
-        mine.seek(0)
-        with suppress(ValueError):
-            if json.loads(mine.readline() or b"null") == self.settings:
-                self.file = mine
-                return
-        mine.truncate(0)
-        self.file = mine
-        self.write(self.settings)
-
-    def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json_line(row).encode())
-        self.file.flush()
+        rows = (row for path in self.files() for row in Journal(str(path), self.settings).rows())
+        return {row["block"]: array.array("d", row["scores"]) for row in rows}
 
     def files(self) -> list[Path]:
         output = Path(self.output)
@@ -248,7 +220,7 @@ def settings_of(args: argparse.Namespace, dtype: str, topics: Mapping[str, str],
     for query_id, hits in blocks.run.items():
         ids = " ".join(hit.doc_id for hit in hits)
         pairs.update(f"{topics[query_id]}\t{query_id}\t{ids}\n".encode(errors="replace"))
-    files = [Path(args.corpus)]
+    files = [] if args.corpus.startswith("ir_datasets:") else [Path(path) for path in files_of(args.corpus)]
     if os.path.isdir(args.model):
         files += sorted(path for path in Path(args.model).iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -429,10 +401,10 @@ def main() -> None:
         documents = read_tokens(args, model, (hit.doc_id for hits in blocks.run.values() for hit in hits))
         print(project(model, blocks, queries, documents))
         return
-    scores = Scores(args.output, settings_of(args, str(model.model.dtype), texts_of, blocks), processes)
+    scores = Scores(args.output, settings_of(args, str(model.model.dtype), texts_of, blocks), processes.rank)
     done = scores.read()
     processes.wait()
-    scores.open()
+    scores.mine.open()
     mine = [i for i in range(len(blocks)) if i % processes.count == processes.rank]
     todo = [i for i in mine if i not in done]
     del done
@@ -443,7 +415,7 @@ def main() -> None:
             ids = blocks.queries[i]
             queries = dict(zip(ids, model.tokenize_queries([texts_of[query_id] for query_id in ids]), strict=True))
             scored = model.score_tokens([(queries[hit.query_id], documents[hit.doc_id]) for hit in blocks[i]])
-            scores.write({"block": i, "scores": scored.tolist()})
+            scores.mine.write({"block": i, "scores": scored.tolist()})
             bar.update(blocks.sizes[i])
     processes.wait()
     if processes.rank > 0:

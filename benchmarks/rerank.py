@@ -195,7 +195,9 @@ def main() -> None:
             model.max_length = 10**6
             lengths = [len(model.encode(*pair)[0]) for pair in pairs]
             print(f"{title}: {len(pairs)} pairs of {sum(lengths) / len(pairs):.0f} tokens", file=sys.stderr)
-            scorers = {"ours, float32": ours(folder, "float32"), "ours, bfloat16": ours(folder, "bfloat16")}
+            scorers = {"ours, float32": ours(folder, "float32")}
+            if models.has_fast_bfloat16("cpu"):
+                scorers["ours, bfloat16"] = ours(folder, "bfloat16")
             for peer in peers:
                 try:
                     scorers[peer.__name__] = peer(folder)
