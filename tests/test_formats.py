@@ -3,10 +3,15 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import write_rows
+from conftest import ROOT, ok, sentence, write_rows
+from hypothesis import given
+from hypothesis import strategies as st
 
 import formats
 from formats import Doc, InputError, Qrel, ScoredDoc, Topic
@@ -217,3 +222,101 @@ def test_json_lines_hold_any_text() -> None:
     line = formats.json_line(row)
     assert line.count("\n") == 1
     assert json.loads(line) == row
+
+
+# ------------------------------------------------------------------------- whatever a writer wrote, a reader reads back
+
+IDS = st.text(min_size=1, max_size=8).filter(lambda w: w.split() == [w] and w.isprintable() and w[0] != "{")
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=40)
+
+
+@given(st.dictionaries(IDS, TEXTS, min_size=1))
+def test_any_texts_are_read_back(texts: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/texts.tsv"
+        formats.write_texts(path, [Topic(*item) for item in texts.items()])
+        expected = {query_id: formats.one_line(text) for query_id, text in texts.items()}
+        assert formats.read_topics(path) == expected
+        assert {doc.doc_id: doc.text for doc in formats.read_collection(path)} == expected
+        with gzip.open(f"{path}.gz", "wb") as file:
+            file.writelines(formats.json_line({"_id": i, "title": "", "text": t}).encode() for i, t in texts.items())
+        assert formats.read_topics(f"{path}.gz") == expected
+
+
+@given(st.dictionaries(st.tuples(IDS, IDS), st.tuples(st.integers(-1, 9), st.floats(-1e6, 1e6)), min_size=1))
+def test_any_judgements_and_any_run_are_read_back(pairs: dict[tuple[str, str], tuple[int, float]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        qrels = [Qrel(*pair, grade) for pair, (grade, _) in pairs.items()]
+        formats.write_qrels(f"{folder}/qrels", qrels)
+        assert list(formats.read_qrels(f"{folder}/qrels")) == qrels
+        hits = [ScoredDoc(*pair, round(score, 6)) for pair, (_, score) in pairs.items()]
+        hits.sort(key=lambda hit: (hit.query_id, -hit.score))
+        formats.write_run(f"{folder}/run", hits, "tag")
+        read = [hit for ranked in formats.read_run(f"{folder}/run").values() for hit in ranked]
+        assert read == hits
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=1))
+def test_any_triples_are_read_back(texts: list[tuple[str, str, str]]) -> None:
+    triples = [triple for triple in (tuple(map(formats.one_line, text)) for text in texts) if all(triple)]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "t.tsv").write_text("".join(formats.tsv_line(*text) for text in texts), newline="\n")
+        if triples:
+            assert [tuple(triple) for triple in formats.Triples(f"{folder}/t.tsv")] == triples
+
+
+# ------------------------------------------------------------------------------------------- folders and ir_datasets
+
+
+def test_a_folder_of_beir_is_its_corpus(tmp_path: Path) -> None:
+    write_rows(tmp_path / "corpus.jsonl", [{"_id": "1", "title": "a", "text": "b"}])
+    write_rows(tmp_path / "queries.jsonl", [{"_id": "2", "text": "c"}])
+    assert list(formats.read_collection(str(tmp_path))) == [Doc("1", "a b")]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="a folder without a "):
+        list(formats.read_collection(str(tmp_path / "empty")))
+    with pytest.raises(InputError, match="is a folder; name a file"):
+        formats.read_topics(str(tmp_path))
+
+
+def test_a_bad_line_of_a_folder_is_named_with_its_file(tmp_path: Path, capsys) -> None:
+    (tmp_path / "1.tsv").write_text("a\tb\n")
+    (tmp_path / "2.tsv").write_text("c\td\nbad\n")
+    assert [doc.doc_id for doc in formats.read_collection(str(tmp_path))] == ["a", "c"]
+    assert f"{tmp_path / '2.tsv'}, line 2: no tab" in capsys.readouterr().err
+
+
+def run_with_dataset(folder: Path, script: str, *args: object) -> subprocess.CompletedProcess:
+    """Run a script where ir_datasets knows a set `toy` of files in `folder`."""
+    code = """
+import runpy, sys, ir_datasets
+from pathlib import Path
+folder, sys.argv = Path(sys.argv[1]), sys.argv[2:]
+files = {"docs_tsv": "docs.tsv", "queries_tsv": "queries.tsv", "qrels_trec": "qrels.txt"}
+ir_datasets.registry.register("toy", ir_datasets.create_dataset(**{k: str(folder / v) for k, v in files.items()}))
+ir_datasets.registry.register("toy/docs", ir_datasets.create_dataset(docs_tsv=str(folder / "docs.tsv")))
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    env = {**os.environ, "IR_DATASETS_HOME": str(folder / "home")}
+    command = [sys.executable, "-c", code, folder, ROOT / script, *args]
+    return subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+
+
+def test_ir_datasets(tmp_path: Path) -> None:
+    (tmp_path / "docs.tsv").write_text("007\tthe study of tides\nd2\tbread is baked\n")
+    (tmp_path / "queries.tsv").write_text("1\twhat are tides\n")
+    (tmp_path / "qrels.txt").write_text("1 0 007 2\n")
+    index = tmp_path / "index"
+    ok(run_with_dataset(tmp_path, "bm25.py", "index", "--corpus", "ir_datasets:toy", "--index", index))
+    search = ["search", "--index", index, "--output", tmp_path / "run.txt", "--topics"]
+    ok(run_with_dataset(tmp_path, "bm25.py", *search, "ir_datasets:toy"))
+    assert [hit.doc_id for hit in formats.read_run(str(tmp_path / "run.txt"))["1"]] == ["007"]
+    for name, words in (("nosuch", "ir_datasets knows no nosuch"), ("toy/docs", "ir_datasets:toy/docs has no queries")):
+        assert words in sentence(run_with_dataset(tmp_path, "bm25.py", *search, f"ir_datasets:{name}"))
+
+
+def test_ir_datasets_is_optional(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['ir_datasets'] = None; import formats; formats.read_topics('ir_datasets:toy')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "ir_datasets:toy needs a package that is not here: pip install ir_datasets" in done.stderr

@@ -1,0 +1,104 @@
+"""Queries a second and peak memory of generate_triples_train.py beside the loop of the paper's script, on one index.
+
+    python benchmarks/mining.py --corpus collection.tsv --documents 1000000 --queries 10000
+
+A collection of documents of 40 to 80 words of those of --corpus is generated and indexed; a query is 6 words of a
+document. The paper's script holds the collection in a dict, asks Lucene one query at a time for 1,000 hits, which come
+to Python, and draws one; it is measured on --peer_queries of the queries. Ours is the whole command, reading of texts
+and start of Java included; the time of the search alone is shown beside. Indexing is not counted in either.
+"""
+
+import argparse
+import json
+import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+PEER = """
+import random, resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import bm25, formats
+bm25.start_lucene()
+from pyserini.search.lucene import LuceneSearcher
+searcher = LuceneSearcher(sys.argv[2])
+queries = list(formats.read_synthetic_queries(sys.argv[3]))[: int(sys.argv[5])]
+started = time.monotonic()
+texts = {}
+for line in open(sys.argv[4], encoding="utf-8"):
+    doc_id, text = line.rstrip().split("\\t")
+    texts[doc_id] = text
+read = time.monotonic() - started
+started = time.monotonic()
+for query in queries:
+    hits = searcher.search(query.question, k=1000)
+    for i in random.sample(range(min(1000, len(hits))), min(1, len(hits))):
+        if hits[i].docid != query.doc_id:
+            texts[hits[i].docid]
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(time.monotonic() - started, read, peak)
+"""
+
+
+def generate(folder: Path, corpus: str, documents: int, queries: int) -> None:
+    from formats import read_collection
+
+    draw = random.Random(0)
+    words = [word for doc in read_collection(corpus) for word in doc.text.split()]
+    asked = set(draw.sample(range(documents), queries))
+    with (folder / "collection.tsv").open("w") as file, (folder / "queries.jsonl").open("w") as out:
+        for i in range(documents):
+            text = " ".join(draw.choices(words, k=draw.randint(40, 80)))
+            file.write(f"{i}\t{text}\n")
+            if i in asked:
+                question = " ".join(draw.sample(text.split(), 6))
+                out.write(json.dumps({"doc_id": str(i), "doc_text": text, "question": question}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", required=True, help="collection, for its words")
+    parser.add_argument("--documents", type=int, default=1_000_000, help="default: %(default)s")
+    parser.add_argument("--queries", type=int, default=10_000, help="default: %(default)s")
+    parser.add_argument("--peer_queries", type=int, default=1000, help="0 leaves it out (default: %(default)s)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        generate(folder, args.corpus, args.documents, args.queries)
+        files = {f: folder / n for f, n in (("--corpus", "collection.tsv"), ("--index", "index"))}
+        flags = [word for pair in files.items() for word in map(str, pair)]
+        started = time.monotonic()
+        subprocess.run([sys.executable, ROOT / "bm25.py", "index", *flags], check=True, stderr=subprocess.DEVNULL)
+        print(f"{args.documents:,} documents indexed in {time.monotonic() - started:.0f} s", flush=True)
+        command = [sys.executable, ROOT / "generate_triples_train.py", "--input", folder / "queries.jsonl", *flags]
+        command += ["--output", folder / "triples.tsv", "--output_ids", folder / "ids.tsv"]
+        started = time.monotonic()
+        done = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+        said = done.stderr.read()
+        done.wait()
+        whole = time.monotonic() - started
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        [clock] = re.findall(r"BM25: 100%[^\r]*\[([0-9:]+)<", said)[-1:]
+        minutes, seconds = map(int, clock.split(":"))
+        search = 60 * minutes + seconds
+        print(f"\n| {args.documents:,} documents | queries/s of the search | queries/s in all | peak memory, MiB |")
+        print("|---|---:|---:|---:|")
+        print(f"| ours | {args.queries / search:.1f} | {args.queries / whole:.1f} | {peak:,.0f} |", flush=True)
+        if args.peer_queries:
+            words = [ROOT, folder / "index", folder / "queries.jsonl", folder / "collection.tsv", args.peer_queries]
+            peer = [sys.executable, "-c", PEER, *map(str, words)]
+            answer = subprocess.run(peer, check=True, capture_output=True, text=True).stdout
+            seconds, read, peak = map(float, answer.split())
+            rate = args.peer_queries / seconds
+            whole = args.queries / rate + read
+            print(f"| the paper's loop | {rate:.1f} | {args.queries / whole:.1f} | {peak:,.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What users' files are like at their worst: a sentence with file and line each, and no half-written output."""
+
+import gzip
+import json
+import os
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, ok, run, sentence, write_rows
+
+GOOD = "d1\tthe study of tides explains the sea\nd2\tbread is baked at dawn\nd3\tbees make honey of flowers\n"
+LONG = 50_000_000
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """One small file of each kind, all of one collection."""
+    texts = {
+        "collection": GOOD,
+        "topics": "1\twhat are tides\n2\twhy bees\n",
+        "qrels": "1 0 d1 1\n2 0 d3 1\n",
+        "run": "1 Q0 d1 1 2.0 x\n1 Q0 d2 2 1.0 x\n2 Q0 d3 1 2.0 x\n",
+        "triples": "tides\tthe sea\tbread\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    query = {"doc_id": "d1", "doc_text": "the study of tides", "question": "what are tides", "log_probs": [-0.1] * 4}
+    write_rows(tmp_path / "queries", [query])
+    return {name: tmp_path / name for name in (*texts, "queries")}
+
+
+def index(files: dict[str, Path], folder: Path) -> list[object]:
+    return ["bm25.py", "index", "--corpus", files["collection"], "--index", folder / "out"]
+
+
+def rerank(files: dict[str, Path], folder: Path) -> list[object]:
+    return [
+        "rerank.py",
+        *("--model", folder / "model", "--queries", files["topics"], "--corpus", files["collection"]),
+        *("--run", files["run"], "--qrels", files["qrels"], "--output", folder / "out"),
+    ]
+
+
+def keep(files: dict[str, Path], folder: Path) -> list[object]:
+    return ["filter_queries_by_score.py", "--input", files["queries"], "--output", folder / "out"]
+
+
+def mine(files: dict[str, Path], folder: Path) -> list[object]:
+    return [
+        "generate_triples_train.py",
+        *("--input", files["queries"], "--corpus", files["collection"], "--index", folder / "index"),
+        *("--output", folder / "out", "--output_ids", folder / "out.ids"),
+    ]
+
+
+def train(files: dict[str, Path], folder: Path) -> list[object]:
+    return ["train_t5.py", "--triples_train", files["triples"], "--output_dir", folder / "out"]
+
+
+def cut_gzip(data: bytes) -> bytes:
+    return gzip.compress(data * 1000)[:-20]
+
+
+QUERY = b'{"doc_id": "d1", "doc_text": "t", "question": "q", "log_probs": [-1, -1, -1]}\n'
+REFUSED = [  # name, command, file that is replaced, what stands in it, words of the one sentence
+    ("an empty collection", index, "collection", b"", "collection: not one usable line in it"),
+    ("blank lines alone", index, "collection", b"\n\r\n  \n", "collection: not one usable line in it"),
+    ("an id that occurs twice", index, "collection", GOOD.encode() + b"d2\tother\n", "the id d2 stands on two lines"),
+    ("a truncated gzip", index, "collection", cut_gzip(GOOD.encode()), "collection: the gzip data is broken"),
+    ("nothing but invalid UTF-8", index, "collection", b"d1\t\xff\n", "collection: not one usable line in it"),
+    ("an empty file of queries", keep, "queries", b"", "queries: not one usable line in it"),
+    ("a truncated gzip of queries", keep, "queries", cut_gzip(QUERY), "queries: the gzip data is broken"),
+    ("a topic that occurs twice", rerank, "topics", b"1\ta\n1\tb\n", "topics, line 2: the query id 1 was there before"),
+    ("qrels for unknown ids", rerank, "qrels", b"7 0 d1 1\n", "qrels judges no query of"),
+    ("two judgements", rerank, "qrels", b"1 0 d1 1\n1 0 d1 0\n", "qrels, line 2: query 1 and document d1 were judged"),
+    ("a run of other topics", rerank, "run", b"9 Q0 d1 1 1.0 x\n", "run has hits for no query of"),
+    ("an empty run", rerank, "run", b"", "run: not one usable line in it"),
+    (
+        "a document twice in a run",
+        rerank,
+        "run",
+        b"1 Q0 d1 1 2 x\n1 Q0 d1 2 1 x\n",
+        "query 1 has a document twice",
+    ),
+    ("triples of two columns", train, "triples", b"a\tb\n", "triples: not one usable line in it"),
+]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=[row[0] for row in REFUSED])
+def test_refused(files: dict[str, Path], tmp_path: Path, row: tuple) -> None:
+    _, command, name, data, words = row
+    files[name].write_bytes(data)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert words in sentence(run(*command(files, tmp_path)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+# Taken as they are meant, or a line left out with its number: name, contents of a collection, texts, words of a warning
+TAKEN = [
+    ("Windows line ends", GOOD.replace("\n", "\r\n").encode(), None, None),
+    ("a byte-order mark", b"\xef\xbb\xbf" + GOOD.encode(), None, None),
+    (
+        "a tab and a newline inside a text",
+        b'{"id": "d1", "contents": "the study\\tof\\ntides"}\n{"id": "d2", "contents": "bread"}\n',
+        ["the study of tides", "bread"],
+        None,
+    ),
+    ("invalid UTF-8 in a line", GOOD.encode() + b"d4\t\xc3\x28\n", None, "collection, line 4: not valid UTF-8"),
+    ("NUL bytes", GOOD.replace(" ", " \0").encode(), None, None),
+    ("a line without a tab", b"no tab\n" + GOOD.encode(), None, "collection, line 1: no tab between id and text"),
+    ("a line of 50 MB", GOOD.encode() + b"d4\t" + b"word " * (LONG // 5) + b"\n", None, None),
+]
+
+
+@pytest.mark.parametrize("row", TAKEN, ids=[row[0] for row in TAKEN])
+def test_taken(files: dict[str, Path], tmp_path: Path, row: tuple) -> None:
+    _, data, texts, warning = row
+    files["collection"].write_bytes(data)
+    query = {"doc_id": "d2", "doc_text": "dough", "question": "tides bread bees", "log_probs": [-1]}
+    write_rows(files["queries"], [query])
+    done = ok(run(*mine(files, tmp_path)))
+    texts = texts or [line.split("\t")[1] for line in GOOD.splitlines()]
+    [(_, positive, negative)] = [line.split("\t") for line in (tmp_path / "out").read_text().splitlines()]
+    assert positive == "dough"
+    assert negative in [*texts, " ".join(["word"] * (LONG // 5))]
+    assert (warning or "") in done.stderr
+    assert done.stderr.count("is left out") == bool(warning)
+
+
+def test_an_index_of_another_lucene(files: dict[str, Path], tmp_path: Path) -> None:
+    ok(run(*index(files, tmp_path)))
+    shutil.move(tmp_path / "out", tmp_path / "index")
+    [segments] = (tmp_path / "index").glob("segments_*")
+    data = bytearray(segments.read_bytes())
+    at = 4 + 1 + len("segments")  # after a magic number and the codec's name comes its version
+    assert data[5:at] == b"segments"
+    data[at : at + 4] = struct.pack(">i", 2)
+    segments.write_bytes(data)
+    said = sentence(run(*mine(files, tmp_path)))
+    assert "index" in said
+    assert "IndexFormatTooOld" in said or "version" in said
+    assert not (tmp_path / "out").exists()
+
+
+def limited(command: list[object], size: int) -> subprocess.CompletedProcess:
+    """A run on a disk that is full after `size` bytes of a file."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    words = [sys.executable, ROOT / command[0], *command[1:]]
+    return subprocess.run([*map(str, words)], preexec_fn=limit, capture_output=True, text=True)
+
+
+def test_a_full_disk(files: dict[str, Path], tmp_path: Path) -> None:
+    rows = [json.loads(QUERY) | {"doc_id": f"d{i}", "doc_text": "word " * 50} for i in range(200)]
+    write_rows(files["queries"], rows)
+    (tmp_path / "out").write_text("old")
+    done = limited(keep(files, tmp_path), 10_000)
+    assert "error: " in sentence(done)
+    assert "File too large" in sentence(done)
+    assert (tmp_path / "out").read_text() == "old"
+    assert not list(tmp_path.glob("out.*"))
+
+
+OUTPUTS: list[Callable] = [keep, mine, index]
+
+
+@pytest.mark.parametrize("command", OUTPUTS, ids=lambda command: command.__name__)
+def test_a_folder_that_cannot_be_written(files: dict[str, Path], tmp_path: Path, command: Callable) -> None:
+    (tmp_path / "file").write_text("in the way")
+    words = [tmp_path / "file" / "out" if word == tmp_path / "out" else word for word in command(files, tmp_path)]
+    assert sentence(run(*words)).startswith(f"error: {tmp_path / 'file'}")
+    assert (tmp_path / "file").read_text() == "in the way"
+    if os.geteuid():  # permissions bind all but root
+        (tmp_path / "closed").mkdir(mode=0o555)
+        words = [tmp_path / "closed" / "out" if w == tmp_path / "out" else w for w in command(files, tmp_path)]
+        assert "Permission denied" in sentence(run(*words))

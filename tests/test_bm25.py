@@ -1,0 +1,228 @@
+"""bm25.py as a command, and the hits that stay in Java."""
+
+import gzip
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, ok, rows, run, sentence, write_rows
+
+import bm25
+import formats
+
+
+@pytest.fixture(scope="module")
+def indexed(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of the demo's passages that stores their texts."""
+    index = tmp_path_factory.mktemp("indexed") / "index"
+    done = ok(run("bm25.py", "index", "--corpus", demo_data / "collection.tsv", "--index", index, "--store_texts"))
+    assert "the index of" in done.stderr
+    return index
+
+
+def test_a_first_stage_run(indexed: Path, demo_data: Path, tmp_path: Path) -> None:
+    args = ["--index", indexed, "--topics", demo_data / "topics.tsv", "--hits", 15]
+    ok(run("bm25.py", "search", *args, "--output", tmp_path / "run.txt"))
+    found = formats.read_run(str(tmp_path / "run.txt"))
+    topics = formats.read_topics(str(demo_data / "topics.tsv"))
+    assert list(found) == list(topics)
+    assert max(map(len, found.values())) == 15
+    answers = {qrel.query_id: qrel.doc_id for qrel in formats.read_qrels(str(demo_data / "qrels.txt"))}
+    first = sum(found[query_id][0].doc_id == doc_id for query_id, doc_id in answers.items())
+    assert first > len(answers) / 2
+    ok(run("bm25.py", "search", *args, "--output", tmp_path / "flat.txt", "--b", 0, "--k1", 0.01))
+    assert (tmp_path / "flat.txt").read_bytes() != (tmp_path / "run.txt").read_bytes()
+    ok(run("bm25.py", "search", *args, "--output", tmp_path / "one.txt", "--threads", 1))
+    assert (tmp_path / "one.txt").read_bytes() == (tmp_path / "run.txt").read_bytes()
+
+
+def test_an_index_remembers_its_language(tmp_path: Path) -> None:
+    (tmp_path / "de.tsv").write_text("a\tDie Häuser der Stadt sind groß\nb\tein Baum\n")
+    (tmp_path / "topics.tsv").write_text("1\tHaus\n")
+    search = ["--topics", tmp_path / "topics.tsv", "--output", tmp_path / "run.txt"]
+    for language in ("de", "en"):
+        index = tmp_path / language
+        ok(run("bm25.py", "index", "--corpus", tmp_path / "de.tsv", "--index", index, "--language", language))
+    ok(run("bm25.py", "search", "--index", tmp_path / "de", *search))
+    [hit] = formats.read_run(str(tmp_path / "run.txt"))["1"]
+    assert hit.doc_id == "a"
+    assert "has a hit in" in sentence(run("bm25.py", "search", "--index", tmp_path / "en", *search))
+    other = run("bm25.py", "search", "--index", tmp_path / "en", *search, "--language", "de")
+    assert "was indexed with --language en" in sentence(other)
+    unknown = run("bm25.py", "index", "--corpus", tmp_path / "de.tsv", "--index", tmp_path / "x", "--language", "xx")
+    assert "--language xx is none of Lucene's analyzers: ar, bn," in sentence(unknown)
+    assert not (tmp_path / "x").exists()
+    again = run("bm25.py", "index", "--corpus", tmp_path / "de.tsv", "--index", tmp_path / "de")
+    assert "is there already" in sentence(again)
+
+
+def test_a_half_made_index_is_never_taken_for_a_whole_one(demo_data: Path, tmp_path: Path) -> None:
+    lines = (demo_data / "collection.tsv").read_text().splitlines()
+    with (tmp_path / "large.tsv").open("w") as file:
+        file.writelines(f"{i}-{line}\n" for i in range(100) for line in lines)
+    command = [sys.executable, ROOT / "bm25.py", "index", "--corpus", tmp_path / "large.tsv", "--index"]
+    process = subprocess.Popen([*map(str, command), str(tmp_path / "index")], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob("index.unfinished/*")):
+        pass
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "index").exists()
+    ok(run("bm25.py", "index", "--corpus", demo_data / "collection.tsv", "--index", tmp_path / "index"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "large.tsv"]
+    searcher = bm25.open_index(str(tmp_path / "index"), None, bm25.Searching())
+    assert searcher.num_docs == len(lines)
+
+
+def test_what_is_drawn_is_what_a_search_finds(indexed: Path, demo_data: Path) -> None:
+    docs = list(formats.read_collection(str(demo_data / "collection.tsv")))
+    searcher = bm25.open_index(str(indexed), None, bm25.Searching())
+    draw = random.Random(0)
+    queries = [(" ".join(draw.sample(doc.text.split(), min(4, len(doc.text.split())))), doc.doc_id) for doc in docs]
+    queries = [*queries[:150], ("the of and", docs[0].doc_id), (queries[0][0], "no such document")]
+    chosen: dict[int, list[int]] = {}
+
+    def ranks(number: int, hits: int) -> list[int]:
+        chosen[number] = random.Random(number).sample(range(hits), min(3, hits))
+        return chosen[number]
+
+    k = 20
+    drawn = list(bm25.draw(searcher, queries, k, ranks, threads=3))
+    searched = bm25.search(searcher, {str(i): text for i, (text, _) in enumerate(queries)}, k, 1)
+    outcomes = set()
+    for i, ((_, hits), one, (_, source)) in enumerate(zip(searched, drawn, queries, strict=True)):
+        ids = [hit.doc_id for hit in hits]
+        assert one.doc_ids == [ids[rank] for rank in chosen.get(i, [])]
+        assert one.found == (source in ids)
+        assert one.rank == (ids.index(source) + 1 if source in ids[:10] else None)
+        outcomes.add((one.found, one.rank is not None, bool(ids)))
+    assert outcomes == {(True, True, True), (True, False, True), (False, False, True), (False, False, False)}
+
+
+# ---------------------------------------------------------------------------------------------------------- mining
+
+
+def mining(folder: Path, collection: object, index: Path, *args: object, name: str = "t") -> list[object]:
+    files = ["--input", folder / "q.jsonl", "--output", folder / f"{name}.tsv", "--output_ids", folder / f"{name}.ids"]
+    return [*files, "--corpus", collection, "--index", index, "--max_hits", 30, *args]
+
+
+def ask_first_words(folder: Path, collection: Path) -> list[dict]:
+    docs = list(formats.read_collection(str(collection)))
+    data = [{"doc_id": d.doc_id, "doc_text": d.text, "question": " ".join(d.text.split()[:6])} for d in docs]
+    write_rows(folder / "q.jsonl", data)
+    return data
+
+
+def test_duplicates_of_the_positive_are_no_negatives(tmp_path: Path) -> None:
+    """Each document twice under other ids, and one that is alone in being about something else."""
+    docs = [f"bread number {i} is baked in an oven at dawn" for i in range(4)]
+    lines = [f"{kind}{i}\t{text}" for i, text in enumerate(docs) for kind in ("one", "two")]
+    (tmp_path / "c.tsv").write_text("\n".join(lines) + "\n")
+    ask_first_words(tmp_path, tmp_path / "c.tsv")
+    ok(run("generate_triples_train.py", *mining(tmp_path, tmp_path / "c.tsv", tmp_path / "index", "--n_samples", 5)))
+    triples = [line.split("\t") for line in (tmp_path / "t.tsv").read_text().splitlines()]
+    assert len(triples) == 8 * 5  # 5 of the 6 documents with another text
+    assert all(positive != negative for _, positive, negative in triples)
+
+
+def test_texts_from_the_index_gzip_and_a_folder_give_the_same_triples(
+    indexed: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    collection = demo_data / "collection.tsv"
+    ask_first_words(tmp_path, collection)
+    ok(run("generate_triples_train.py", *mining(tmp_path, collection, indexed)))
+    lines = collection.read_bytes().splitlines(keepends=True)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "1.tsv").write_bytes(b"".join(lines[:100]))
+    (folder / "2.tsv.gz").write_bytes(gzip.compress(b"".join(lines[100:])))
+    (folder / "README.md").write_text("not a collection\n")
+    args = mining(tmp_path, folder, indexed, name="parts")
+    ok(run("generate_triples_train.py", *args))
+    stored = mining(tmp_path, "", indexed, "--texts_from_index", name="stored")
+    del stored[stored.index("--corpus") : stored.index("--corpus") + 2]
+    ok(run("generate_triples_train.py", *stored))
+    for name in ("parts", "stored"):
+        assert (tmp_path / f"{name}.tsv").read_bytes() == (tmp_path / "t.tsv").read_bytes()
+    bare = tmp_path / "bare"
+    ok(run("bm25.py", "index", "--corpus", folder, "--index", bare))
+    without = [bare if word == indexed else word for word in stored]
+    assert "stores no texts" in sentence(run("generate_triples_train.py", *without))
+    without.remove("--texts_from_index")
+    assert "one of --corpus and --texts_from_index is needed" in sentence(run("generate_triples_train.py", *without), 2)
+
+
+def test_mining_goes_on_after_kills(indexed: Path, demo_data: Path, tmp_path: Path) -> None:
+    data = ask_first_words(tmp_path, demo_data / "collection.tsv")
+    write_rows(tmp_path / "q.jsonl", data * 12)
+    ok(run("generate_triples_train.py", *mining(tmp_path, demo_data / "collection.tsv", indexed, name="whole")))
+    args = mining(tmp_path, demo_data / "collection.tsv", indexed)
+    journal = tmp_path / "t.tsv.mined.jsonl"
+
+    def finished() -> int:
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+    command = [sys.executable, ROOT / "generate_triples_train.py", *args]
+    for _ in range(int(os.environ.get("KILLS", 2))):
+        before = finished()
+        process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
+        while process.poll() is None and finished() <= before:
+            pass
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:  # done before the kill
+            break
+        assert finished() > before
+        assert not (tmp_path / "t.tsv").exists()
+    shutil.copy(journal, tmp_path / "kept")
+    done = ok(run("generate_triples_train.py", *args))
+    assert (tmp_path / "t.tsv").read_bytes() == (tmp_path / "whole.tsv").read_bytes()
+    assert (tmp_path / "t.ids").read_bytes() == (tmp_path / "whole.ids").read_bytes()
+    assert not journal.exists()
+    assert "Indexing" not in done.stderr
+    # What another seed left is not taken over, nor anything with --no-resume.
+    for more in (["--seed", 7], ["--no-resume"]):
+        shutil.copy(tmp_path / "kept", journal)
+        with journal.open("a") as file:
+            file.write('{"doc_ids": ["x"], "ra')
+        ok(run("generate_triples_train.py", *args, *more))
+        same = (tmp_path / "t.tsv").read_bytes() == (tmp_path / "whole.tsv").read_bytes()
+        assert same == (more == ["--no-resume"])
+
+
+# ------------------------------------------------------------------------------------------------------ consistency
+
+
+def test_consistent_questions_are_kept(indexed: Path, demo_data: Path, tmp_path: Path) -> None:
+    data = ask_first_words(tmp_path, demo_data / "collection.tsv")[:30]
+    data = [{**row, "log_probs": [-0.01 * i] * 5} for i, row in enumerate(data)]
+    data[4]["question"] = data[5]["question"]
+    data[7]["doc_id"] = "no such document"
+    write_rows(tmp_path / "q.jsonl", data)
+    args = ["--input", tmp_path / "q.jsonl", "--output", tmp_path / "f.jsonl", "--index", indexed]
+    done = ok(run("filter_queries_by_score.py", *args, "--consistency_k", 1))
+    searcher = bm25.open_index(str(indexed), None, bm25.Searching())
+    hits = dict(bm25.search(searcher, {str(i): row["question"] for i, row in enumerate(data)}, 3, 2))
+    ranks = [
+        next((rank for rank, hit in enumerate(hits[str(i)], 1) if hit.doc_id == row["doc_id"]), None)
+        for i, row in enumerate(data)
+    ]
+    assert [row["doc_id"] for row in rows(tmp_path / "f.jsonl")] == [
+        row["doc_id"] for row, rank in zip(data, ranks, strict=True) if rank == 1
+    ]
+    lost = sum(rank != 1 for rank in ranks)
+    assert f"{lost} rows whose document is not among the first 1 hits dropped" in done.stderr
+    for row in data:
+        del row["log_probs"]
+    write_rows(tmp_path / "q.jsonl", data)
+    ok(run("filter_queries_by_score.py", *args, "--consistency_k", 3, "--scoring_function", "consistency"))
+    scores = [row["score"] for row in rows(tmp_path / "f.jsonl")]
+    assert scores == sorted((1 / rank for rank in ranks if rank), reverse=True)
+    alone = run("filter_queries_by_score.py", *args[:4], "--consistency_k", 3)
+    assert "go together" in sentence(alone, 2)
+    without = run("filter_queries_by_score.py", *args[:4], "--scoring_function", "consistency")
+    assert "needs --consistency_k" in sentence(without, 2)
