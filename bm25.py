@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
@@ -285,7 +284,6 @@ def draw(
     Args:
         ranks: which hits are wanted, counted from 0, of the query with this number, which has so many.
     """
-    import jnius
     from jnius import autoclass
 
     lucene = "org.apache.lucene.search."
@@ -296,7 +294,9 @@ def draw(
         generator = autoclass("io.anserini.search.query.BagOfWordsQueryGenerator")()
         anserini = searcher.object
         analyzer, order = anserini.get_analyzer(), anserini.BREAK_SCORE_TIES_BY_DOCID  # as `search` has it
-        index = autoclass(f"{lucene}IndexSearcher")(anserini.reader)
+        # Lucene shares a query's segments among its own threads; pyjnius is not safe to call from several of Python's.
+        pool = autoclass("java.util.concurrent.Executors").newFixedThreadPool(threads)
+        index = autoclass(f"{lucene}IndexSearcher")(anserini.reader, pool)
         index.setSimilarity(anserini.get_similarity())
 
     def draw_one(number: int, text: str, source: str) -> Drawn:
@@ -325,18 +325,14 @@ def draw(
         )
         return Drawn(drawn, rank, count < k or not beyond)
 
-    def draw_many(chunk: list[tuple[int, tuple[str, str]]]) -> list[Drawn]:
-        try:
-            return [draw_one(number, *query) for number, query in chunk]
-        finally:
-            jnius.detach()  # a thread that ends without that leaves the JVM waiting for it
-
     numbered = enumerate(queries)
-    with ThreadPoolExecutor(threads) as pool:
-        while chunks := [chunk for _ in range(threads) if (chunk := list(islice(numbered, QUERY_CHUNK)))]:
+    try:
+        while chunk := list(islice(numbered, QUERY_CHUNK)):
             with _lucene():
-                drawn = [one for many in pool.map(draw_many, chunks) for one in many]
+                drawn = [draw_one(number, *query) for number, query in chunk]
             yield from drawn
+    finally:
+        pool.shutdown()
 
 
 def read_stored_texts(searcher: "LuceneSearcher", doc_ids: Iterable[str], index: str) -> Iterator[tuple[str, str]]:

@@ -84,6 +84,8 @@ def main() -> None:
         done.wait()
         whole = time.monotonic() - started
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        if done.returncode:
+            sys.exit(said)
         [clock] = re.findall(r"BM25: 100%[^\r]*\[([0-9:]+)<", said)[-1:]
         minutes, seconds = map(int, clock.split(":"))
         search = 60 * minutes + seconds

@@ -130,7 +130,7 @@ def test_taken(files: dict[str, Path], tmp_path: Path, row: tuple) -> None:
     assert positive == "dough"
     assert negative in [*texts, " ".join(["word"] * (LONG // 5))]
     assert (warning or "") in done.stderr
-    assert done.stderr.count("is left out") == bool(warning)
+    assert ("is left out" in done.stderr) == bool(warning)
 
 
 def test_an_index_of_another_lucene(files: dict[str, Path], tmp_path: Path) -> None:
