@@ -16,10 +16,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
+from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -265,7 +267,7 @@ def search(
 class Drawn(NamedTuple):
     """What is wanted of the hits of a query that was written for a document, its source."""
 
-    doc_ids: list[str]  # at the ranks asked for
+    doc_ids: list[str]  # the negatives
     rank: int | None  # of the source among the first 10, from 1
     found: bool  # whether the source is among the hits
 
@@ -274,17 +276,19 @@ def draw(
     searcher: "LuceneSearcher",
     queries: Iterable[tuple[str, str]],
     k: int,
-    ranks: Callable[[int, int], list[int]],
+    n: int,
+    ranks: Callable[[int, int], Iterable[int]],
     threads: int,
 ) -> Iterator[Drawn]:
-    """Some of the first `k` hits of each query, in the order of `queries`: (text, doc_id of its source).
+    """`n` of the first `k` hits of each query, in the order of `queries`: (text, doc_id of its source).
 
-    The hits stay in Java and only those wanted cross to Python, where crossing is what takes the time.
+    Never the source, nor a hit of the same score, as one with the same text has. The hits stay in Java and only those
+    drawn cross to Python, where crossing is what takes the time.
 
     Args:
-        ranks: which hits are wanted, counted from 0, of the query with this number, which has so many.
+        ranks: in which order the hits are drawn, counted from 0, of the query with this number, which has so many.
     """
-    from jnius import autoclass
+    from jnius import autoclass, cast
 
     lucene = "org.apache.lucene.search."
     with _lucene():
@@ -294,14 +298,28 @@ def draw(
         generator = autoclass("io.anserini.search.query.BagOfWordsQueryGenerator")()
         anserini = searcher.object
         analyzer, order = anserini.get_analyzer(), anserini.BREAK_SCORE_TIES_BY_DOCID  # as `search` has it
-        # Lucene shares a query's segments among its own threads; pyjnius is not safe to call from several of Python's.
-        pool = autoclass("java.util.concurrent.Executors").newFixedThreadPool(threads)
-        index = autoclass(f"{lucene}IndexSearcher")(anserini.reader, pool)
+        index = autoclass(f"{lucene}IndexSearcher")(anserini.reader)
         index.setSimilarity(anserini.get_similarity())
 
-    def draw_one(number: int, text: str, source: str) -> Drawn:
+        # Python's own threads would crash pyjnius, which keeps the object of a call in the method. So the calls of
+        # IndexSearcher.search become Java's Callables, with only the query open, for a pool of Java's threads.
+        named, integer = autoclass("java.lang.Class").forName, autoclass("java.lang.Integer")
+        boolean, handles = autoclass("java.lang.Boolean"), autoclass("java.lang.invoke.MethodHandles")
+        takes = [named(f"{lucene}Query"), integer.TYPE, named(f"{lucene}Sort"), boolean.TYPE]
+        gives = autoclass("java.lang.invoke.MethodType").methodType(named(f"{lucene}TopFieldDocs"), takes)
+        searching = handles.publicLookup().findVirtual(named(f"{lucene}IndexSearcher"), "search", gives).bindTo(index)
+        searching = handles.insertArguments(searching, 1, integer(k), order, boolean(True))
+        proxies, interface = autoclass("java.lang.invoke.MethodHandleProxies"), "java.util.concurrent.Callable"
+        callable_ = named(interface)
+        pool = autoclass("java.util.concurrent.Executors").newFixedThreadPool(threads)
+
+    def submit(number: int, text: str, source: str) -> tuple[int, Any, str, Any]:
         query = generator.buildQuery("contents", analyzer, text)
-        hits = index.search(query, k, order, True)
+        call = proxies.asInterfaceInstance(callable_, handles.insertArguments(searching, 0, query))
+        return number, query, source, pool.submit(cast(interface, call))
+
+    def draw_one(number: int, query: Any, source: str, future: Any) -> Drawn:
+        hits = future.get()
         count = min(k, hits.totalHits.value)
         if not count:
             return Drawn([], None, False)
@@ -310,26 +328,33 @@ def draw(
         def between(start: int, size: int) -> list[Any]:
             return top_docs.merge(order, start, size, [hits]).scoreDocs
 
-        drawn = [fields.document(between(rank, 1)[0].doc).get("id") for rank in ranks(number, count)]
-        alone = builder()  # the source's own score
+        alone = builder()
         alone.add(query, occur.MUST)
         alone.add(term_query(term("id", source)), occur.FILTER)
         matched = index.search(alone.build(), 1).scoreDocs
-        if not matched:
-            return Drawn(drawn, None, False)
-        first = [hit.doc for hit in between(0, 10)]
-        rank = first.index(matched[0].doc) + 1 if matched[0].doc in first else None
+        own = matched[0].score if matched else -1.0
+        drawn = (hit for rank in ranks(number, count) for hit in between(rank, 1))
+        others = (hit for hit in drawn if not isclose(hit.score, own, rel_tol=1e-6))
+        doc_ids = [fields.document(hit.doc).get("id") for hit in islice(others, n)]
+        first = [hit.doc for hit in between(0, 10)] if matched else []
+        if matched and matched[0].doc in first:
+            return Drawn(doc_ids, first.index(matched[0].doc) + 1, True)
+        if not matched or count < k:
+            return Drawn(doc_ids, None, bool(matched))
         last = between(count - 1, 1)[0]
-        beyond = matched[0].score < last.score or (
-            matched[0].score == last.score and source > fields.document(last.doc).get("id")
-        )
-        return Drawn(drawn, rank, count < k or not beyond)
+        found = own > last.score or (own == last.score and source <= fields.document(last.doc).get("id"))
+        return Drawn(doc_ids, None, found)
 
     numbered = enumerate(queries)
+    ahead: deque[tuple[int, Any, str, Any]] = deque()
     try:
-        while chunk := list(islice(numbered, QUERY_CHUNK)):
+        while True:
             with _lucene():
-                drawn = [draw_one(number, *query) for number, query in chunk]
+                for number, query in islice(numbered, 2 * QUERY_CHUNK - len(ahead)):
+                    ahead.append(submit(number, *query))
+                drawn = [draw_one(*ahead.popleft()) for _ in range(min(QUERY_CHUNK, len(ahead)))]
+            if not drawn:
+                return
             yield from drawn
     finally:
         pool.shutdown()

@@ -18,6 +18,7 @@ import hashlib
 import os
 import random
 import sys
+from collections.abc import Iterator
 from itertools import islice
 
 import bm25
@@ -33,8 +34,6 @@ from formats import (
     warn,
     whole_file,
 )
-
-SPARE = 2  # hits drawn beside --n_samples and one for the query's own document, should some have the same text as it
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,7 +75,7 @@ def clean(text: str) -> str:
 
 
 def mine(queries: list[SyntheticQuery], args: argparse.Namespace) -> list[list[str]]:
-    """The ids of documents that may be negatives of each query, drawn from its BM25 hits without its own document.
+    """The ids of the negatives of each query, drawn from its BM25 hits without its own document.
 
     A draw depends on the seed and the query's line alone: neither the number of threads nor a kill changes it.
     """
@@ -95,12 +94,13 @@ def mine(queries: list[SyntheticQuery], args: argparse.Namespace) -> list[list[s
         searcher = bm25.open_index(args.index, args.corpus, args.searching)
         rest = queries[len(mined) :]
 
-        def ranks(number: int, hits: int) -> list[int]:
-            draw = random.Random(f"{args.seed} {rest[number].line}")
-            return draw.sample(range(hits), min(args.n_samples + 1 + SPARE, hits))
+        def ranks(number: int, hits: int) -> Iterator[int]:
+            draw, left = random.Random(f"{args.seed} {rest[number].line}"), list(range(hits))
+            while left:
+                yield left.pop(draw.randrange(len(left)))
 
         asking = [(query.question, query.doc_id) for query in rest]
-        found = bm25.draw(searcher, asking, args.max_hits, ranks, args.threads)
+        found = bm25.draw(searcher, asking, args.max_hits, args.n_samples, ranks, args.threads)
         for row in tqdm(found, desc="BM25", total=len(queries), initial=len(mined), unit=" queries"):
             mined.append(row._asdict())
             journal.write(mined[-1])
@@ -110,10 +110,7 @@ def mine(queries: list[SyntheticQuery], args: argparse.Namespace) -> list[list[s
         f"{sum(row['found'] for row in mined) / len(queries):.4f} of the document that each was written for",
         file=sys.stderr,
     )
-    return [
-        [doc_id for doc_id in row["doc_ids"] if doc_id != query.doc_id]
-        for query, row in zip(queries, mined, strict=True)
-    ]
+    return [row["doc_ids"] for row in mined]
 
 
 def read_negatives(args: argparse.Namespace, wanted: set[str]) -> dict[str, str]:
@@ -143,9 +140,9 @@ def main() -> None:
         with whole_file(f"{args.output}.holdout.jsonl") as file:
             file.writelines(json_line(query.row) for query in queries if query.line in held)
         queries = [query for query in queries if query.line not in held]
-    candidates = mine(queries, args)
+    negatives = mine(queries, args)
 
-    wanted = {doc_id for ids in candidates for doc_id in ids}
+    wanted = {doc_id for ids in negatives for doc_id in ids}
     texts = read_negatives(args, wanted)
     absent = sorted(doc_id for doc_id in wanted if not texts.get(doc_id))
     if len(absent) == len(wanted) > 0:
@@ -156,12 +153,12 @@ def main() -> None:
         )
     written = unserved = 0
     with whole_file(args.output) as output, whole_file(args.output_ids) as output_ids:
-        for query, ids in zip(queries, candidates, strict=True):
+        for query, ids in zip(queries, negatives, strict=True):
             usable = [doc_id for doc_id in ids if texts.get(doc_id) not in (None, "", query.doc_text)]
-            for doc_id in usable[: args.n_samples]:
+            for doc_id in usable:
                 output.write(tsv_line(query.question, query.doc_text, texts[doc_id]))
                 output_ids.write(tsv_line(str(query.line), query.doc_id, doc_id))
-            written += len(usable[: args.n_samples])
+            written += len(usable)
             unserved += not usable
         if not written:
             raise InputError(
