@@ -98,7 +98,9 @@ def test_what_is_drawn_is_what_a_search_finds(indexed: Path, demo_data: Path) ->
         ids = [hit.doc_id for hit in hits]
         own = next((hit.score for hit in every if hit.doc_id == source), None)
         chosen = [hits[rank] for rank in ranks(i, len(hits))]
-        assert one.doc_ids == [hit.doc_id for hit in chosen if hit.score != own][:3]
+        # Anserini takes some millionths from the scores of ties.
+        others = [hit.doc_id for hit in chosen if own is None or abs(hit.score - own) > 1e-4]
+        assert one.doc_ids == others[:3]
         assert one.found == (source in ids)
         assert one.rank == (ids.index(source) + 1 if source in ids[:10] else None)
         outcomes.add((one.found, one.rank is not None, bool(ids)))
