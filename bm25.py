@@ -34,6 +34,7 @@ JAVA_VERSION = 21  # what Anserini's classes are compiled for
 VECTOR_MODULE = "jdk.incubator.vector"  # Pyserini asks the JVM for it
 INDEX_CHUNK = 5_000  # documents handed to Lucene at a time
 QUERY_CHUNK = 64  # queries a thread is handed at a time: one step of the progress bar
+TIES = 50  # hits of the same score as the source that are drawn in vain before they are taken
 SETTINGS = "inpars.json"  # beside Lucene's files in an index of ours: its language
 
 
@@ -248,6 +249,11 @@ def open_index(index: str, corpus: str | None, how: Searching) -> "LuceneSearche
         return searcher
 
 
+def stamp(index: str) -> str:
+    """What changes when the index in this folder is made anew; nothing for a prebuilt one, which never does."""
+    return str([(path.name, path.stat().st_mtime_ns) for path in sorted(Path(index).glob("segments_*"))])
+
+
 def search(
     searcher: "LuceneSearcher", queries: Mapping[str, str], k: int, threads: int, bar: bool = True
 ) -> Iterator[tuple[str, list[ScoredDoc]]]:
@@ -282,8 +288,8 @@ def draw(
 ) -> Iterator[Drawn]:
     """`n` of the first `k` hits of each query, in the order of `queries`: (text, doc_id of its source).
 
-    Never the source, nor a hit of the same score, as one with the same text has. The hits stay in Java and only those
-    drawn cross to Python, where crossing is what takes the time.
+    Never the source; and hits of its score, as one with the same text has, only for want of others. The hits stay in
+    Java and only those drawn cross to Python, where crossing is what takes the time.
 
     Args:
         ranks: in which order the hits are drawn, counted from 0, of the query with this number, which has so many.
@@ -307,15 +313,15 @@ def draw(
         boolean, handles = autoclass("java.lang.Boolean"), autoclass("java.lang.invoke.MethodHandles")
         takes = [named(f"{lucene}Query"), integer.TYPE, named(f"{lucene}Sort"), boolean.TYPE]
         gives = autoclass("java.lang.invoke.MethodType").methodType(named(f"{lucene}TopFieldDocs"), takes)
-        searching = handles.publicLookup().findVirtual(named(f"{lucene}IndexSearcher"), "search", gives).bindTo(index)
-        searching = handles.insertArguments(searching, 1, integer(k), order, boolean(True))
+        calling = handles.publicLookup().findVirtual(named(f"{lucene}IndexSearcher"), "search", gives).bindTo(index)
+        calling = handles.insertArguments(calling, 1, integer(k), order, boolean(True))
         proxies, interface = autoclass("java.lang.invoke.MethodHandleProxies"), "java.util.concurrent.Callable"
         callable_ = named(interface)
         pool = autoclass("java.util.concurrent.Executors").newFixedThreadPool(threads)
 
     def submit(number: int, text: str, source: str) -> tuple[int, Any, str, Any]:
         query = generator.buildQuery("contents", analyzer, text)
-        call = proxies.asInterfaceInstance(callable_, handles.insertArguments(searching, 0, query))
+        call = proxies.asInterfaceInstance(callable_, handles.insertArguments(calling, 0, query))
         return number, query, source, pool.submit(cast(interface, call))
 
     def draw_one(number: int, query: Any, source: str, future: Any) -> Drawn:
@@ -333,9 +339,17 @@ def draw(
         alone.add(term_query(term("id", source)), occur.FILTER)
         matched = index.search(alone.build(), 1).scoreDocs
         own = matched[0].score if matched else -1.0
-        drawn = (hit for rank in ranks(number, count) for hit in between(rank, 1))
-        others = (hit for hit in drawn if not isclose(hit.score, own, rel_tol=1e-6))
-        doc_ids = [fields.document(hit.doc).get("id") for hit in islice(others, n)]
+        others: list[Any] = []
+        ties: list[Any] = []
+        for rank in islice(ranks(number, count), n + TIES):
+            [hit] = between(rank, 1)
+            if not isclose(hit.score, own, rel_tol=1e-6):
+                others.append(hit)
+            elif hit.doc != matched[0].doc:
+                ties.append(hit)
+            if len(others) == n:
+                break
+        doc_ids = [fields.document(hit.doc).get("id") for hit in [*others, *ties][:n]]
         first = [hit.doc for hit in between(0, 10)] if matched else []
         if matched and matched[0].doc in first:
             return Drawn(doc_ids, first.index(matched[0].doc) + 1, True)

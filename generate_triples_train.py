@@ -81,7 +81,8 @@ def mine(queries: list[SyntheticQuery], args: argparse.Namespace) -> list[list[s
     """
     from tqdm import tqdm
 
-    asked = hashlib.sha256()
+    searcher = bm25.open_index(args.index, args.corpus, args.searching)
+    asked = hashlib.sha256(bm25.stamp(args.index).encode())
     for query in queries:
         asked.update(f"{query.line}\t{query.doc_id}\t{query.question}\n".encode(errors="replace"))
     settings = {name: getattr(args, name) for name in ("index", "max_hits", "n_samples", "seed", "k1", "b", "language")}
@@ -91,7 +92,6 @@ def mine(queries: list[SyntheticQuery], args: argparse.Namespace) -> list[list[s
     mined = list(islice(journal.rows(), len(queries)))
     journal.open()
     if len(mined) < len(queries):
-        searcher = bm25.open_index(args.index, args.corpus, args.searching)
         rest = queries[len(mined) :]
 
         def ranks(number: int, hits: int) -> Iterator[int]:

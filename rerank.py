@@ -239,7 +239,7 @@ class Tokens:
     """The token ids of documents by doc_id, in a file without a name: in memory 8 bytes a document beside its id."""
 
     def __init__(self, folder: str, doc_ids: Iterable[str]) -> None:
-        self.file = tempfile.TemporaryFile(dir=folder or ".")
+        self.file = tempfile.TemporaryFile(dir=folder if os.path.isdir(folder) else None)
         self.number: dict[str, int] = dict.fromkeys(doc_ids, -1)
         self.starts = array.array("q", [0])
 
@@ -267,7 +267,7 @@ class Tokens:
 
 def read_tokens(args: argparse.Namespace, model: Any, wanted: Iterable[str]) -> Tokens:
     """The token ids of the wanted documents: each is tokenised once, however many queries it is a hit of."""
-    tokens = Tokens(os.path.dirname(args.output), wanted)
+    tokens = Tokens(os.path.dirname(args.output) or ".", wanted)
     docs = (doc for doc in read_collection(args.corpus, desc="Reading texts") if doc.doc_id in tokens.number)
     while chunk := list(islice(docs, TEXTS)):
         for doc, ids in zip(chunk, model.tokenize([doc.text for doc in chunk]), strict=True):

