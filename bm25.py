@@ -241,12 +241,19 @@ def open_index(index: str, corpus: str | None, how: Searching) -> "LuceneSearche
     if how.language and settings.exists() and how.language != language:
         raise InputError(f"{index} was indexed with --language {language}; leave --language out, or index anew")
     _check_language(how.language or language)
+    try:
+        with _lucene():
+            searcher = LuceneSearcher(index)
+    except InputError as error:
+        raise InputError(
+            f"{index} cannot be opened: it is broken, or of another version of Lucene; index the collection anew, at a "
+            f"path that does not exist yet ({error})"
+        ) from None
     with _lucene():
-        searcher = LuceneSearcher(index)
         searcher.set_bm25(how.k1, how.b)
         if (how.language or language) != "en":
             searcher.set_language(how.language or language)
-        return searcher
+    return searcher
 
 
 def stamp(index: str) -> str:

@@ -143,8 +143,7 @@ def test_an_index_of_another_lucene(files: dict[str, Path], tmp_path: Path) -> N
     data[at : at + 4] = struct.pack(">i", 2)
     segments.write_bytes(data)
     said = sentence(run(*mine(files, tmp_path)))
-    assert "index" in said
-    assert "IndexFormatTooOld" in said or "version" in said
+    assert f"{tmp_path / 'index'} cannot be opened: it is broken, or of another version of Lucene" in said
     assert not (tmp_path / "out").exists()
 
 

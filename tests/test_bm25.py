@@ -45,20 +45,20 @@ def test_an_index_remembers_its_language(tmp_path: Path) -> None:
     (tmp_path / "de.tsv").write_text("a\tDie Häuser der Stadt sind groß\nb\tein Baum\n")
     (tmp_path / "topics.tsv").write_text("1\tHaus\n")
     search = ["--topics", tmp_path / "topics.tsv", "--output", tmp_path / "run.txt"]
-    for language in ("de", "en"):
-        index = tmp_path / language
-        ok(run("bm25.py", "index", "--corpus", tmp_path / "de.tsv", "--index", index, "--language", language))
-    ok(run("bm25.py", "search", "--index", tmp_path / "de", *search))
+    corpus, german, english = (str(tmp_path / name) for name in ("de.tsv", "de", "en"))
+    ok(run("bm25.py", "index", "--corpus", corpus, "--index", german, "--language", "de"))
+    ok(run("bm25.py", "search", "--index", german, *search))
     [hit] = formats.read_run(str(tmp_path / "run.txt"))["1"]
     assert hit.doc_id == "a"
-    assert "has a hit in" in sentence(run("bm25.py", "search", "--index", tmp_path / "en", *search))
-    other = run("bm25.py", "search", "--index", tmp_path / "en", *search, "--language", "de")
-    assert "was indexed with --language en" in sentence(other)
-    unknown = run("bm25.py", "index", "--corpus", tmp_path / "de.tsv", "--index", tmp_path / "x", "--language", "xx")
-    assert "--language xx is none of Lucene's analyzers: ar, bn," in sentence(unknown)
+    bm25.build_index(corpus, english, 1)
+    assert "has a hit in" in sentence(run("bm25.py", "search", "--index", english, *search))
+    with pytest.raises(formats.InputError, match="was indexed with --language en"):
+        bm25.open_index(english, None, bm25.Searching(language="de"))
+    with pytest.raises(formats.InputError, match="--language xx is none of Lucene's analyzers: ar, bn,"):
+        bm25.build_index(corpus, str(tmp_path / "x"), 1, "xx")
     assert not (tmp_path / "x").exists()
-    again = run("bm25.py", "index", "--corpus", tmp_path / "de.tsv", "--index", tmp_path / "de")
-    assert "is there already" in sentence(again)
+    with pytest.raises(formats.InputError, match="is there already"):
+        bm25.build_index(corpus, german, 1)
 
 
 def test_a_half_made_index_is_never_taken_for_a_whole_one(demo_data: Path, tmp_path: Path) -> None:

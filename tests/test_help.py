@@ -23,7 +23,14 @@ def test_help_says_what_the_script_reads_and_writes(script: str) -> None:
     assert "\n  --output" in said
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_of_bm25_names_its_commands() -> None:
+    said = ok(run("bm25.py", "--help")).stdout
+    assert "python bm25.py index --corpus" in said
+    assert "python bm25.py search --index" in said
+    assert "--store_texts" in ok(run("bm25.py", "index", "--help")).stdout
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "bm25.py"])
 def test_help_loads_no_heavy_library(script: str) -> None:
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:] + ['--help']\n"
