@@ -4,8 +4,8 @@
 
 A collection of documents of 40 to 80 words of those of --corpus is generated and indexed; a query is 6 words of a
 document. The paper's script holds the collection in a dict, asks Lucene one query at a time for 1,000 hits, which come
-to Python, and draws one; it is measured on --peer_queries of the queries. Ours is the whole command, reading of texts
-and start of Java included; the time of the search alone is shown beside. Indexing is not counted in either.
+to Python, and draws one; its search is measured on --peer_queries of the queries, its start of Java not counted. Ours
+is the whole command, start of Java included. Indexing is counted in neither; its memory is, in ours.
 """
 
 import argparse
