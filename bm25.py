@@ -25,7 +25,18 @@ from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from formats import InputError, ScoredDoc, json_line, read_collection, read_topics, run_script, text_of, write_run
+from formats import (
+    InputError,
+    Qrel,
+    ScoredDoc,
+    json_line,
+    read_collection,
+    read_synthetic_queries,
+    read_topics,
+    run_script,
+    text_of,
+    write_run,
+)
 
 if TYPE_CHECKING:
     from pyserini.search.lucene import LuceneSearcher
@@ -275,6 +286,24 @@ def search(
             for query_id in chunk:
                 yield query_id, [ScoredDoc(query_id, hit.docid, hit.score) for hit in found.get(query_id, ())]
             progress.update(len(chunk))
+
+
+def read_holdout(path: str, searcher: "LuceneSearcher", k: int, threads: int) -> tuple[dict, dict, list[Qrel]]:
+    """Synthetic queries that training does not see, as a test collection: each one's source document is relevant.
+
+    Returns topics (text by query id), the first `k` BM25 hits of those that have any (by query id), and judgements.
+
+    Raises:
+        InputError: none of them has a hit.
+    """
+    rows = {f"holdout {row.line}": row for row in read_synthetic_queries(path) if row.question}
+    topics = {query_id: row.question for query_id, row in rows.items()}  # no id of a topic has a blank in it
+    run = {query_id: hits for query_id, hits in search(searcher, topics, k, threads) if hits}
+    if not run:
+        raise InputError(
+            f"none of the {len(topics):,} queries of {path} has a hit in the index; is it of another collection?"
+        )
+    return topics, run, [Qrel(query_id, row.doc_id, 1) for query_id, row in rows.items()]
 
 
 class Drawn(NamedTuple):

@@ -23,6 +23,7 @@ from itertools import islice
 
 import bm25
 from formats import InputError, SyntheticQuery, json_line, read_synthetic_queries, run_script, whole_file
+from sample_page import Sample
 
 SCORING = {
     "mean_log_probs": lambda log_probs: sum(log_probs) / len(log_probs),  # the paper's (arXiv 2202.05144, section 3)
@@ -50,11 +51,13 @@ def parse_args() -> argparse.Namespace:
     add("--max_tokens", type=int, help="questions of more tokens are dropped (default: no bound)")
     add("--skip_questions_copied_from_context", action="store_true", help="drop questions that stand in their document")
     add("--plot", metavar="PNG", help="draw the histogram of the scores, with the cut")
+    add("--sample_html", metavar="HTML", help="a page on which to browse rows with their scores, kept and dropped")
+    add("--sample_size", type=int, default=500, help="rows of it, at random (default: %(default)s)")
     bm25.add_arguments(parser)
     args = parser.parse_args()
     args.searching = bm25.searching(parser, args)
-    if args.top_k < 1 or args.min_tokens < 1:
-        parser.error("--top_k and --min_tokens are 1 or more")
+    if min(args.top_k, args.min_tokens, args.sample_size) < 1:
+        parser.error("--top_k, --min_tokens and --sample_size are 1 or more")
     if (args.scoring_function == "monot5") != bool(args.model):
         parser.error("--scoring_function monot5 and --model go together")
     if args.scoring_function == "consistency" and not args.consistency_k:
@@ -128,24 +131,30 @@ def main() -> None:
     width = BIN[args.scoring_function]
     dropped: Counter[str] = Counter()
     bins: Counter[int] = Counter()
+    sample = Sample(args.sample_size)
+
+    def drop(query: SyntheticQuery, why: str) -> None:
+        dropped[why] += 1
+        sample.add(query, None, why)
 
     def usable() -> Iterator[SyntheticQuery]:
         for query in read_synthetic_queries(args.input, desc="Scoring"):
             if reason := reason_to_drop(query, args):
-                dropped[reason] += 1
+                drop(query, reason)
             else:
                 yield query
 
     def consistent() -> Iterator[tuple[int, SyntheticQuery]]:
         for rank, query in find_ranks(usable(), args) if args.index else ((0, query) for query in usable()):
             if args.index and not rank:
-                dropped[f"whose document is not among the first {args.consistency_k} hits"] += 1
+                drop(query, f"whose document is not among the first {args.consistency_k} hits")
             else:
                 yield rank, query
 
     def scored() -> Iterator[tuple[float, SyntheticQuery]]:
         for value, query in score_rows(consistent(), args):
             bins[math.floor(value / width)] += 1
+            sample.add(query, value, None)
             yield value, query
 
     # A bounded heap: it never holds more than top_k rows.
@@ -161,6 +170,10 @@ def main() -> None:
     if args.plot:
         kept = Counter(math.floor(value / width) for value, _ in best)
         draw_histogram(args.plot, bins, kept, width, best[-1][0], args.scoring_function)
+
+    if args.sample_html:
+        about = f"{len(best):,} rows of {args.input} were kept; the score is {args.scoring_function}."
+        sample.write(args.sample_html, {query.line for _, query in best}, about)
 
     total = bins.total() + dropped.total()
     for reason, count in dropped.most_common():

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from formats import Qrel, ScoredDoc
 
+MEASURES = ("nDCG@10", "nDCG@20", "MRR@10", "MAP", "P@20", "R@1000")  # upstream's
+
 
 def rank(hits: Sequence[ScoredDoc], scores: Mapping[str, float]) -> list[ScoredDoc]:
     """The hits of a query by their new scores, those without one below in the order they had.
@@ -28,14 +30,8 @@ def per_query(
     from ir_measures import AP, RR, P, R, iter_calc, nDCG
 
     level = relevance_threshold
-    named = {
-        nDCG @ 10: "nDCG@10",
-        nDCG @ 20: "nDCG@20",
-        RR(rel=level) @ 10: "MRR@10",
-        AP(rel=level): "MAP",
-        P(rel=level) @ 20: "P@20",
-        R(rel=level) @ 1000: "R@1000",
-    }
+    measures = nDCG @ 10, nDCG @ 20, RR(rel=level) @ 10, AP(rel=level), P(rel=level) @ 20, R(rel=level) @ 1000
+    named = dict(zip(measures, MEASURES, strict=True))
     judged: dict[str, list[Qrel]] = {}
     for qrel in qrels:
         judged.setdefault(qrel.query_id, []).append(qrel)

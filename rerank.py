@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import bm25
+import ranking
 from formats import (
     InputError,
     Journal,
@@ -37,11 +38,11 @@ from formats import (
     read_collection,
     read_qrels,
     read_run,
-    read_synthetic_queries,
     read_topics,
     run_script,
     two_texts,
     warn,
+    whole_file,
     write_run,
 )
 
@@ -62,6 +63,7 @@ def parse_args() -> argparse.Namespace:
     add("--output", required=True, help="reranked run, TREC")
     add("--top_k", type=int, default=1000, help="documents a query to rerank (default: %(default)s)")
     add("--qrels", help="judgements: prints the table")
+    add("--plot", metavar="PNG", help="with --qrels: what each query gained or lost in nDCG@10")
     add("--relevance_threshold", type=int, default=1, help="lowest relevant grade (default: %(default)s)")
     add(
         "--interpolation_weight",
@@ -82,6 +84,8 @@ def parse_args() -> argparse.Namespace:
     args.searching = bm25.searching(parser, args)
     if min(args.top_k, args.batch_tokens or 1) < 1:
         parser.error("--top_k and --batch_tokens are 1 or more")
+    if args.plot and not args.qrels:
+        parser.error("--plot needs --qrels")
     if not args.run and not args.index:
         parser.error("one of --run and --index is needed")
     if args.interpolation_weight == "auto":
@@ -146,16 +150,6 @@ def first_stage(
     if len(run) < len(topics) and processes.rank == 0:
         warn(f"{len(topics) - len(run):,} of {len(topics):,} queries have no hits and will have no ranking")
     return {query_id: run[query_id] for query_id in topics if query_id in run}
-
-
-def read_holdout(
-    args: argparse.Namespace,
-) -> tuple[dict[str, str], dict[str, Sequence[ScoredDoc]], list[Qrel]]:
-    """Topics, BM25 hits and judgements of the synthetic queries held out: each one's source document is relevant."""
-    rows = {f"holdout {row.line}": row for row in read_synthetic_queries(args.holdout) if row.question}
-    topics = {query_id: row.question for query_id, row in rows.items()}  # no id of a topic has a blank in it
-    hits = dict(search(args, topics, args.top_k))
-    return topics, hits, [Qrel(query_id, row.doc_id, 1) for query_id, row in rows.items()]
 
 
 class Blocks:
@@ -336,8 +330,6 @@ def choose_weight(
     run: Mapping[str, Sequence[ScoredDoc]], scores: Mapping[str, Mapping[str, float]], qrels: list[Qrel]
 ) -> float:
     """The weight with the best nDCG@10 on the synthetic queries held out; of equals the one nearest to the reranker."""
-    import ranking
-
     values = {}
     for weight in WEIGHTS:
         mixed = {q: ranking.rank(hits, interpolate(hits, scores[q], weight)) for q, hits in run.items()}
@@ -348,18 +340,10 @@ def choose_weight(
     return best
 
 
-def compare(
-    qrels: list[Qrel],
-    before: Mapping[str, Sequence[ScoredDoc]],
-    after: Mapping[str, Sequence[ScoredDoc]],
-    threshold: int,
-) -> str:
-    """The table: both rankings under each measure, tested over the queries of `qrels`."""
+def compare(first: dict[str, dict[str, float]], second: dict[str, dict[str, float]]) -> str:
+    """The table: both rankings, given by `ranking.per_query`, under each measure, tested over the queries."""
     from scipy.stats import ttest_rel
 
-    import ranking
-
-    first, second = (ranking.per_query(qrels, run, threshold) for run in (before, after))
     lines = [f"{'':10}{'first stage':>12}{'reranked':>10}{'change':>9}{'p':>8}{'won':>6}{'tied':>6}{'lost':>6}"]
     for name, old in ranking.means(first).items():
         pairs = [(value, second[name][query_id]) for query_id, value in first[name].items()]
@@ -372,6 +356,25 @@ def compare(
     return "\n".join(lines)
 
 
+def draw_gains(path: str, before: Mapping[str, float], after: Mapping[str, float], name: str) -> None:
+    """What each query gained, the greatest first."""
+    from matplotlib.figure import Figure
+
+    gains = sorted((after[query_id] - value for query_id, value in before.items()), reverse=True)
+    won, lost = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar(range(len(gains)), gains, width=1.0, color=["tab:green" if gain > 0 else "tab:red" for gain in gains])
+    axes.axhline(0, color="0.3", linewidth=0.8)
+    mean = sum(gains) / len(gains)
+    axes.axhline(mean, color="tab:blue", linestyle=":", label=f"mean {mean:+.4f}")
+    axes.set(xlabel=f"queries: {won:,} won, {len(gains) - won - lost:,} tied, {lost:,} lost")
+    axes.set(ylabel=f"{name}, gain over the first stage", ylim=(-1.05, 1.05))
+    axes.legend()
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
 def main() -> None:
     args = parse_args()
     processes = Processes()
@@ -382,12 +385,12 @@ def main() -> None:
     run = first_stage(args, topics, processes)
     held_topics, held_run, held_qrels = {}, {}, []
     if args.interpolation_weight == "auto":
-        held_topics, held_run, held_qrels = read_holdout(args)
+        searcher = bm25.open_index(args.index, args.corpus, args.searching)
+        held_topics, held_run, held_qrels = bm25.read_holdout(args.holdout, searcher, args.top_k, args.threads)
 
     from tqdm import tqdm
 
     import models
-    from ranking import rank
 
     answers = (args.token_true, args.token_false) if args.token_true else None
     device = args.device or models.default_device(processes.local_rank)
@@ -425,7 +428,7 @@ def main() -> None:
     held_scores = dict(islice(by_query, len(held_run)))
     weight = choose_weight(held_run, held_scores, held_qrels) if held_run else args.interpolation_weight
     mixed_scores = ((q, interpolate(run[q], scores_of_q, weight)) for q, scores_of_q in by_query)
-    write_run(args.output, (hit for q, mixed in mixed_scores for hit in rank(run[q], mixed)), tag="inpars")
+    write_run(args.output, (hit for q, mixed in mixed_scores for hit in ranking.rank(run[q], mixed)), tag="inpars")
     scores.delete()
     pairs = sum(min(len(hits), args.top_k) for hits in run.values())
     mixed = "" if weight == 1 else f", weight {weight:g} beside the first stage's {1 - weight:g}"
@@ -435,7 +438,10 @@ def main() -> None:
         judged = len({qrel.query_id for qrel in qrels})
         print(f"{judged:,} judged queries, first {args.top_k} documents reranked by {args.model}{mixed}\n")
         reranked = read_run(args.output, {qrel.query_id for qrel in qrels})
-        print(compare(qrels, run, reranked, args.relevance_threshold))
+        first, second = (ranking.per_query(qrels, each, args.relevance_threshold) for each in (run, reranked))
+        print(compare(first, second))
+        if args.plot:
+            draw_gains(args.plot, first["nDCG@10"], second["nDCG@10"], "nDCG@10")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Stage 4: fine-tune a reranker on the triples, and watch it on a development run as it learns.
 
 Reads   triples; optionally topics, qrels, a first-stage run and the collection, to rerank that run every --eval_steps
-Writes  into --output_dir the model, checkpoint-N folders, results.csv (a row an evaluation) and learning_curve.png
+Writes  into --output_dir the model and its card, checkpoint-N folders, results.csv (a row an evaluation) and
+        learning_curve.png
 
     python train_t5.py --base_model t5_base --triples_train data/msmarco/synthetic.triples.train.tsv \\
         --corpus data/msmarco/collection.tsv --queries data/msmarco/topics.dl20.txt \\
@@ -11,9 +12,14 @@ Writes  into --output_dir the model, checkpoint-N folders, results.csv (a row an
 On two GPUs, with the same 128 examples a step:  torchrun --nproc_per_node=2 -- train_t5.py ...
 After a kill, the same command with --resume_from_checkpoint goes on from the last whole checkpoint.
 
+Without labels, --holdout takes the place of topics, qrels and run: synthetic queries that generate_triples_train.py
+--holdout kept from training, to which BM25 on --index finds hits and whose own documents count as relevant.
+--select_by nDCG@10 keeps the checkpoint that was best at it, instead of the last one.
+
 The base model's config decides what is trained: T5, mT5, Flan-T5 become monoT5, an encoder becomes a cross-encoder.
 The settings are the paper's (arXiv 2202.05144, with the learning rate of its released scripts). Any further flag is one
-of transformers.TrainingArguments: --gradient_checkpointing True, --optim adafactor, --deepspeed zero2.json, ...
+of transformers.TrainingArguments: --lr_scheduler_type linear, --gradient_checkpointing True, --optim adafactor,
+--deepspeed zero2.json, ...
 """
 
 import argparse
@@ -22,14 +28,19 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bm25
+import ranking
 from formats import (
     Hits,
     InputError,
     Qrel,
+    ScoredDoc,
     Triples,
     read_qrels,
     read_run,
@@ -67,11 +78,15 @@ def parse_args() -> argparse.Namespace:
     add("--queries", help="development topics")
     add("--qrels", help="development judgements")
     add("--run", help="first-stage run to rerank, TREC or MS MARCO")
-    add("--corpus", help="collection of that run")
+    add("--corpus", help="collection of that run, or of --index")
+    add("--holdout", help="instead of these three: synthetic queries kept from training")
+    add("--index", help="BM25 index that finds their hits")
     add("--relevance_threshold", type=int, default=1, help="lowest relevant grade (default: %(default)s)")
     add("--max_eval_queries", type=int, default=-1, help="the first N judged queries only (default: all)")
     add("--max_eval_docs_per_query", type=int, default=100, help="documents a query to rerank (default: %(default)s)")
     add("--eval_steps", type=int, default=100, help="evaluate every N steps (default: %(default)s)")
+    add("--select_by", choices=list(ranking.MEASURES), help="keep the checkpoint of the best evaluation, not the last")
+    add("--early_stopping_patience", type=int, metavar="N", help="stop after N evaluations without a better one")
     add("--save_every_n_steps", type=int, default=100, help="keep a checkpoint every N steps (default: %(default)s)")
     add("--logging_steps", type=int, default=10, help="log the loss every N steps (default: %(default)s)")
     add("--per_device_train_batch_size", type=int, default=8, help="examples, half positive (default: %(default)s)")
@@ -88,6 +103,7 @@ def parse_args() -> argparse.Namespace:
     add("--max_steps", type=int, default=-1, help="steps in all, instead of --epochs")
     add("--max_length", type=int, default=512, help="tokens of query and document (default: %(default)s)")
     add("--bf16", action="store_true", help="mixed precision in bfloat16")
+    add("--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="where figures go as well")
     add("--seed", type=int, default=2, help="order of the examples, dropout, new weights (default: %(default)s)")
     add("--token_true", help="T5-like models: word for relevant (default: true, or yes as with mT5)")
     add("--token_false", help="T5-like models: word for not relevant")
@@ -99,10 +115,20 @@ def parse_args() -> argparse.Namespace:
     )
     args, more = parser.parse_known_args()
     args.trainer = read_trainer_flags(parser, more)
-    dev = [args.queries, args.qrels, args.run, args.corpus]
-    if any(dev[:3]) and not all(dev):
+    dev, held = [args.queries, args.qrels, args.run], [args.holdout, args.index]
+    if any(dev) and not (all(dev) and args.corpus):
         parser.error("evaluation needs all of --queries, --qrels, --run and --corpus")
-    args.evaluate = all(dev)
+    if any(held) and (any(dev) or not (all(held) and args.corpus)):
+        parser.error("--holdout needs --index and --corpus, and no other topics, qrels or run")
+    args.evaluate = all(dev) or all(held)
+    if args.select_by and not args.evaluate:
+        parser.error(
+            "--select_by needs an evaluation: --queries, --qrels, --run, --corpus; or --holdout, --index, --corpus"
+        )
+    if args.early_stopping_patience is not None and (not args.select_by or args.early_stopping_patience < 1):
+        parser.error("--early_stopping_patience is 1 or more, and needs --select_by")
+    if args.report_to != "none" and not find_spec(args.report_to):
+        parser.error(f"--report_to {args.report_to} needs a package that is not here: pip install {args.report_to}")
     if args.per_device_train_batch_size < 2 or args.per_device_train_batch_size % 2:
         parser.error("--per_device_train_batch_size is even: each triple is a positive and a negative example")
     if bool(args.token_true) != bool(args.token_false):
@@ -117,6 +143,29 @@ class Dev(NamedTuple):
     qrels: list[Qrel]
     run: dict[str, Hits]
     texts: dict[str, str]
+
+
+def read_held_out(args: argparse.Namespace) -> Dev:
+    searcher = bm25.open_index(args.index, None, bm25.Searching())
+    topics, run, qrels = bm25.read_holdout(
+        args.holdout, searcher, args.max_eval_docs_per_query, bm25.Searching().threads
+    )
+    if args.max_eval_queries >= 0:
+        topics = dict(islice(topics.items(), args.max_eval_queries))
+    run = {query_id: hits for query_id, hits in run.items() if query_id in topics}
+    texts = read_dev_texts(args, run)
+    return Dev(topics, [qrel for qrel in qrels if qrel.query_id in topics], run, texts)
+
+
+def read_dev_texts(args: argparse.Namespace, run: Mapping[str, Sequence[ScoredDoc]]) -> dict[str, str]:
+    wanted = {hit.doc_id for hits in run.values() for hit in hits}
+    texts = read_texts(args.corpus, wanted, desc="Reading texts")
+    if absent := wanted - texts.keys():
+        raise InputError(
+            f"{len(absent):,} of the {len(wanted):,} documents that {args.run or args.index} has for these queries are "
+            f"not in {args.corpus} (one is {min(absent)}); it is of another collection: name the one of this"
+        )
+    return texts
 
 
 def read_dev(args: argparse.Namespace) -> Dev:
@@ -135,13 +184,7 @@ def read_dev(args: argparse.Namespace) -> Dev:
             f"{args.run} has hits for none of the {len(topics):,} judged queries of {args.queries}; "
             "it is a run of other topics: name the run of these"
         )
-    wanted = {hit.doc_id for hits in run.values() for hit in hits}
-    texts = read_texts(args.corpus, wanted, desc="Reading texts")
-    if absent := wanted - texts.keys():
-        raise InputError(
-            f"{len(absent):,} of the {len(wanted):,} documents that {args.run} has for these queries are not in "
-            f"{args.corpus} (one is {min(absent)}); it is a run of another collection: name the run of this one"
-        )
+    texts = read_dev_texts(args, run)
     if len(run) < len(topics):
         warn(f"{args.run} has no hits for {len(topics) - len(run):,} of {len(topics):,} queries, which count as 0")
     return Dev(topics, [qrel for qrel in judged if qrel.query_id in topics], run, texts)
@@ -241,13 +284,26 @@ def write_figures(args: argparse.Namespace, history: list[dict], first_stage: di
         figure.savefig(file, format="png", dpi=150)
 
 
+SHOWN = {  # in the model's card, of the Trainer's settings, beside further flags
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "bf16",
+    "seed",
+}
+
+
 def main() -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if world == 1:  # without torchrun the Trainer would split batches over all GPUs it sees, and make them larger
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     args = parse_args()
     checkpoint = find_checkpoint(args)
-    dev = read_dev(args) if args.evaluate else None
+    dev = (read_held_out if args.holdout else read_dev)(args) if args.evaluate else None
     examples = Examples(Triples(args.triples_train))
     if args.gradient_accumulation_steps % world:
         raise InputError(
@@ -257,10 +313,10 @@ def main() -> None:
 
     import torch
     from accelerate.utils import gather_object
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     import models
-    import ranking
+    from model_card import model_card
 
     class RerankerTrainer(Trainer):
         """A Trainer that evaluates by reranking the development run, its queries shared among the processes."""
@@ -287,6 +343,10 @@ def main() -> None:
                 write_figures(args, self.state.log_history, first_stage)
             return metrics
 
+    class EvaluateAtTheEnd(TrainerCallback):
+        def on_step_end(self, _: object, state: Any, control: Any, **__: object) -> None:
+            control.should_evaluate |= dev is not None and state.global_step >= state.max_steps
+
     set_seed(args.seed)  # before a new head is drawn
     answers = (args.token_true, args.token_false) if args.token_true else None
     reranker = models.load_model(
@@ -310,11 +370,15 @@ def main() -> None:
         "use_cpu": not torch.cuda.is_available(),
         "eval_strategy": "steps" if dev else "no",
         "eval_steps": args.eval_steps,
-        "save_steps": args.save_every_n_steps,
+        # What may turn out to have been the best has to be kept.
+        "save_steps": args.eval_steps if args.select_by else args.save_every_n_steps,
+        "load_best_model_at_end": bool(args.select_by),
+        "metric_for_best_model": args.select_by,
+        "greater_is_better": True if args.select_by else None,
         "logging_steps": args.logging_steps,
         "seed": args.seed,
         "remove_unused_columns": False,
-        "report_to": "none",
+        "report_to": args.report_to,
         "disable_tqdm": False,  # which transformers would take our quieter log level to mean
         **args.trainer,
     }
@@ -325,7 +389,10 @@ def main() -> None:
         train_dataset=examples,
         eval_dataset=list(dev.run) if dev else None,
         data_collator=reranker.collate,
+        callbacks=[EvaluateAtTheEnd()],
     )
+    if args.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     first_stage = {}
     if dev:
         first_stage = ranking.means(ranking.per_query(dev.qrels, dev.run, args.relevance_threshold))
@@ -340,19 +407,22 @@ def main() -> None:
         if dev:
             print("first stage: " + ", ".join(f"{k} {v:.4f}" for k, v in first_stage.items()), file=sys.stderr)
     trainer.train(resume_from_checkpoint=checkpoint)
-    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_nDCG@10" in entry}
-    if dev and trainer.state.global_step not in evaluated:
-        trainer.evaluate()
 
     beside = os.path.join(args.output_dir, "unfinished")
     trainer.save_model(beside)
     if main_process:
         write_figures(args, trainer.state.log_history, first_stage)
+        kept = trainer.state.best_global_step if args.select_by else trainer.state.global_step
+        shown = {k: v for k, v in settings.items() if k in {*SHOWN, *args.trainer} and k != "hub_token"}
+        shown["gradient_accumulation_steps"] = args.gradient_accumulation_steps  # of all processes together
+        history = trainer.state.log_history
+        card = model_card(args, type(reranker).__name__, shown, history, first_stage, kept)
+        Path(beside, "README.md").write_text(card, encoding="utf-8")
         # config.json last: a folder without one is no model
         for name in sorted(os.listdir(beside), key=lambda name: name == "config.json"):
             os.replace(os.path.join(beside, name), os.path.join(args.output_dir, name))
         os.rmdir(beside)
-        print(f"{args.output_dir}: the trained model", file=sys.stderr)
+        print(f"{args.output_dir}: the model of step {kept:,}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 # Sourced by run_demo.sh and run_tests.sh: a virtual environment in .venv with everything in it, made once.
-# Sets $PYTHON. Made anew where requirements.txt has changed.
+# Sets $PYTHON to the one in it, made from the $PYTHON that was set before, or from a Python 3.12 or 3.11 that is found.
+# Made anew where requirements.txt has changed.
 
 find_python() {
     local candidate
-    for candidate in python3.12 python3.11 python3 python; do
+    for candidate in ${PYTHON:-} python3.12 python3.11 python3 python; do
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
             2>/dev/null; then
             echo "$candidate"

@@ -42,7 +42,7 @@ def sentence(done: subprocess.CompletedProcess, code: int = 1) -> str:
 
 
 def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

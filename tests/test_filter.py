@@ -54,6 +54,34 @@ def test_ties_go_by_doc_id_whatever_the_order_of_the_file(tmp_path: Path) -> Non
     assert kept(tmp_path, data[::-1], "--top_k", 2) == ["10", "9"]
 
 
+def test_a_page_to_browse(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><!-- \u2028 & <b>"
+    data = [*ROWS, query("evil", [-0.2] * 3, question=evil, text=evil), query("few", [-0.1])]
+    page = tmp_path / "page.html"
+    kept(tmp_path, data, "--top_k", 3, "--sample_html", page)
+    text = page.read_text()
+    before, embedded = text.split('<script type="application/json" id="data">')
+    embedded, after = embedded.split("</script>", 1)
+    assert "alert" not in before + after
+    assert not set("<>&") & set(embedded)
+    shown = {row["doc_id"]: row for row in json.loads(embedded)["rows"]}
+    assert {doc_id: row["fate"] for doc_id, row in shown.items()} == {
+        **dict.fromkeys(["long", "evil", "short"], "kept"),
+        **dict.fromkeys(["uneven", "poor"], "below the cut"),
+        "few": "of fewer than 3 tokens",
+    }
+    assert shown["evil"]["question"] == " ".join(evil.split())  # as it is, but on one line
+    assert shown["short"]["score"] == pytest.approx(-0.3)
+    assert shown["few"]["score"] is None
+
+    kept(tmp_path, [query(str(i), [-i] * 3) for i in range(200)], "--sample_html", page, "--sample_size", 20)
+    sample = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])
+    ids = {int(row["doc_id"]) for row in sample["rows"]}
+    assert "20 of 200 rows, at random" in sample["about"]
+    assert len(ids) == 20
+    assert min(ids) < 100 <= max(ids)  # from all over the file
+
+
 def test_rows_that_are_dropped_are_counted_by_reason(tmp_path: Path) -> None:
     data = [
         query("good", [-1.0] * 5),

@@ -1,6 +1,7 @@
 """Stages 4 and 5: a tiny T5 and a tiny encoder learn a set that can be learned, and rerank it."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SUBJECTS, ok, rows, run, save_t5, sentence, write_rows
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from formats import Qrel, ScoredDoc, Triples
 from models import load_model
@@ -55,11 +58,47 @@ def test_it_learns(trained: Path) -> None:
     assert not (trained / "unfinished").exists()
 
 
+def test_the_model_has_a_card(trained: Path, separable: Path) -> None:
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.pipeline_tag == "text-ranking"
+    assert "inpars" in card.data.tags
+    digest = hashlib.sha256((separable / "triples.tsv").read_bytes()).hexdigest()
+    assert f"| triples_train | triples.tsv | `{digest}` |" in card.text
+    assert "| learning_rate | 0.005 |" in card.text
+    with (trained / "results.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    assert f"those of step {last['step']}, the last" in card.text
+    assert f"| MRR@10 | 0.2500 | {float(last['MRR@10']):.4f} |" in card.text
+    assert str(separable) not in card.content  # nobody's folders
+
+
+def test_the_best_checkpoint_is_kept(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    """Judged by the negatives, each step of training is a loss: the first evaluation stays the best."""
+    files = change(separable, tmp_path, "qrels.txt", (separable / "qrels.txt").read_text().replace(" p", " n"))
+    args = ["--max_steps", 60, "--learning_rate", 5e-3, "--gradient_accumulation_steps", 2, "--eval_steps", 10]
+    selecting = ["--select_by", "MRR@10", "--early_stopping_patience", 2, "--relevance_threshold", 1]
+    ok(train(separable, tiny_t5, tmp_path / "model", *files, *args, *selecting))
+    with (tmp_path / "model/results.csv").open() as file:
+        results = [(float(row["MRR@10"]), int(row["step"])) for row in csv.DictReader(file)]
+    value, best = max(results, key=lambda row: (row[0], -row[1]))
+    assert value > results[-1][0]
+    assert best + 20 == results[-1][1] < 60  # stopped after two that were no better
+    kept, same = (load_file(tmp_path / "model" / f / "model.safetensors") for f in ("", f"checkpoint-{best}"))
+    assert all(torch.equal(kept[name], same[name]) for name in same)
+    card = (tmp_path / "model/README.md").read_text()
+    assert f"those of step {best}, the best by MRR@10" in card
+    assert f"| MRR@10 | 1.0000 | {value:.4f} |" in card
+
+
 def test_reranking_puts_positives_first(trained: Path, separable: Path, tmp_path: Path) -> None:
     output = tmp_path / "run.txt"
     done = ok(
-        run("rerank.py", "--model", trained, *dev(separable), "--output", output, "--top_k", 12, "--max_length", 64)
+        run(
+            *("rerank.py", "--model", trained, *dev(separable), "--output", output, "--top_k", 12, "--max_length", 64),
+            *("--plot", tmp_path / "gains.png"),
+        )
     )
+    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
     ranked: dict[str, list[str]] = {}
     scores: dict[str, list[float]] = {}
     for line in output.read_text().splitlines():
@@ -99,8 +138,6 @@ def test_the_table_agrees_with_ir_measures(trained: Path, separable: Path, tmp_p
 
 def test_a_kill_and_going_on(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     """Killed in the middle, then gone on with: the same weights as a run that nothing happened to."""
-    import torch
-    from safetensors.torch import load_file
 
     args = ["--max_steps", 12, "--gradient_accumulation_steps", 1, "--save_every_n_steps", 4, "--logging_steps", 1]
     ok(train(separable, tiny_t5, tmp_path / "whole", *args))
@@ -138,7 +175,6 @@ def test_further_flags_are_the_trainers(separable: Path, tiny_t5: Path, tmp_path
 
 def test_two_processes_train_as_one_does(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     """torchrun: the accumulation is shared, so that a step has the same examples; the run to rerank is shared too."""
-    from safetensors.torch import load_file
 
     args = ["--base_model", tiny_t5, "--triples_train", separable / "triples.tsv", "--max_length", 64, "--max_steps", 4]
     args += ["--gradient_accumulation_steps", 4, "--eval_steps", 4, "--logging_steps", 1, *dev(separable)]
@@ -319,6 +355,20 @@ def test_auto_interpolation_uses_the_queries_held_out(separable: Path, tiny_t5: 
     assert (tmp_path / "auto.txt").read_bytes() == (tmp_path / "fixed.txt").read_bytes()
     first = (tmp_path / "fixed.txt.bm25.txt").read_text().splitlines()
     assert first[0].split()[5] == "bm25"
+
+    # The same queries choose a checkpoint.
+    selecting = ["--holdout", tmp_path / "t.tsv.holdout.jsonl", *index, "--select_by", "nDCG@10", "--eval_steps", 1]
+    quick = ["--max_steps", 3, "--gradient_accumulation_steps", 1, "--learning_rate", 1e-2]
+    said = ok(train(separable, tiny_t5, tmp_path / "model", *selecting, *quick)).stderr
+    first_stage = re.search(r"by weight: 0: ([0-9.]+)", done.stderr)[1]  # BM25 alone on these queries
+    assert f"first stage: nDCG@10 {first_stage}" in said
+    with (tmp_path / "model/results.csv").open() as file:
+        values = [float(row["nDCG@10"]) for row in csv.DictReader(file)]
+    assert len(values) == 3
+    assert f"model: the model of step {1 + values.index(max(values))}" in said
+    card = (tmp_path / "model/README.md").read_text()
+    assert "Evaluated on t.tsv.holdout.jsonl, synthetic queries kept from training" in card
+
     assert "needs --holdout" in sentence(run("rerank.py", *files, *mixing[:2], "--output", tmp_path / "x"), 2)
     assert "from 0 to 1" in sentence(run("rerank.py", *files, *mixing[:1], "2", "--output", tmp_path / "x"), 2)
 
@@ -369,6 +419,13 @@ def test_usage_errors(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     assert "is even" in sentence(odd, 2)
     no_checkpoint = train(separable, tiny_t5, output, "--resume_from_checkpoint", tmp_path)
     assert "is no whole checkpoint" in sentence(no_checkpoint)
+    chosen = train(separable, tiny_t5, output, "--select_by", "MRR@10")
+    assert "--select_by needs an evaluation" in sentence(chosen, 2)
+    held = train(separable, tiny_t5, output, *dev(separable), "--holdout", "x", "--index", "y")
+    assert "--holdout needs --index and --corpus, and no other" in sentence(held, 2)
+    impatient = train(separable, tiny_t5, output, *dev(separable), "--early_stopping_patience", 2)
+    assert "needs --select_by" in sentence(impatient, 2)
+    assert "pip install wandb" in sentence(train(separable, tiny_t5, output, "--report_to", "wandb"), 2)
     (tmp_path / "t.tsv").write_text("only one column\n")
     no_triples = run("train_t5.py", "--triples_train", tmp_path / "t.tsv", "--output_dir", output)
     assert "t.tsv: not one usable line" in sentence(no_triples)

