@@ -89,6 +89,10 @@ class Reranker:
         batch = self.pad(list(map(self.join, self.tokenize_queries(queries), self.tokenize(texts))))
         return {**batch, "labels": self.labels(relevant)}
 
+    def margins(self, model: Any, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """How much rather relevant than not, shape (pairs,), with gradients; `model` is this one, perhaps wrapped."""
+        raise NotImplementedError
+
     # ------------------------------------------------------------------------------------------------------ scoring
 
     def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
@@ -216,6 +220,12 @@ class MonoT5(Reranker):
         eos = self.tokenizer.eos_token_id
         return torch.tensor([[self.answer_ids[0 if r else 1], eos] for r in relevant])
 
+    def margins(self, model: Any, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        ids = batch["input_ids"]
+        start = ids.new_full((len(ids), 1), self.model.config.decoder_start_token_id)
+        logits = model(**batch, decoder_input_ids=start).logits[:, 0, self.answer_ids]
+        return logits[:, 0] - logits[:, 1]
+
 
 def first_step(model: Any, input_ids: "torch.Tensor", mask: "torch.Tensor", rows: list[int]) -> "torch.Tensor":
     """The logits of the tokens `rows`, shape (pairs, rows), at the first step of decoding of a T5.
@@ -331,6 +341,9 @@ class CrossEncoder(Reranker):
         import torch
 
         return torch.tensor([[float(r)] for r in relevant])
+
+    def margins(self, model: Any, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        return model(**batch).logits[:, 0]
 
 
 def use_fused_norms(model: Any) -> None:

@@ -59,7 +59,7 @@ if [ ! -e "$WORK/generated" ]; then
         exit 1
     fi
     show "$PYTHON" generate_queries_openai.py --collection "$WORK/collection.tsv" --output "$WORK/queries.jsonl" \
-        --base_url "$(cat "$WORK/server.url")" --engine smollm2-135m-instruct --max_examples 600 --min_doc_chars 100 \
+        --base_url "$(cat "$WORK/server.url")" --engine smollm2-135m-instruct --max_examples 550 --min_doc_chars 100 \
         --max_tokens 32 --concurrency 2
     touch "$WORK/generated"
     stop_server
@@ -67,17 +67,18 @@ if [ ! -e "$WORK/generated" ]; then
 fi
 
 step "$WORK/filtered.jsonl" "$PYTHON" filter_queries_by_score.py --input "$WORK/queries.jsonl" \
-    --output "$WORK/filtered.jsonl" --top_k 500 --scoring_function mean_log_probs --plot "$WORK/scores.png"
+    --output "$WORK/filtered.jsonl" --top_k 500 --scoring_function mean_log_probs --consistency_k 20 \
+    --corpus "$WORK/collection.tsv" --index "$WORK/index" --plot "$WORK/scores.png" --sample_html "$WORK/queries.html"
 
 step "$WORK/triples.tsv" "$PYTHON" generate_triples_train.py --input "$WORK/filtered.jsonl" --output "$WORK/triples.tsv" \
     --output_ids "$WORK/triples.ids.tsv" --corpus "$WORK/collection.tsv" --index "$WORK/index" --max_hits 100 \
-    --holdout 100
+    --n_samples 2 --holdout 70
 
 step "$MODEL/config.json" "$PYTHON" train_t5.py --base_model "$BASE_MODEL" --triples_train "$WORK/triples.tsv" \
-    --output_dir "$MODEL" --epochs 2 --learning_rate 2e-4 --gradient_accumulation_steps 2 --max_length 128 \
-    --save_every_n_steps 50 --resume_from_checkpoint
+    --output_dir "$MODEL" --loss pairwise --epochs 2 --learning_rate 2e-4 --lr_scheduler_type linear --warmup_steps 20 \
+    --gradient_accumulation_steps 2 --max_length 96 --save_every_n_steps 50 --resume_from_checkpoint
 
 echo
 show "$PYTHON" rerank.py --model "$MODEL" --queries "$WORK/topics.tsv" --corpus "$WORK/collection.tsv" \
-    --index "$WORK/index" --qrels "$WORK/qrels.txt" --output "$WORK/run.txt" --top_k 20 --max_length 128 \
-    --interpolation_weight auto --holdout "$WORK/triples.tsv.holdout.jsonl"
+    --index "$WORK/index" --qrels "$WORK/qrels.txt" --output "$WORK/run.txt" --top_k 20 --max_length 96 \
+    --interpolation_weight auto --holdout "$WORK/triples.tsv.holdout.jsonl" --plot "$WORK/gains.png"

@@ -96,6 +96,12 @@ def parse_args() -> argparse.Namespace:
         default=16,
         help="batches a step, shared among the processes of torchrun (default: %(default)s)",
     )
+    add(
+        "--loss",
+        choices=("pointwise", "pairwise"),
+        default="pointwise",
+        help="each example on its own, as in the paper, or the positive of a triple against its negative",
+    )
     add("--learning_rate", type=float, default=3e-4, help="constant (default: %(default)s)")
     add("--warmup_steps", type=int, default=0, help="steps of linear rise to it (default: %(default)s)")
     add("--weight_decay", type=float, default=5e-5, help="not on biases and norms (default: %(default)s)")
@@ -211,8 +217,9 @@ class StepsByLength:
     batches hold examples of like length, and little is padded.
     """
 
-    def __init__(self, examples: Examples, examples_a_step: int, seed: int) -> None:
+    def __init__(self, examples: Examples, examples_a_step: int, seed: int, in_pairs: bool = False) -> None:
         self.examples, self.examples_a_step, self.seed, self.epoch = examples, examples_a_step, seed, 0
+        self.in_pairs = in_pairs
 
     def set_epoch(self, epoch: int) -> None:  # called by the Trainer
         self.epoch = epoch
@@ -229,7 +236,11 @@ class StepsByLength:
             for i in order[start : start + triples_a_step]:
                 triple = self.examples.triples[i]
                 lengths |= {2 * i: len(triple.query + triple.positive), 2 * i + 1: len(triple.query + triple.negative)}
-            yield from sorted(lengths, key=lambda i: -lengths[i])
+            if self.in_pairs:  # the two examples of a triple side by side
+                longest = {i: max(lengths[i], lengths[i + 1]) for i in lengths if i % 2 == 0}
+                yield from (j for i in sorted(longest, key=lambda i: -longest[i]) for j in (i, i + 1))
+            else:
+                yield from sorted(lengths, key=lambda i: -lengths[i])
 
 
 def find_checkpoint(args: argparse.Namespace) -> str | None:
@@ -322,7 +333,14 @@ def main() -> None:
         """A Trainer that evaluates by reranking the development run, its queries shared among the processes."""
 
         def _get_train_sampler(self, *_: object, **__: object) -> StepsByLength:
-            return StepsByLength(examples, examples_a_step, args.seed)
+            return StepsByLength(examples, examples_a_step, args.seed, in_pairs=args.loss == "pairwise")
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *more: Any, **options: Any) -> Any:
+            if args.loss == "pointwise":
+                return super().compute_loss(model, inputs, *more, **options)
+            inputs.pop("labels")
+            margins = reranker.margins(model, inputs).view(-1, 2)  # of each triple: positive, negative
+            return -torch.nn.functional.logsigmoid(margins[:, 0] - margins[:, 1]).mean()
 
         def evaluate(self, *_: object, **__: object) -> dict[str, float]:
             mine = list(dev.run)[self.args.process_index :: self.args.world_size]

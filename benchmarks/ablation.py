@@ -27,8 +27,9 @@ from rerank import choose_weight, interpolate
 
 ROOT = Path(__file__).parent.parent
 # The demo's:
-MAX_LENGTH = 128
-TRAINING = f"--epochs 2 --learning_rate 2e-4 --max_length {MAX_LENGTH}".split()
+MAX_LENGTH = 96
+TRAINING = f"--loss pairwise --epochs 2 --learning_rate 2e-4 --lr_scheduler_type linear --warmup_steps 20 \
+    --gradient_accumulation_steps 2 --max_length {MAX_LENGTH}".split()
 HOLDOUT = 100
 TOP_K = 20
 CONSISTENT = ["--consistency_k", 20]

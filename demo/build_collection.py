@@ -71,6 +71,12 @@ def passages() -> Iterator[tuple[str, str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
+    parser.add_argument(
+        "--skip_topics",
+        type=int,
+        default=0,
+        help="300 gives others than the demo's, to choose settings on (default: 0)",
+    )
     args = parser.parse_args()
 
     found: dict[str, tuple[str, str]] = {}
@@ -82,7 +88,8 @@ def main() -> None:
         for name, (sentence, _) in found.items()
         if sentences[sentence] == 1 and len(sentence.split()) >= MIN_TOPIC_WORDS and len(sentence) < 200
     ]
-    topics = sorted(eligible, key=lambda name: hashlib.sha256(name.encode()).digest())[:TOPICS]
+    topics = sorted(eligible, key=lambda name: hashlib.sha256(name.encode()).digest())
+    topics = topics[args.skip_topics : args.skip_topics + TOPICS]
     numbered = [(f"q{i}", name) for i, name in enumerate(topics, 1)]
     folder = Path(args.output_dir)
     write_texts(str(folder / "topics.tsv"), (Topic(query_id, found[name][0]) for query_id, name in numbered))

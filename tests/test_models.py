@@ -88,6 +88,20 @@ def test_labels_of_a_training_batch(tiny_t5: Path, tiny_encoder: Path) -> None:
     assert encoder.collate(examples)["labels"].tolist() == [[1.0], [0.0]]
 
 
+def test_margins_are_the_scores_with_gradients(tiny_t5: Path, tiny_encoder: Path) -> None:
+    pairs = [("tides", "the study of tides and bees in detail"), ("bread", "buy bread")]
+    examples = [(*pair, True) for pair in pairs]
+    for base, squashed in ((tiny_t5, torch.nn.functional.logsigmoid), (tiny_encoder, lambda margins: margins)):
+        reranker = models.load_model(str(base), dtype="float32", new_head=True)
+        reranker.model.eval()
+        batch = reranker.collate(examples)
+        del batch["labels"]
+        margins = reranker.margins(reranker.model, batch)
+        assert margins.requires_grad
+        # A monoT5's score is the logarithm of a probability of two: the sigmoid of the margin.
+        numpy.testing.assert_allclose(squashed(margins).detach().numpy(), reranker.score(pairs), atol=1e-5)
+
+
 def test_a_cross_encoder_cuts_documents(tiny_encoder: Path) -> None:
     model = models.load_model(str(tiny_encoder), max_length=20, dtype="float32", new_head=True)
     for query, text in (("what are tides", "tides " * 500), ("what are tides " * 500, "bread and bees")):

@@ -72,6 +72,21 @@ def test_the_model_has_a_card(trained: Path, separable: Path) -> None:
     assert str(separable) not in card.content  # nobody's folders
 
 
+def test_positives_against_negatives(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    args = ["--max_steps", 30, "--learning_rate", 5e-3, "--gradient_accumulation_steps", 2, "--logging_steps", 5]
+    ok(train(separable, tiny_t5, tmp_path / "model", *dev(separable), *args, "--loss", "pairwise"))
+    with (tmp_path / "model/results.csv").open() as file:
+        [row] = csv.DictReader(file)
+    assert float(row["loss"]) < 0.3  # 0.69 as it came
+    assert float(row["nDCG@10"]) > 0.8
+    examples = Examples(Triples(str(separable / "triples.tsv")))
+    order = list(StepsByLength(examples, 16, seed=1, in_pairs=True))
+    assert sorted(order) == list(range(len(examples)))
+    assert all(negative == positive + 1 for positive, negative in zip(order[::2], order[1::2], strict=True))
+    apart = list(StepsByLength(examples, 16, seed=1))
+    assert all(sorted(order[i : i + 16]) == sorted(apart[i : i + 16]) for i in range(0, len(order), 16))
+
+
 def test_the_best_checkpoint_is_kept(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     """Judged by the negatives, each step of training is a loss: the first evaluation stays the best."""
     files = change(separable, tmp_path, "qrels.txt", (separable / "qrels.txt").read_text().replace(" p", " n"))
@@ -81,10 +96,11 @@ def test_the_best_checkpoint_is_kept(separable: Path, tiny_t5: Path, tmp_path: P
     with (tmp_path / "model/results.csv").open() as file:
         results = [(float(row["MRR@10"]), int(row["step"])) for row in csv.DictReader(file)]
     value, best = max(results, key=lambda row: (row[0], -row[1]))
-    assert value > results[-1][0]
     assert best + 20 == results[-1][1] < 60  # stopped after two that were no better
-    kept, same = (load_file(tmp_path / "model" / f / "model.safetensors") for f in ("", f"checkpoint-{best}"))
+    folders = ("", f"checkpoint-{best}", f"checkpoint-{best + 20}")
+    kept, same, last = (load_file(tmp_path / "model" / folder / "model.safetensors") for folder in folders)
     assert all(torch.equal(kept[name], same[name]) for name in same)
+    assert not all(torch.equal(kept[name], last[name]) for name in last)
     card = (tmp_path / "model/README.md").read_text()
     assert f"those of step {best}, the best by MRR@10" in card
     assert f"| MRR@10 | 1.0000 | {value:.4f} |" in card
