@@ -100,7 +100,7 @@ def model_card(
         pipeline_tag="text-ranking",
         tags=["inpars", "reranker", family.lower()],
     )
-    shown = {"base model": base, "family": family, "max_length": args.max_length, **settings}
+    shown = {"base model": base, "family": family, "loss": args.loss, "max_length": args.max_length, **settings}
     data = []
     for name in ("triples_train", "holdout", "queries", "qrels", "run"):
         path = getattr(args, name)

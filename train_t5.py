@@ -400,10 +400,14 @@ def main() -> None:
         "disable_tqdm": False,  # which transformers would take our quieter log level to mean
         **args.trainer,
     }
+    try:
+        training_arguments = TrainingArguments(**settings)
+    except ValueError as error:
+        raise InputError(f"transformers.TrainingArguments refuses these flags together: {error}") from None
     trainer = RerankerTrainer(
         model=reranker.model,
         processing_class=reranker.tokenizer,  # saved beside the model
-        args=TrainingArguments(**settings),
+        args=training_arguments,
         train_dataset=examples,
         eval_dataset=list(dev.run) if dev else None,
         data_collator=reranker.collate,

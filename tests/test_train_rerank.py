@@ -187,6 +187,9 @@ def test_further_flags_are_the_trainers(separable: Path, tiny_t5: Path, tmp_path
     assert any("exp_avg_sq_row" in values for values in state["state"].values())  # Adafactor's alone
     unknown = train(separable, tiny_t5, tmp_path / "none", *quick, "--learning_rat", 1)
     assert "--learning_rat is neither a flag of this script nor one of" in sentence(unknown, 2)
+    selecting = ["--select_by", "MAP", "--eval_steps", 2, "--save_steps", 3]
+    refused = train(separable, tiny_t5, tmp_path / "none", *quick, *dev(separable), *selecting)
+    assert "refuses these flags together: --load_best_model_at_end requires" in sentence(refused)
 
 
 def test_two_processes_train_as_one_does(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
