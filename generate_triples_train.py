@@ -133,6 +133,8 @@ def main() -> None:
     queries = [query for query in queries if query.question and query.doc_text]
     if not queries:
         raise InputError(f"{args.input}: no row has both a question and a document text")
+    if len(queries) < len(rows):
+        warn(f"{len(rows) - len(queries):,} rows without a question or a document text left out")
     if args.holdout:
         if args.holdout >= len(queries):
             raise InputError(f"{args.input} has {len(queries):,} usable rows; --holdout {args.holdout} leaves none")
@@ -165,8 +167,6 @@ def main() -> None:
                 f"no query had a hit in {args.index} other than its own document; is it the index of {args.corpus}?"
             )
 
-    if len(queries) < len(rows):
-        warn(f"{len(rows) - len(queries):,} rows without a question or a document text left out")
     if absent:
         warn(f"{len(absent):,} documents of the index have no text in {args.corpus} (the first: {absent[0]})")
     os.remove(f"{args.output}.mined.jsonl")
