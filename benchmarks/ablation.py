@@ -51,7 +51,8 @@ class Ablation:
         self.holdout, self.pool = rows[:HOLDOUT], rows[HOLDOUT:]
         self.write("holdout", self.holdout)
         self.write("pool", self.pool)
-        self.topics, self.qrels = read_topics(args.topics), list(read_qrels(args.qrels))
+        self.topics = read_topics(args.topics)
+        self.qrels = [qrel for qrel in read_qrels(args.qrels) if qrel.query_id in self.topics]
         script("bm25.py", "search", "--index", self.index, "--topics", args.topics, "--output", folder / "run.txt")
         self.run = read_run(str(folder / "run.txt"), self.topics)
         searcher = bm25.open_index(str(self.index), None, bm25.Searching())
