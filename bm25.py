@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
@@ -288,7 +288,9 @@ def search(
             progress.update(len(chunk))
 
 
-def read_holdout(path: str, searcher: "LuceneSearcher", k: int, threads: int) -> tuple[dict, dict, list[Qrel]]:
+def read_holdout(
+    path: str, index: str, corpus: str | None, how: Searching, k: int
+) -> tuple[dict[str, str], dict[str, Sequence[ScoredDoc]], list[Qrel]]:
     """Synthetic queries that training does not see, as a test collection: each one's source document is relevant.
 
     Returns topics (text by query id), the first `k` BM25 hits of those that have any (by query id), and judgements.
@@ -296,9 +298,10 @@ def read_holdout(path: str, searcher: "LuceneSearcher", k: int, threads: int) ->
     Raises:
         InputError: none of them has a hit.
     """
+    searcher = open_index(index, corpus, how)
     rows = {f"holdout {row.line}": row for row in read_synthetic_queries(path) if row.question}
     topics = {query_id: row.question for query_id, row in rows.items()}  # no id of a topic has a blank in it
-    run = {query_id: hits for query_id, hits in search(searcher, topics, k, threads) if hits}
+    run = {query_id: hits for query_id, hits in search(searcher, topics, k, how.threads) if hits}
     if not run:
         raise InputError(
             f"none of the {len(topics):,} queries of {path} has a hit in the index; is it of another collection?"

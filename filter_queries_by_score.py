@@ -135,7 +135,8 @@ def main() -> None:
 
     def drop(query: SyntheticQuery, why: str) -> None:
         dropped[why] += 1
-        sample.add(query, None, why)
+        if args.sample_html:
+            sample.add(query, None, why)
 
     def usable() -> Iterator[SyntheticQuery]:
         for query in read_synthetic_queries(args.input, desc="Scoring"):
@@ -154,7 +155,8 @@ def main() -> None:
     def scored() -> Iterator[tuple[float, SyntheticQuery]]:
         for value, query in score_rows(consistent(), args):
             bins[math.floor(value / width)] += 1
-            sample.add(query, value, None)
+            if args.sample_html:
+                sample.add(query, value, None)
             yield value, query
 
     # A bounded heap: it never holds more than top_k rows.

@@ -385,8 +385,8 @@ def main() -> None:
     run = first_stage(args, topics, processes)
     held_topics, held_run, held_qrels = {}, {}, []
     if args.interpolation_weight == "auto":
-        searcher = bm25.open_index(args.index, args.corpus, args.searching)
-        held_topics, held_run, held_qrels = bm25.read_holdout(args.holdout, searcher, args.top_k, args.threads)
+        held = bm25.read_holdout(args.holdout, args.index, args.corpus, args.searching, args.top_k)
+        held_topics, held_run, held_qrels = held
 
     from tqdm import tqdm
 

@@ -102,7 +102,12 @@ def parse_args() -> argparse.Namespace:
         default="pointwise",
         help="each example on its own, as in the paper, or the positive of a triple against its negative",
     )
-    add("--learning_rate", type=float, default=3e-4, help="constant (default: %(default)s)")
+    add(
+        "--learning_rate",
+        type=float,
+        default=3e-4,
+        help="constant, or as --lr_scheduler_type says (default: %(default)s)",
+    )
     add("--warmup_steps", type=int, default=0, help="steps of linear rise to it (default: %(default)s)")
     add("--weight_decay", type=float, default=5e-5, help="not on biases and norms (default: %(default)s)")
     add("--epochs", type=float, default=1, help="default: %(default)s")
@@ -152,10 +157,8 @@ class Dev(NamedTuple):
 
 
 def read_held_out(args: argparse.Namespace) -> Dev:
-    searcher = bm25.open_index(args.index, None, bm25.Searching())
-    topics, run, qrels = bm25.read_holdout(
-        args.holdout, searcher, args.max_eval_docs_per_query, bm25.Searching().threads
-    )
+    how = bm25.Searching()
+    topics, run, qrels = bm25.read_holdout(args.holdout, args.index, None, how, args.max_eval_docs_per_query)
     if args.max_eval_queries >= 0:
         topics = dict(islice(topics.items(), args.max_eval_queries))
     run = {query_id: hits for query_id, hits in run.items() if query_id in topics}

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import bm25
 import ranking
 from formats import json_line, read_collection, read_qrels, read_run, read_synthetic_queries, read_texts, read_topics
-from rerank import choose_weight, interpolate
+from rerank import choose_weight, interpolate, split
 
 ROOT = Path(__file__).parent.parent
 # The demo's:
@@ -33,7 +33,6 @@ TRAINING = f"--loss pairwise --epochs 2 --learning_rate 2e-4 --lr_scheduler_type
 HOLDOUT = 100
 TOP_K = 20
 CONSISTENT = ["--consistency_k", 20]
-FIRST = "consistency and mean_log_probs"
 
 
 def script(name: str, *flags: object) -> None:
@@ -44,19 +43,18 @@ def script(name: str, *flags: object) -> None:
 
 class Ablation:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.args, self.folder, self.work = args, folder, Path(args.work)
-        self.index, self.corpus = self.work / "index", self.work / "collection.tsv"
-        rows = [query.row for query in read_synthetic_queries(str(self.work / "queries.jsonl")) if query.question]
+        self.folder, work = folder, Path(args.work)
+        self.index, self.corpus = work / "index", work / "collection.tsv"
+        rows = [query.row for query in read_synthetic_queries(str(work / "queries.jsonl")) if query.question]
         random.Random(0).shuffle(rows)
-        self.holdout, self.pool = rows[:HOLDOUT], rows[HOLDOUT:]
-        self.write("holdout", self.holdout)
+        self.pool = rows[HOLDOUT:]
         self.write("pool", self.pool)
+        holdout = self.write("holdout", rows[:HOLDOUT])
         self.topics = read_topics(args.topics)
         self.qrels = [qrel for qrel in read_qrels(args.qrels) if qrel.query_id in self.topics]
         script("bm25.py", "search", "--index", self.index, "--topics", args.topics, "--output", folder / "run.txt")
         self.run = read_run(str(folder / "run.txt"), self.topics)
-        searcher = bm25.open_index(str(self.index), None, bm25.Searching())
-        held = bm25.read_holdout(str(folder / "holdout.jsonl"), searcher, TOP_K, bm25.Searching().threads)
+        held = bm25.read_holdout(str(holdout), str(self.index), None, bm25.Searching(), TOP_K)
         self.held_topics, self.held_run, self.held_qrels = held
         wanted = {hit.doc_id for run in (self.run, self.held_run) for hits in run.values() for hit in hits[:TOP_K]}
         self.texts = read_texts(str(self.corpus), wanted)
@@ -106,10 +104,7 @@ class Ablation:
         def score(topics: dict, run: dict) -> dict[str, dict[str, float]]:
             hits = [hit for found in run.values() for hit in found[:TOP_K]]
             values = reranker.score([(topics[hit.query_id], self.texts[hit.doc_id]) for hit in hits]).tolist()
-            scores: dict[str, dict[str, float]] = {}
-            for hit, value in zip(hits, values, strict=True):
-                scores.setdefault(hit.query_id, {})[hit.doc_id] = value
-            return scores
+            return dict(split(hits, values))
 
         scores, held = score(self.topics, self.run), score(self.held_topics, self.held_run)
         weight = choose_weight(self.held_run, held, self.held_qrels)
@@ -174,7 +169,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         ablation = Ablation(args, Path(name))
         best = ablation.best(*CONSISTENT)
-        rows = {FIRST: (best, args.queries, minilm, False)}
+        rows = {"consistency and mean_log_probs": (best, args.queries, minilm, False)}
         rows |= {
             f"{function} alone": (ablation.best("--scoring_function", function), args.queries, minilm, False)
             for function in ("mean_log_probs", "sum_log_probs", "mean_probs")

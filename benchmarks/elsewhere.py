@@ -1,6 +1,6 @@
 """A model that train_t5.py wrote, loaded by other packages: their scores beside ours for a few pairs.
 
-    pip install rerankers==0.10.0 sentence-transformers==6.2.0 pyterrier-t5==0.3.0
+    pip install ...                                      # the packages that benchmarks/rerank.py names
     D=demo/work; python benchmarks/elsewhere.py --model $D/model --topics $D/topics.tsv --corpus $D/collection.tsv
 
 A monoT5 goes to rerankers and PyTerrier-T5, a cross-encoder to rerankers and sentence-transformers. Exit code 1 where

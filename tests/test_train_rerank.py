@@ -154,7 +154,6 @@ def test_the_table_agrees_with_ir_measures(trained: Path, separable: Path, tmp_p
 
 def test_a_kill_and_going_on(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     """Killed in the middle, then gone on with: the same weights as a run that nothing happened to."""
-
     args = ["--max_steps", 12, "--gradient_accumulation_steps", 1, "--save_every_n_steps", 4, "--logging_steps", 1]
     ok(train(separable, tiny_t5, tmp_path / "whole", *args))
     command = [sys.executable, ROOT / "train_t5.py", "--triples_train", separable / "triples.tsv", *args]
@@ -194,7 +193,6 @@ def test_further_flags_are_the_trainers(separable: Path, tiny_t5: Path, tmp_path
 
 def test_two_processes_train_as_one_does(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     """torchrun: the accumulation is shared, so that a step has the same examples; the run to rerank is shared too."""
-
     args = ["--base_model", tiny_t5, "--triples_train", separable / "triples.tsv", "--max_length", 64, "--max_steps", 4]
     args += ["--gradient_accumulation_steps", 4, "--eval_steps", 4, "--logging_steps", 1, *dev(separable)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
