@@ -274,7 +274,7 @@ def write_figures(args: argparse.Namespace, history: list[dict], first_stage: di
     for entry in history:
         loss = entry.get("loss", loss)
         if any(key.startswith("eval_") for key in entry):
-            values = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+            values = {name: entry[f"eval_{name}"] for name in ranking.MEASURES}
             rows.append({"step": entry["step"], "epoch": round(entry["epoch"], 3), "loss": loss, **values})
     if rows:
         with whole_file(os.path.join(args.output_dir, "results.csv")) as file:
@@ -364,9 +364,10 @@ def main() -> None:
                 write_figures(args, self.state.log_history, first_stage)
             return metrics
 
-    class EvaluateAtTheEnd(TrainerCallback):
+    class AtStepsEnd(TrainerCallback):
         def on_step_end(self, _: object, state: Any, control: Any, **__: object) -> None:
             control.should_evaluate |= dev is not None and state.global_step >= state.max_steps
+            control.should_log |= control.should_save  # a checkpoint does not carry the losses since the last log
 
     set_seed(args.seed)  # before a new head is drawn
     answers = (args.token_true, args.token_false) if args.token_true else None
@@ -414,7 +415,7 @@ def main() -> None:
         train_dataset=examples,
         eval_dataset=list(dev.run) if dev else None,
         data_collator=reranker.collate,
-        callbacks=[EvaluateAtTheEnd()],
+        callbacks=[AtStepsEnd()],
     )
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))

@@ -153,8 +153,9 @@ def test_the_table_agrees_with_ir_measures(trained: Path, separable: Path, tmp_p
 
 
 def test_a_kill_and_going_on(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
-    """Killed in the middle, then gone on with: the same weights as a run that nothing happened to."""
-    args = ["--max_steps", 12, "--gradient_accumulation_steps", 1, "--save_every_n_steps", 4, "--logging_steps", 1]
+    """Killed in the middle, then gone on with: the same weights and figures as a run that nothing happened to."""
+    args = ["--max_steps", 12, "--gradient_accumulation_steps", 1, "--save_every_n_steps", 4, "--logging_steps", 3]
+    args += [*dev(separable), "--eval_steps", 2]
     ok(train(separable, tiny_t5, tmp_path / "whole", *args))
     command = [sys.executable, ROOT / "train_t5.py", "--triples_train", separable / "triples.tsv", *args]
     command += ["--base_model", tiny_t5, "--max_length", 64, "--output_dir", tmp_path / "killed"]
@@ -175,6 +176,8 @@ def test_a_kill_and_going_on(separable: Path, tiny_t5: Path, tmp_path: Path) -> 
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+    for name in ("results.csv", "learning_curve.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
 def test_further_flags_are_the_trainers(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
