@@ -7,6 +7,7 @@ Each row changes one thing of the first: which queries are kept, where negatives
 what is trained. All through the scripts, with the demo's settings; the topics are the demo's, or those of --topics and
 --qrels. Prints a table and writes it to OUTPUT.md, a plot to OUTPUT.png. Results are kept in OUTPUT.jsonl: a second run
 goes on where the first stopped. The queries held out for the weight are the same for all rows and train none of them.
+p is that of a paired t-test over the topics, the reranker alone against that of the first row; one training a row.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import bm25
@@ -85,7 +88,7 @@ class Ablation:
         lines = [line.rsplit("\t", 1)[0] for line in triples.read_text().splitlines()]
         triples.write_text("".join(f"{line}\t{draw.choice(texts)}\n" for line in lines))
 
-    def measure(self, keep: Callable[[int], Path], count: int, base: str, random_negatives: bool) -> dict[str, float]:
+    def measure(self, keep: Callable[[int], Path], count: int, base: str, random_negatives: bool) -> dict[str, Any]:
         import models
 
         kept, triples, model = keep(count), self.folder / "triples.tsv", self.folder / f"model-{time.monotonic_ns()}"
@@ -117,29 +120,36 @@ class Ablation:
             "bm25": self.ndcg(scores, 0.0),
         }
 
-    def ndcg(self, scores: dict[str, dict[str, float]], weight: float) -> float:
+    def ndcg(self, scores: dict[str, dict[str, float]], weight: float) -> list[float]:
+        """Of each topic, in the order of their ids."""
         run = {q: ranking.rank(hits, interpolate(hits, scores[q], weight)) for q, hits in self.run.items()}
-        return ranking.means(ranking.per_query(self.qrels, run, 1))["nDCG@10"]
+        values = ranking.per_query(self.qrels, run, 1)["nDCG@10"]
+        return [values[query_id] for query_id in sorted(values)]
 
 
-def report(results: dict[str, dict[str, float]], output: str) -> str:
-    lines = [
-        "| | queries | training, minutes | nDCG@10 alone | weight | nDCG@10 mixed |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    bm25_alone = next(iter(results.values()))["bm25"]
-    lines.append(f"| BM25 | | | {bm25_alone:.4f} | | |")
-    for name, r in results.items():
-        figures = f"{r['queries']:,} | {r['minutes']:.1f} | {r['alone']:.4f} | {r['weight']:g} | {r['mixed']:.4f}"
-        lines.append(f"| {name} | {figures} |")
-
+def report(results: dict[str, dict[str, Any]], output: str) -> str:
     from matplotlib.figure import Figure
+    from scipy.stats import ttest_rel
+
+    lines = [
+        "| | queries | training, minutes | nDCG@10 alone | p | weight | nDCG@10 mixed |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    first = next(iter(results.values()))
+    bm25_alone = fmean(first["bm25"])
+    lines.append(f"| BM25 | | | {bm25_alone:.4f} | | | |")
+    for name, r in results.items():
+        p = "" if r is first else f"{ttest_rel(r['alone'], first['alone']).pvalue:.4f}"
+        alone, mixed = fmean(r["alone"]), fmean(r["mixed"])
+        lines.append(
+            f"| {name} | {r['queries']:,} | {r['minutes']:.1f} | {alone:.4f} | {p} | {r['weight']:g} | {mixed:.4f} |"
+        )
 
     figure = Figure(figsize=(8, 0.5 * len(results) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     rows = range(len(results))
-    axes.barh([row - 0.2 for row in rows], [r["alone"] for r in results.values()], 0.38, label="reranker alone")
-    axes.barh([row + 0.2 for row in rows], [r["mixed"] for r in results.values()], 0.38, label="mixed with BM25")
+    axes.barh([row - 0.2 for row in rows], [fmean(r["alone"]) for r in results.values()], 0.38, label="reranker alone")
+    axes.barh([row + 0.2 for row in rows], [fmean(r["mixed"]) for r in results.values()], 0.38, label="mixed with BM25")
     axes.axvline(bm25_alone, color="0.3", linestyle=":", label="BM25")
     axes.set_yticks(rows, list(results))
     axes.invert_yaxis()
