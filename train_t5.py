@@ -126,6 +126,8 @@ def parse_args() -> argparse.Namespace:
     )
     args, more = parser.parse_known_args()
     args.trainer = read_trainer_flags(parser, more)
+    if {"hub_strategy", "hub_always_push"} & args.trainer.keys():
+        parser.error("--push_to_hub publishes the finished model alone: leave --hub_strategy and --hub_always_push out")
     dev, held = [args.queries, args.qrels, args.run], [args.holdout, args.index]
     if any(dev) and not (all(dev) and args.corpus):
         parser.error("evaluation needs all of --queries, --qrels, --run and --corpus")
@@ -330,7 +332,7 @@ def main() -> None:
     from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     import models
-    from model_card import model_card
+    from publishing import Repository, model_card
 
     class RerankerTrainer(Trainer):
         """A Trainer that evaluates by reranking the development run, its queries shared among the processes."""
@@ -404,6 +406,8 @@ def main() -> None:
         "disable_tqdm": False,  # which transformers would take our quieter log level to mean
         **args.trainer,
     }
+    # Not the Trainer's: it would write the token into training_args.bin.
+    hub = {name: settings.pop(name) for name in list(settings) if name.startswith(("hub_", "push_to_hub"))}
     try:
         training_arguments = TrainingArguments(**settings)
     except ValueError as error:
@@ -423,6 +427,7 @@ def main() -> None:
     if dev:
         first_stage = ranking.means(ranking.per_query(dev.qrels, dev.run, args.relevance_threshold))
     main_process = trainer.is_world_process_zero()
+    repository = Repository(args.output_dir, hub) if hub.get("push_to_hub") and main_process else None
     if main_process:
         print(
             f"Training {type(reranker).__name__} from {args.base_model}: {len(examples.triples):,} triples, "
@@ -439,16 +444,22 @@ def main() -> None:
     if main_process:
         write_figures(args, trainer.state.log_history, first_stage)
         kept = trainer.state.best_global_step if args.select_by else trainer.state.global_step
-        shown = {k: v for k, v in settings.items() if k in {*SHOWN, *args.trainer} and k != "hub_token"}
+        shown = {k: v for k, v in settings.items() if k in {*SHOWN, *args.trainer}}
         shown["gradient_accumulation_steps"] = args.gradient_accumulation_steps  # of all processes together
         history = trainer.state.log_history
         card = model_card(args, type(reranker).__name__, shown, history, first_stage, kept)
         Path(beside, "README.md").write_text(card, encoding="utf-8")
         # config.json last: a folder without one is no model
-        for name in sorted(os.listdir(beside), key=lambda name: name == "config.json"):
+        names = sorted(os.listdir(beside), key=lambda name: name == "config.json")
+        for name in names:
             os.replace(os.path.join(beside, name), os.path.join(args.output_dir, name))
         os.rmdir(beside)
         print(f"{args.output_dir}: the model of step {kept:,}", file=sys.stderr)
+        if repository:
+            print(
+                repository.push([*names, "results.csv", "learning_curve.png"], f"The model of step {kept:,}"),
+                file=sys.stderr,
+            )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Stages 4 and 5: a tiny T5 and a tiny encoder learn a set that can be learned, and rerank it."""
 
+import base64
 import csv
 import hashlib
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SUBJECTS, ok, rows, run, save_t5, sentence, write_rows
+from conftest import ROOT, SUBJECTS, QuietHandler, ok, rows, run, save_t5, sentence, serve, write_rows
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -192,6 +193,58 @@ def test_further_flags_are_the_trainers(separable: Path, tiny_t5: Path, tmp_path
     selecting = ["--select_by", "MAP", "--eval_steps", 2, "--save_steps", 3]
     refused = train(separable, tiny_t5, tmp_path / "none", *quick, *dev(separable), *selecting)
     assert "refuses these flags together: --load_best_model_at_end requires" in sentence(refused)
+
+
+def test_the_finished_model_alone_is_pushed(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    """--output_dir may be a folder of data, as in the paper's command, and a key must not end in a file."""
+    pushed: dict[str, bytes] = {}
+    asked: list[tuple[str, str | None]] = []
+
+    class Hub(QuietHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append((self.path, self.headers["Authorization"]))
+            status, answer = 200, {}
+            if self.headers["Authorization"] != "Bearer hf_right":
+                status, answer = 401, {"error": "Invalid username or password."}
+            elif self.path == "/api/repos/create":
+                answer = {"url": f"{url}/somebody/reranker", "name": "somebody/reranker"}
+            elif self.path.endswith("/preupload/main"):
+                names = [file["path"] for file in json.loads(body)["files"]]
+                answer = {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
+            elif self.path.endswith("/commit/main"):
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        pushed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                answer = {"commitUrl": f"{url}/somebody/reranker/commit/{'0' * 40}", "commitOid": "0" * 40}
+            text = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "collection.tsv").write_text("1\tnobody's business\n")
+    with serve(Hub) as url:
+        env = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        command = ["train_t5.py", "--base_model", tiny_t5, "--triples_train", separable / "triples.tsv"]
+        command += ["--output_dir", output, "--max_steps", 2, "--gradient_accumulation_steps", 1, "--max_length", 64]
+        command += ["--save_every_n_steps", 1, "--push_to_hub", "True", "--hub_model_id", "somebody/reranker"]
+        said = sentence(run(*command, "--hub_token", "hf_wrong", **env))
+        assert "--push_to_hub: somebody/reranker cannot be made" in said
+        assert "401" in said
+        assert not list(output.glob("checkpoint-*"))
+        done = ok(run(*command, "--hub_token", "hf_right", **env))
+    assert f"{url}/somebody/reranker/commit/" in done.stderr
+    made = {path.name for path in output.iterdir() if path.is_file()}
+    assert pushed.keys() == made - {"collection.tsv"} > {"README.md", "config.json", "model.safetensors"}
+    assert all(content == (output / name).read_bytes() for name, content in pushed.items())
+    assert sum(path.endswith("/commit/main") for path, _ in asked) == 1
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert not any(b"hf_right" in path.read_bytes() for path in files)
+    assert "hf_right" not in done.stdout + done.stderr
 
 
 def test_two_processes_train_as_one_does(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:

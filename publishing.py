@@ -1,10 +1,16 @@
-"""The card (README.md) of a trained model: what it was made of and how, how good it is, how to use it."""
+"""A trained model for others: its card (README.md), which says what it was made of, how good it is and how to use it;
+and its way to the Hugging Face hub.
+"""
 
 import argparse
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from formats import InputError
 
 LOADING = {
     "MonoT5": """rerankers.Reranker("MODEL", model_type="t5")
@@ -117,3 +123,57 @@ def model_card(
         data="\n".join(data),
         figures=figures_of(args, history, first_stage, kept),
     )
+
+
+class Repository:
+    """A model's repository on the hub, made before training begins: what is wrong with a key shows then.
+
+    It gets the files that it is told of, as `output_dir` may hold collections and triples too. (The Trainer would push
+    the whole folder, with a card of its own.)
+    """
+
+    def __init__(self, output_dir: str, hub: dict[str, Any]) -> None:
+        """
+        Args:
+            hub: the flags of transformers.TrainingArguments that begin so: hub_model_id, hub_token, ...
+
+        Raises:
+            InputError: the hub refuses, or cannot be reached.
+        """
+        from huggingface_hub import HfApi
+
+        self.folder, self.revision = Path(output_dir).resolve(), hub.get("hub_revision")
+        self.api = HfApi(token=hub.get("hub_token"))
+        name = hub.get("hub_model_id") or self.folder.name
+        with self._one_sentence(f"--push_to_hub: {name} cannot be made or found on the Hugging Face hub"):
+            made = self.api.create_repo(name, private=hub.get("hub_private_repo"), exist_ok=True)
+            self.name = made.repo_id
+
+    def push(self, files: Sequence[str], message: str) -> str:
+        """Upload these files of the folder; the address of the commit.
+
+        Raises:
+            InputError: as above; the files stay where they are.
+        """
+        with self._one_sentence(
+            f"the model is in {self.folder}, but could not be pushed; try `hf upload {self.name} {self.folder} "
+            "--exclude 'checkpoint-*/*'`. The hub said"
+        ):
+            commit = self.api.upload_folder(
+                repo_id=self.name,
+                folder_path=self.folder,
+                allow_patterns=list(files),
+                commit_message=message,
+                revision=self.revision,
+            )
+        return commit.commit_url
+
+    @staticmethod
+    @contextmanager
+    def _one_sentence(what: str) -> Iterator[None]:
+        from huggingface_hub.errors import HTTPError  # its HTTP library's, so that a hub out of reach is one too
+
+        try:
+            yield
+        except (OSError, ValueError, HTTPError) as error:
+            raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from None
