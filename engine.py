@@ -11,7 +11,7 @@ import re
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from formats import Doc, InputError, warn
+from formats import Doc, InputError, in_short, warn
 
 SLOT = "{document_text}"  # of a prompt
 STOP = "\n\n"  # the examples of a prompt have an empty line between them, so the model writes one after its question
@@ -296,7 +296,7 @@ class Engine:
 def message_of(body: Any) -> str:
     """What an error says, in one line."""
     message = body.get("message") if isinstance(body, dict) else body
-    return " ".join(str(message or "").split())[:300]
+    return in_short(message or "")
 
 
 def refused_parameter(sent: dict[str, Any], body: Any) -> str | None:

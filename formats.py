@@ -103,6 +103,11 @@ def warn(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
+def in_short(message: object) -> str:
+    """What somebody else's error says, without its line ends, not at length."""
+    return " ".join(str(message).split())[:300]
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`. What a user can mend ends in one sentence and exit code 1, never in a traceback."""
     try:

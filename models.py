@@ -13,7 +13,7 @@ and a forward pass of T5 that does less and goes through memory fewer times than
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from formats import InputError
+from formats import InputError, in_short
 
 if TYPE_CHECKING:
     import numpy
@@ -441,5 +441,5 @@ def load_model(
     except (OSError, ValueError) as error:
         raise InputError(
             f"cannot load the model {name}: it is no folder with a checkpoint, and as a name on the Hugging Face hub "
-            f"it gave: {' '.join(str(error).split())[:300]}"
+            f"it gave: {in_short(error)}"
         ) from None

@@ -30,7 +30,7 @@ from engine import (
     read_usage,
     without_key,
 )
-from formats import Doc, InputError, warn
+from formats import Doc, InputError, in_short, warn
 from generation_output import Output
 
 TRIES = 7  # for a document whose request fails, or whose answer is broken
@@ -386,7 +386,7 @@ class Generation:
 
     def clean(self, error: Exception) -> str:
         """What the server said, in one line."""
-        said = message_of(getattr(error, "body", None)) or " ".join(str(error).split())[:300]
+        said = message_of(getattr(error, "body", None)) or in_short(error)
         return without_key(said, self.args.key)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from formats import InputError
+from formats import InputError, in_short
 
 LOADING = {
     "MonoT5": """rerankers.Reranker("MODEL", model_type="t5")
@@ -143,7 +143,8 @@ class Repository:
         from huggingface_hub import HfApi
 
         self.folder, self.revision = Path(output_dir).resolve(), hub.get("hub_revision")
-        self.api = HfApi(token=hub.get("hub_token"))
+        # Without the line end that a pasted token brings along, and that an error would quote together with it.
+        self.api = HfApi(token="".join((hub.get("hub_token") or "").split()) or None)
         name = hub.get("hub_model_id") or self.folder.name
         with self._one_sentence(f"--push_to_hub: {name} cannot be made or found on the Hugging Face hub"):
             made = self.api.create_repo(name, private=hub.get("hub_private_repo"), exist_ok=True)
@@ -156,8 +157,8 @@ class Repository:
             InputError: as above; the files stay where they are.
         """
         with self._one_sentence(
-            f"the model is in {self.folder}, but could not be pushed; try `hf upload {self.name} {self.folder} "
-            "--exclude 'checkpoint-*/*'`. The hub said"
+            f"the model is in {self.folder}, but could not be pushed to {self.name}; the same command with "
+            "--resume_from_checkpoint tries again. The hub said"
         ):
             commit = self.api.upload_folder(
                 repo_id=self.name,
@@ -176,4 +177,4 @@ class Repository:
         try:
             yield
         except (OSError, ValueError, HTTPError) as error:
-            raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+            raise InputError(f"{what}: {in_short(error)}") from None

@@ -275,7 +275,7 @@ def write_figures(args: argparse.Namespace, history: list[dict], first_stage: di
     rows, loss = [], None
     for entry in history:
         loss = entry.get("loss", loss)
-        if any(key.startswith("eval_") for key in entry):
+        if "eval_nDCG@10" in entry:
             values = {name: entry[f"eval_{name}"] for name in ranking.MEASURES}
             rows.append({"step": entry["step"], "epoch": round(entry["epoch"], 3), "loss": loss, **values})
     if rows:

@@ -198,17 +198,19 @@ def test_further_flags_are_the_trainers(separable: Path, tiny_t5: Path, tmp_path
 def test_the_finished_model_alone_is_pushed(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     """--output_dir may be a folder of data, as in the paper's command, and a key must not end in a file."""
     pushed: dict[str, bytes] = {}
-    asked: list[tuple[str, str | None]] = []
+    asked: list[str] = []
 
     class Hub(QuietHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            asked.append((self.path, self.headers["Authorization"]))
+            asked.append(self.path)
             status, answer = 200, {}
             if self.headers["Authorization"] != "Bearer hf_right":
                 status, answer = 401, {"error": "Invalid username or password."}
             elif self.path == "/api/repos/create":
                 answer = {"url": f"{url}/somebody/reranker", "name": "somebody/reranker"}
+            elif self.path.endswith("/commit/main") and asked.count(self.path) == 1:
+                status, answer = 403, {"error": "Your storage is full."}
             elif self.path.endswith("/preupload/main"):
                 names = [file["path"] for file in json.loads(body)["files"]]
                 answer = {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
@@ -236,12 +238,17 @@ def test_the_finished_model_alone_is_pushed(separable: Path, tiny_t5: Path, tmp_
         assert "--push_to_hub: somebody/reranker cannot be made" in said
         assert "401" in said
         assert not list(output.glob("checkpoint-*"))
-        done = ok(run(*command, "--hub_token", "hf_right", **env))
+        said = sentence(run(*command, "--hub_token", "hf_right", **env))
+        assert "could not be pushed to somebody/reranker" in said
+        assert "Your storage is full." in said
+        assert (output / "config.json").exists()
+        pasted = "hf_right\n"
+        done = ok(run(*command, "--hub_token", pasted, "--resume_from_checkpoint", **env))
     assert f"{url}/somebody/reranker/commit/" in done.stderr
     made = {path.name for path in output.iterdir() if path.is_file()}
     assert pushed.keys() == made - {"collection.tsv"} > {"README.md", "config.json", "model.safetensors"}
     assert all(content == (output / name).read_bytes() for name, content in pushed.items())
-    assert sum(path.endswith("/commit/main") for path, _ in asked) == 1
+    assert sum(path.endswith("/commit/main") for path in asked) == 2  # the one that was refused, and this
     files = [path for path in output.rglob("*") if path.is_file()]
     assert not any(b"hf_right" in path.read_bytes() for path in files)
     assert "hf_right" not in done.stdout + done.stderr
