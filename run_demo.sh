@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The whole pipeline on this machine, with no key, no GPU and no Java: a small language model writes queries for
-# documentation that is installed here anyway, and a reranker learns from them.
+# Run the whole pipeline on this machine, without an API key, a GPU or Java: a small language model writes queries for
+# the documentation of installed Python packages, and a reranker is trained on them.
 #
 #   bash run_demo.sh
 #   BASE_MODEL=google-t5/t5-small bash run_demo.sh      # another base model, from the Hugging Face hub
 #
-# What is finished in demo/work is not done again; delete that folder to start anew.
+# Finished stages in demo/work are skipped. Delete that folder to start over.
 set -euo pipefail
 cd "$(dirname "$0")"
 . demo/setup.sh
@@ -16,12 +16,12 @@ BASE_MODEL=${BASE_MODEL:-$PACKAGED}
 MODEL=$WORK/model-$(basename "$(dirname "$BASE_MODEL")")-$(basename "$BASE_MODEL")
 [ "$BASE_MODEL" != "$PACKAGED" ] || MODEL=$WORK/model
 
-step() { # file command...: runs and shows the command unless its file is there
+step() { # step FILE COMMAND...: show and run the command unless FILE exists
     local file=$1
     shift
     echo
     if [ -e "$file" ]; then
-        echo "# $file is there"
+        echo "# $file exists: skipped"
     else
         show "$@"
     fi
@@ -42,7 +42,7 @@ trap 'exit 130' INT TERM
 mkdir -p "$WORK"
 step "$WORK/collection.tsv" "$PYTHON" demo/build_collection.py --output_dir "$WORK"
 
-# The queries are appended one by one, so that their file says nothing of whether all are there: a mark does.
+# Queries are appended one by one, so an existing file may be incomplete. The file "generated" marks the end.
 if [ ! -e "$WORK/generated" ]; then
     echo
     echo "\$ python demo/serve_llm.py --port 0 &"
@@ -55,7 +55,7 @@ if [ ! -e "$WORK/generated" ]; then
     done
     if [ ! -s "$WORK/server.url" ]; then
         tail -n 5 "$WORK/server.log" >&2
-        echo "error: the language model's server did not start; its words are above" >&2
+        echo "error: the server of the language model did not start. Its last messages are above." >&2
         exit 1
     fi
     show "$PYTHON" generate_queries_openai.py --collection "$WORK/collection.tsv" --output "$WORK/queries.jsonl" \

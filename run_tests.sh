@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests: bash run_tests.sh [arguments of pytest]
+# Run the tests. Arguments are passed to pytest: bash run_tests.sh -k filter -x
 set -euo pipefail
 cd "$(dirname "$0")"
 . demo/setup.sh

@@ -1,29 +1,29 @@
-"""The demo's collection: docstrings of packages that are installed anyway, as passages to search.
+"""Build the demo's collection: docstrings of installed Python packages as passages, without any download.
 
     python demo/build_collection.py --output_dir demo/work
 
-Writes  collection.tsv  dotted name of a function, class or module, and its documentation without the first sentence
-        topics.tsv      first sentences of some of them, as queries: what somebody would ask who lacks the name
-        qrels.txt       the passage that each of these sentences was taken from
-
-Real text with real labels, and no download: the sources are parsed, not imported.
+Reads   the sources of the standard library and of numpy, pandas, scipy, sklearn and matplotlib, without importing them
+Writes  collection.tsv  passages: a docstring without its first sentence; the id is the dotted name
+        topics.tsv      queries: first sentences of 300 docstrings
+        qrels.txt       relevance judgements: the passage that each sentence was taken from
 """
 
-import argparse
 import ast
 import hashlib
 import re
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from formats import Doc, Qrel, Topic, run_script, write_qrels, write_texts
+from inpars_lib.cli import run_script, script_parser
+from inpars_lib.formats import write_qrels, write_texts
+from inpars_lib.records import Doc, Qrel, Topic
 
 PACKAGES = ["numpy", "pandas", "scipy", "sklearn", "matplotlib"]
-PASSAGE_CHARS = 600  # a passage is its first so many characters, cut at a blank
+PASSAGE_CHARS = 600  # longer passages are truncated at a space
 MIN_CHARS = 100
 TOPICS = 300
 MIN_TOPIC_WORDS = 5
@@ -42,7 +42,7 @@ def sources() -> Iterator[tuple[str, Path]]:
 
 
 def docstrings(name: str, node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, docstring) of a module and of the public classes and functions in it."""
+    """Yield (dotted name, docstring) of a module and of its public classes and functions."""
     if text := ast.get_docstring(node):
         yield name, text
     for child in node.body:
@@ -51,7 +51,7 @@ def docstrings(name: str, node: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def passages() -> Iterator[tuple[str, str, str]]:
-    """Yield (id, first sentence, the rest) of every docstring that has enough of both, each rest only once."""
+    """Yield (dotted name, first sentence, the rest) of each long docstring. Duplicates of the rest are skipped."""
     seen = set()
     for module, path in sources():
         try:
@@ -68,20 +68,18 @@ def passages() -> Iterator[tuple[str, str, str]]:
                 yield name, sentence.strip(), rest
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", required=True)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the collection, the topics and the judgements."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--output_dir", required=True, help="folder to write to")
     parser.add_argument(
-        "--skip_topics",
-        type=int,
-        default=0,
-        help="300 gives others than the demo's, to choose settings on (default: 0)",
+        "--skip_topics", type=int, default=0, help="topics to skip; 300 gives the development topics (default: 0)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     found: dict[str, tuple[str, str]] = {}
     for name, sentence, rest in passages():
-        found.setdefault(name, (sentence, rest))  # a name that a module defines twice stands for its first
+        found.setdefault(name, (sentence, rest))  # the first definition of a name counts
     sentences = Counter(sentence for sentence, _ in found.values())
     eligible = [
         name

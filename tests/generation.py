@@ -1,12 +1,11 @@
-"""Running generate_queries_openai.py in tests, and reading what it left."""
+"""Helpers to run generate_queries_openai.py and to read what it wrote."""
 
 import json
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
-from conftest import ROOT, rows, run
+from conftest import ROOT, Done, command_of, rows, run
 from stand_in import document_of
 
 SCRIPT = "generate_queries_openai.py"
@@ -18,17 +17,17 @@ def flags(collection: Path, url: str) -> list[object]:
     return ["--collection", collection, "--output", output, *server, "--min_doc_chars", 0]
 
 
-def generate(collection: Path, url: str, *args: object, **environment: str) -> subprocess.CompletedProcess:
+def generate(collection: Path, url: str, *args: object, **environment: str) -> Done:
     return run(SCRIPT, *flags(collection, url), *args, **environment)
 
 
 def start(collection: Path, url: str, *args: object) -> subprocess.Popen:
-    command = [sys.executable, ROOT / SCRIPT, *flags(collection, url), *args]
-    return subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command = command_of(SCRIPT, *flags(collection, url), *args)
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def written(collection: Path) -> dict[str, dict]:
-    """The rows of the output by doc_id, each of which is there once."""
+    """Return the rows of the output by doc_id, and check that each is there once."""
     found = rows(collection.parent / "queries.jsonl")
     assert max(Counter(row["doc_id"] for row in found).values(), default=0) <= 1
     return {row["doc_id"]: row for row in found}
@@ -44,7 +43,7 @@ def meta(collection: Path) -> dict:
 
 
 def fails_for(number: int, fault: str, times: int = 10**9) -> object:
-    """A `fault` of the stand-in: the document of this number meets it, the first so many times."""
+    """Return a `fault` of the stand-in that the document of this number meets, the first so many times."""
     left = [times]
 
     def fault_of(request: dict) -> str | None:

@@ -20,7 +20,7 @@ FAULTS = ("429", "429_wait", "500", "503", "cut", "broken", "no_logprobs", "refu
 
 
 def pieces(text: str) -> list[str]:
-    """`text` cut as language models cut it: blanks go with the word after them."""
+    """Return `text` in tokens as language models have them: whitespace goes with the word after it."""
     return re.findall(r"\n|[^\S\n]*[^\s]+|[^\S\n]+", text)
 
 
@@ -33,9 +33,9 @@ def usage(prompt: str, tokens: int) -> dict:
 
 
 def completion(text: str, prompt: str = "", log_prob: float = -0.5, asked: str = "") -> dict:
-    """An answer of the completions API; its i-th token has the log-probability log_prob * (i + 1).
+    """Return an answer of the completions API; its i-th token has the log-probability log_prob * (i + 1).
 
-    `prompt` is repeated in it, as with `echo`; `asked` is what the tokens in are counted from.
+    The answer repeats `prompt`, as with `echo`. The prompt tokens are counted from `asked`.
     """
     tokens = pieces(text)
     log_probs = [log_prob * (i + 1) for i in range(len(tokens))]
@@ -50,7 +50,7 @@ def completion(text: str, prompt: str = "", log_prob: float = -0.5, asked: str =
 
 
 def chat(text: str, log_prob: float = -0.5, asked: str = "") -> dict:
-    """An answer of the chat API, with the same log-probabilities."""
+    """Return an answer of the chat API, with the same log-probabilities."""
     tokens = pieces(text)
     content = [
         {"token": token, "bytes": list(token.encode()), "logprob": log_prob * (i + 1), "top_logprobs": []}
@@ -67,7 +67,7 @@ def prompt_of(request: dict) -> str:
 
 
 def document_of(request: dict) -> str:
-    """The first word of the document that a prompt of ours is about."""
+    """Return the first word of the document in a prompt of ours."""
     return prompt_of(request).rpartition("Document: ")[2].split(maxsplit=1)[0]
 
 

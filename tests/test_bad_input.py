@@ -1,4 +1,4 @@
-"""What users' files are like at their worst: a sentence with file and line each, and no half-written output."""
+"""Malformed input files: each gets one error with file and line, and no half-written output."""
 
 import gzip
 import json
@@ -7,12 +7,11 @@ import resource
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ok, run, sentence, write_rows
+from conftest import Done, command_of, error_line, ok, run, write_rows
 
 GOOD = "d1\tthe study of tides explains the sea\nd2\tbread is baked at dawn\nd3\tbees make honey of flowers\n"
 LONG = 50_000_000
@@ -36,7 +35,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 
 def index(files: dict[str, Path], folder: Path) -> list[object]:
-    return ["bm25.py", "index", "--corpus", files["collection"], "--index", folder / "out"]
+    return ["inpars_lib.bm25", "index", "--corpus", files["collection"], "--index", folder / "out"]
 
 
 def rerank(files: dict[str, Path], folder: Path) -> list[object]:
@@ -68,27 +67,27 @@ def cut_gzip(data: bytes) -> bytes:
 
 
 QUERY = b'{"doc_id": "d1", "doc_text": "t", "question": "q", "log_probs": [-1, -1, -1]}\n'
-REFUSED = [  # name, command, file that is replaced, what stands in it, words of the one sentence
-    ("an empty collection", index, "collection", b"", "collection: not one usable line in it"),
-    ("blank lines alone", index, "collection", b"\n\r\n  \n", "collection: not one usable line in it"),
-    ("an id that occurs twice", index, "collection", GOOD.encode() + b"d2\tother\n", "the id d2 stands on two lines"),
-    ("a truncated gzip", index, "collection", cut_gzip(GOOD.encode()), "collection: the gzip data is broken"),
-    ("nothing but invalid UTF-8", index, "collection", b"d1\t\xff\n", "collection: not one usable line in it"),
-    ("an empty file of queries", keep, "queries", b"", "queries: not one usable line in it"),
-    ("a truncated gzip of queries", keep, "queries", cut_gzip(QUERY), "queries: the gzip data is broken"),
-    ("a topic that occurs twice", rerank, "topics", b"1\ta\n1\tb\n", "topics, line 2: the query id 1 was there before"),
-    ("qrels for unknown ids", rerank, "qrels", b"7 0 d1 1\n", "qrels judges no query of"),
-    ("two judgements", rerank, "qrels", b"1 0 d1 1\n1 0 d1 0\n", "qrels, line 2: query 1 and document d1 were judged"),
-    ("a run of other topics", rerank, "run", b"9 Q0 d1 1 1.0 x\n", "run has hits for no query of"),
-    ("an empty run", rerank, "run", b"", "run: not one usable line in it"),
+REFUSED = [  # name, command, file that is replaced, what stands in it, words of the one error_line
+    ("an empty collection", index, "collection", b"", "collection: no usable line found"),
+    ("blank lines alone", index, "collection", b"\n\r\n  \n", "collection: no usable line found"),
+    ("an id that occurs twice", index, "collection", GOOD.encode() + b"d2\tother\n", "the id d2 is on two lines"),
+    ("a truncated gzip", index, "collection", cut_gzip(GOOD.encode()), "collection: damaged gzip data"),
+    ("nothing but invalid UTF-8", index, "collection", b"d1\t\xff\n", "collection: no usable line found"),
+    ("an empty file of queries", keep, "queries", b"", "queries: no usable line found"),
+    ("a truncated gzip of queries", keep, "queries", cut_gzip(QUERY), "queries: damaged gzip data"),
+    ("a topic that occurs twice", rerank, "topics", b"1\ta\n1\tb\n", "topics, line 2: the query id 1 is repeated"),
+    ("qrels for unknown ids", rerank, "qrels", b"7 0 d1 1\n", "qrels: no query of"),
+    ("two judgements", rerank, "qrels", b"1 0 d1 1\n1 0 d1 0\n", "qrels, line 2: query 1 and document d1 have"),
+    ("a run of other topics", rerank, "run", b"9 Q0 d1 1 1.0 x\n", "run: no hits for any query of"),
+    ("an empty run", rerank, "run", b"", "run: no usable line found"),
     (
         "a document twice in a run",
         rerank,
         "run",
         b"1 Q0 d1 1 2 x\n1 Q0 d1 2 1 x\n",
-        "query 1 has a document twice",
+        "query 1 lists a document twice",
     ),
-    ("triples of two columns", train, "triples", b"a\tb\n", "triples: not one usable line in it"),
+    ("triples of two columns", train, "triples", b"a\tb\n", "triples: no usable line found"),
 ]
 
 
@@ -97,11 +96,11 @@ def test_refused(files: dict[str, Path], tmp_path: Path, row: tuple) -> None:
     _, command, name, data, words = row
     files[name].write_bytes(data)
     before = sorted(path.name for path in tmp_path.iterdir())
-    assert words in sentence(run(*command(files, tmp_path)))
+    assert words in error_line(run(*command(files, tmp_path)))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-# Taken as they are meant, or a line left out with its number: name, contents of a collection, texts, words of a warning
+# Read as meant, or a line skipped with its number: name, contents of a collection, texts, words of a warning
 TAKEN = [
     ("Windows line ends", GOOD.replace("\n", "\r\n").encode(), None, None),
     ("a byte-order mark", b"\xef\xbb\xbf" + GOOD.encode(), None, None),
@@ -130,7 +129,7 @@ def test_taken(files: dict[str, Path], tmp_path: Path, row: tuple) -> None:
     assert positive == "dough"
     assert negative in [*texts, " ".join(["word"] * (LONG // 5))]
     assert (warning or "") in done.stderr
-    assert ("is left out" in done.stderr) == bool(warning)
+    assert ("is skipped" in done.stderr) == bool(warning)
 
 
 def test_an_index_of_another_lucene(files: dict[str, Path], tmp_path: Path) -> None:
@@ -142,28 +141,29 @@ def test_an_index_of_another_lucene(files: dict[str, Path], tmp_path: Path) -> N
     assert data[5:at] == b"segments"
     data[at : at + 4] = struct.pack(">i", 2)
     segments.write_bytes(data)
-    said = sentence(run(*mine(files, tmp_path)))
-    assert f"{tmp_path / 'index'} cannot be opened: it is broken, or of another version of Lucene" in said
+    said = error_line(run(*mine(files, tmp_path)))
+    assert f"{tmp_path / 'index'}: the index is damaged or from another version of Lucene" in said
     assert not (tmp_path / "out").exists()
 
 
-def limited(command: list[object], size: int) -> subprocess.CompletedProcess:
-    """A run on a disk that is full after `size` bytes of a file."""
+def run_on_full_disk(command: list[object], size: int) -> Done:
+    """Run a script on a disk that is full after `size` bytes of a file."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    words = [sys.executable, ROOT / command[0], *command[1:]]
-    return subprocess.run([*map(str, words)], preexec_fn=limit, capture_output=True, text=True)
+    done = subprocess.run(command_of(*command), preexec_fn=limit, capture_output=True, text=True)
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 def test_a_full_disk(files: dict[str, Path], tmp_path: Path) -> None:
     rows = [json.loads(QUERY) | {"doc_id": f"d{i}", "doc_text": "word " * 50} for i in range(200)]
     write_rows(files["queries"], rows)
     (tmp_path / "out").write_text("old")
-    done = limited(keep(files, tmp_path), 10_000)
-    assert "error: " in sentence(done)
-    assert "File too large" in sentence(done)
+    done = run_on_full_disk(keep(files, tmp_path), 10_000)
+    assert "error: " in error_line(done)
+    assert "File too large" in error_line(done)
     assert (tmp_path / "out").read_text() == "old"
     assert not list(tmp_path.glob("out.*"))
 
@@ -175,9 +175,9 @@ OUTPUTS: list[Callable] = [keep, mine, index]
 def test_a_folder_that_cannot_be_written(files: dict[str, Path], tmp_path: Path, command: Callable) -> None:
     (tmp_path / "file").write_text("in the way")
     words = [tmp_path / "file" / "out" if word == tmp_path / "out" else word for word in command(files, tmp_path)]
-    assert sentence(run(*words)).startswith(f"error: {tmp_path / 'file'}")
+    assert error_line(run(*words)).startswith(f"error: {tmp_path / 'file'}")
     assert (tmp_path / "file").read_text() == "in the way"
     if os.geteuid():  # permissions bind all but root
         (tmp_path / "closed").mkdir(mode=0o555)
         words = [tmp_path / "closed" / "out" if w == tmp_path / "out" else w for w in command(files, tmp_path)]
-        assert "Permission denied" in sentence(run(*words))
+        assert "Permission denied" in error_line(run(*words))

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ok, sentence
+from conftest import error_line, ok
 from generation import EVERY, errors, generate, meta, start, written
 from stand_in import StandIn, document_of, error
 
@@ -65,6 +65,7 @@ def kill_at(moment: str, collection: Path, server: StandIn) -> None:
     killed.set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["upload", "create", "look", "download"])
 def test_a_kill_at_any_step_submits_nothing_twice(collection: Path, openai_server: StandIn, moment: str) -> None:
     kill_at(moment, collection, openai_server)
@@ -75,6 +76,7 @@ def test_a_kill_at_any_step_submits_nothing_twice(collection: Path, openai_serve
     assert not [name for name in names(collection) if ".batch-" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["upload", "create"])
 def test_cancel_after_a_kill_submits_nothing(collection: Path, openai_server: StandIn, moment: str) -> None:
     kill_at(moment, collection, openai_server)
@@ -107,7 +109,7 @@ def test_a_submission_whose_answer_is_lost_is_found_again(collection: Path, open
 def test_what_expired_is_submitted_again(collection: Path, openai_server: StandIn) -> None:
     openai_server.batch_end = lambda batch, number: "expired" if number == 1 else "completed"
     done = ok(generate(collection, openai_server.url, *QUICK))
-    assert "documents were not answered (batch_expired: 10); they are submitted again" in done.stderr
+    assert "documents were not answered (batch_expired: 10). They are submitted again" in done.stderr
     assert len(openai_server.batches) == 2
     assert set(written(collection)) == EVERY
     assert set(asked(openai_server).values()) == {1}  # those that were answered are not asked for again
@@ -140,8 +142,8 @@ def test_requests_that_fail_in_a_batch(collection: Path, openai_server: StandIn)
 
 def test_a_batch_that_is_not_accepted(collection: Path, openai_server: StandIn) -> None:
     openai_server.batch_end = lambda batch, number: "failed:invalid_model"
-    said = sentence(generate(collection, openai_server.url, *QUICK))
-    assert "did not accept batch batch_1: refused: invalid_model" in said
+    said = error_line(generate(collection, openai_server.url, *QUICK))
+    assert "batch batch_1 was not accepted: refused: invalid_model" in said
     openai_server.batch_end = lambda batch, number: "completed"
     ok(generate(collection, openai_server.url, *QUICK))
     assert set(written(collection)) == EVERY
@@ -158,11 +160,12 @@ def test_too_many_tokens_at_a_time_wait_for_the_other_batches(collection: Path, 
 def test_batches_that_bring_nothing_end_the_run(collection: Path, openai_server: StandIn) -> None:
     openai_server.batch_end = lambda batch, number: "cancelled"  # by somebody else, before it began
     collection.write_text("".join(collection.read_text().splitlines(keepends=True)[:2]))
-    said = sentence(generate(collection, openai_server.url, *QUICK))
+    said = error_line(generate(collection, openai_server.url, *QUICK))
     assert "answered none of 1 documents (batch_cancelled: 1)" in said
     assert len(openai_server.batches) == 1
 
 
+@pytest.mark.slow
 def test_cancel_keeps_what_was_answered(collection: Path, openai_server: StandIn) -> None:
     openai_server.batch_waits = 10**9
     looked = threading.Event()
@@ -170,10 +173,10 @@ def test_cancel_keeps_what_was_answered(collection: Path, openai_server: StandIn
     process = start(collection, openai_server.url, *QUICK)
     assert looked.wait(60)
     process.send_signal(signal.SIGINT)
-    assert "the same command goes on from there" in process.stderr.read()
+    assert "Run the same command again to resume" in process.stderr.read()
     assert process.wait() == 130
-    said = sentence(generate(collection, openai_server.url))  # it would ask, and pay, for the same documents
-    assert "1 batches of" in said
+    said = error_line(generate(collection, openai_server.url))  # it would ask, and pay, for the same documents
+    assert "1 batches are under way" in said
     assert "--batch_cancel" in said
     openai_server.batch_waits = 1
     done = ok(generate(collection, openai_server.url, "--batch_cancel", "--batch_poll", 0.05))
@@ -187,6 +190,6 @@ def test_cancel_keeps_what_was_answered(collection: Path, openai_server: StandIn
 def test_what_ends_a_batch_run_at_once(collection: Path, openai_server: StandIn) -> None:
     openai_server.respond = lambda request: error(401, "wrong key sk-secret")
     done = generate(collection, openai_server.url, *QUICK, API_KEY="sk-secret")
-    assert "did not accept the key (401)" in sentence(done)
+    assert "the key was not accepted (401)" in error_line(done)
     assert "sk-secret" not in done.stderr
     assert not openai_server.files

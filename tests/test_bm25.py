@@ -1,4 +1,4 @@
-"""bm25.py as a command, and the hits that stay in Java."""
+"""BM25 on real Lucene: indexes, runs, negatives, consistency."""
 
 import gzip
 import os
@@ -6,28 +6,19 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ok, rows, run, sentence, write_rows
+from conftest import ROOT, command_of, error_line, ok, rows, run, write_rows
 
-import bm25
-import formats
-
-
-@pytest.fixture(scope="module")
-def indexed(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of the demo's passages that stores their texts."""
-    index = tmp_path_factory.mktemp("indexed") / "index"
-    done = ok(run("bm25.py", "index", "--corpus", demo_data / "collection.tsv", "--index", index, "--store_texts"))
-    assert "the index of" in done.stderr
-    return index
+from inpars_lib import bm25, formats
+from inpars_lib.cli import InputError
+from inpars_lib.negatives import sample_hits
 
 
-def test_a_first_stage_run(indexed: Path, demo_data: Path, tmp_path: Path) -> None:
-    args = ["--index", indexed, "--topics", demo_data / "topics.tsv", "--hits", 15]
-    ok(run("bm25.py", "search", *args, "--output", tmp_path / "run.txt"))
+def test_a_first_stage_run(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
+    args = ["--index", demo_index, "--topics", demo_data / "topics.tsv", "--hits", 15]
+    ok(run("inpars_lib.bm25", "search", *args, "--output", tmp_path / "run.txt"))
     found = formats.read_run(str(tmp_path / "run.txt"))
     topics = formats.read_topics(str(demo_data / "topics.tsv"))
     assert list(found) == list(topics)
@@ -35,9 +26,9 @@ def test_a_first_stage_run(indexed: Path, demo_data: Path, tmp_path: Path) -> No
     answers = {qrel.query_id: qrel.doc_id for qrel in formats.read_qrels(str(demo_data / "qrels.txt"))}
     first = sum(found[query_id][0].doc_id == doc_id for query_id, doc_id in answers.items())
     assert first >= len(answers) / 4  # by chance it would be none
-    ok(run("bm25.py", "search", *args, "--output", tmp_path / "flat.txt", "--b", 0, "--k1", 0.01))
+    ok(run("inpars_lib.bm25", "search", *args, "--output", tmp_path / "flat.txt", "--b", 0, "--k1", 0.01))
     assert (tmp_path / "flat.txt").read_bytes() != (tmp_path / "run.txt").read_bytes()
-    ok(run("bm25.py", "search", *args, "--output", tmp_path / "one.txt", "--threads", 1))
+    ok(run("inpars_lib.bm25", "search", *args, "--output", tmp_path / "one.txt", "--threads", 1))
     assert (tmp_path / "one.txt").read_bytes() == (tmp_path / "run.txt").read_bytes()
 
 
@@ -46,54 +37,57 @@ def test_an_index_remembers_its_language(tmp_path: Path) -> None:
     (tmp_path / "topics.tsv").write_text("1\tHaus\n")
     search = ["--topics", tmp_path / "topics.tsv", "--output", tmp_path / "run.txt"]
     corpus, german, english = (str(tmp_path / name) for name in ("de.tsv", "de", "en"))
-    ok(run("bm25.py", "index", "--corpus", corpus, "--index", german, "--language", "de"))
-    ok(run("bm25.py", "search", "--index", german, *search))
+    ok(run("inpars_lib.bm25", "index", "--corpus", corpus, "--index", german, "--language", "de"))
+    ok(run("inpars_lib.bm25", "search", "--index", german, *search))
     [hit] = formats.read_run(str(tmp_path / "run.txt"))["1"]
     assert hit.doc_id == "a"
     bm25.build_index(corpus, english, 1)
-    assert "has a hit in" in sentence(run("bm25.py", "search", "--index", english, *search))
-    with pytest.raises(formats.InputError, match="was indexed with --language en"):
-        bm25.open_index(english, None, bm25.Searching(language="de"))
-    with pytest.raises(formats.InputError, match="--language xx is none of Lucene's analyzers: ar, bn,"):
+    assert "has a hit in" in error_line(run("inpars_lib.bm25", "search", "--index", english, *search))
+    with pytest.raises(InputError, match="indexed with --language en"):
+        bm25.open_index(english, None, bm25.BM25Config(language="de"))
+    with pytest.raises(InputError, match="--language xx: Lucene has no analyzer of this name"):
         bm25.build_index(corpus, str(tmp_path / "x"), 1, "xx")
     assert not (tmp_path / "x").exists()
-    with pytest.raises(formats.InputError, match="is there already"):
+    with pytest.raises(InputError, match="the index exists"):
         bm25.build_index(corpus, german, 1)
 
 
-def test_a_half_made_index_is_never_taken_for_a_whole_one(demo_data: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_an_incomplete_index_is_never_used(demo_data: Path, tmp_path: Path) -> None:
     lines = (demo_data / "collection.tsv").read_text().splitlines()
     with (tmp_path / "large.tsv").open("w") as file:
         file.writelines(f"{i}-{line}\n" for i in range(100) for line in lines)
-    command = [sys.executable, ROOT / "bm25.py", "index", "--corpus", tmp_path / "large.tsv", "--index"]
-    process = subprocess.Popen([*map(str, command), str(tmp_path / "index")], stderr=subprocess.DEVNULL)
+    command = command_of("inpars_lib.bm25", "index", "--corpus", tmp_path / "large.tsv", "--index", tmp_path / "index")
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob("index.unfinished/*")):
         pass
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "index").exists()
-    ok(run("bm25.py", "index", "--corpus", demo_data / "collection.tsv", "--index", tmp_path / "index"))
+    ok(run("inpars_lib.bm25", "index", "--corpus", demo_data / "collection.tsv", "--index", tmp_path / "index"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "large.tsv"]
-    searcher = bm25.open_index(str(tmp_path / "index"), None, bm25.Searching())
+    searcher = bm25.open_index(str(tmp_path / "index"), None, bm25.BM25Config())
     assert searcher.num_docs == len(lines)
 
 
-def test_what_is_drawn_is_what_a_search_finds(indexed: Path, demo_data: Path) -> None:
+def test_sampled_hits_are_hits_of_a_search(demo_index: Path, demo_data: Path) -> None:
     docs = list(formats.read_collection(str(demo_data / "collection.tsv")))
-    searcher = bm25.open_index(str(indexed), None, bm25.Searching())
-    draw = random.Random(0)
-    queries = [(" ".join(draw.sample(doc.text.split(), min(4, len(doc.text.split())))), doc.doc_id) for doc in docs]
+    searcher = bm25.open_index(str(demo_index), None, bm25.BM25Config())
+    generator = random.Random(0)
+    words = [doc.text.split() for doc in docs]
+    sampled = [" ".join(generator.sample(some, min(4, len(some)))) for some in words]
+    queries = [(query, doc.doc_id) for query, doc in zip(sampled, docs, strict=True)]
     queries = [*queries[:150], ("the of and", docs[0].doc_id), (queries[0][0], "no such document")]
 
     def ranks(number: int, hits: int) -> list[int]:
         return random.Random(number).sample(range(hits), hits)
 
     k = 20
-    drawn = list(bm25.draw(searcher, queries, k, 3, ranks, threads=3))
-    assert drawn == list(bm25.draw(searcher, queries, k, 3, ranks, threads=1))
+    sampled = list(sample_hits(searcher, queries, k, 3, ranks, threads=3))
+    assert sampled == list(sample_hits(searcher, queries, k, 3, ranks, threads=1))
     searched = list(bm25.search(searcher, {str(i): text for i, (text, _) in enumerate(queries)}, len(docs), 1))
     outcomes = set()
-    for i, ((_, every), one, (_, source)) in enumerate(zip(searched, drawn, queries, strict=True)):
+    for i, ((_, every), one, (_, source)) in enumerate(zip(searched, sampled, queries, strict=True)):
         hits = every[:k]
         ids = [hit.doc_id for hit in hits]
         own = next((hit.score for hit in every if hit.doc_id == source), None)
@@ -102,9 +96,9 @@ def test_what_is_drawn_is_what_a_search_finds(indexed: Path, demo_data: Path) ->
         others = [hit.doc_id for hit in chosen if own is None or abs(hit.score - own) > 1e-4]
         ties = [hit.doc_id for hit in chosen if hit.doc_id not in others and hit.doc_id != source]
         assert one.doc_ids == [*others, *ties][:3]
-        assert one.found == (source in ids)
-        assert one.rank == (ids.index(source) + 1 if source in ids[:10] else None)
-        outcomes.add((one.found, one.rank is not None, bool(ids)))
+        assert one.source_found == (source in ids)
+        assert one.source_rank == (ids.index(source) + 1 if source in ids[:10] else None)
+        outcomes.add((one.source_found, one.source_rank is not None, bool(ids)))
     assert outcomes == {(True, True, True), (True, False, True), (False, False, True), (False, False, False)}
 
 
@@ -142,47 +136,35 @@ def test_duplicates_of_the_positive_are_no_negatives(tmp_path: Path) -> None:
     assert all(positive != negative for _, positive, negative in triples)
 
 
-def test_texts_from_the_index_gzip_and_a_folder_give_the_same_triples(
-    indexed: Path, demo_data: Path, tmp_path: Path
-) -> None:
+def test_a_folder_of_parts_gives_the_same_triples(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
     collection = demo_data / "collection.tsv"
     ask_first_words(tmp_path, collection)
-    ok(run("generate_triples_train.py", *mining(tmp_path, collection, indexed)))
+    ok(run("generate_triples_train.py", *mining(tmp_path, collection, demo_index)))
     lines = collection.read_bytes().splitlines(keepends=True)
     folder = tmp_path / "parts"
     folder.mkdir()
     (folder / "1.tsv").write_bytes(b"".join(lines[:100]))
     (folder / "2.tsv.gz").write_bytes(gzip.compress(b"".join(lines[100:])))
     (folder / "README.md").write_text("not a collection\n")
-    args = mining(tmp_path, folder, indexed, name="parts")
-    ok(run("generate_triples_train.py", *args))
-    stored = mining(tmp_path, "", indexed, "--texts_from_index", name="stored")
-    del stored[stored.index("--corpus") : stored.index("--corpus") + 2]
-    ok(run("generate_triples_train.py", *stored))
-    for name in ("parts", "stored"):
-        assert (tmp_path / f"{name}.tsv").read_bytes() == (tmp_path / "t.tsv").read_bytes()
-    bare = tmp_path / "bare"
-    ok(run("bm25.py", "index", "--corpus", folder, "--index", bare))
-    without = [bare if word == indexed else word for word in stored]
-    assert "stores no texts" in sentence(run("generate_triples_train.py", *without))
-    without.remove("--texts_from_index")
-    assert "one of --corpus and --texts_from_index is needed" in sentence(run("generate_triples_train.py", *without), 2)
+    ok(run("generate_triples_train.py", *mining(tmp_path, folder, demo_index, name="parts")))
+    assert (tmp_path / "parts.tsv").read_bytes() == (tmp_path / "t.tsv").read_bytes()
 
 
-def test_mining_goes_on_after_kills(indexed: Path, demo_data: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_sampling_resumes_after_kills(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
     data = ask_first_words(tmp_path, demo_data / "collection.tsv")
     write_rows(tmp_path / "q.jsonl", data * 12)
-    ok(run("generate_triples_train.py", *mining(tmp_path, demo_data / "collection.tsv", indexed, name="whole")))
-    args = mining(tmp_path, demo_data / "collection.tsv", indexed)
-    journal = tmp_path / "t.tsv.mined.jsonl"
+    ok(run("generate_triples_train.py", *mining(tmp_path, demo_data / "collection.tsv", demo_index, name="whole")))
+    args = mining(tmp_path, demo_data / "collection.tsv", demo_index)
+    journal = tmp_path / "t.tsv.negatives.jsonl"
 
     def finished() -> int:
         return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
-    command = [sys.executable, ROOT / "generate_triples_train.py", *args]
+    command = command_of("generate_triples_train.py", *args)
     for _ in range(int(os.environ.get("KILLS", 1))):
         before = finished()
-        process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while process.poll() is None and finished() < before + 2:  # the settings, and a row
             pass
         process.send_signal(signal.SIGKILL)
@@ -204,7 +186,7 @@ def test_mining_goes_on_after_kills(indexed: Path, demo_data: Path, tmp_path: Pa
         with journal.open("a") as file:
             file.write('{"doc_ids": ["x"], "ra')
         if "--threads" in more:
-            [segments] = indexed.glob("segments_*")
+            [segments] = demo_index.glob("segments_*")
             os.utime(segments)
         ok(run("generate_triples_train.py", *args, *more))
         same = (tmp_path / "t.tsv").read_bytes() == (tmp_path / "whole.tsv").read_bytes()
@@ -214,15 +196,15 @@ def test_mining_goes_on_after_kills(indexed: Path, demo_data: Path, tmp_path: Pa
 # ------------------------------------------------------------------------------------------------------ consistency
 
 
-def test_consistent_questions_are_kept(indexed: Path, demo_data: Path, tmp_path: Path) -> None:
+def test_consistent_questions_are_kept(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
     data = ask_first_words(tmp_path, demo_data / "collection.tsv")[:30]
     data = [{**row, "log_probs": [-0.01 * i] * 5} for i, row in enumerate(data)]
     data[4]["question"] = data[5]["question"]
     data[7]["doc_id"] = "absent"
     write_rows(tmp_path / "q.jsonl", data)
-    args = ["--input", tmp_path / "q.jsonl", "--output", tmp_path / "f.jsonl", "--index", indexed]
+    args = ["--input", tmp_path / "q.jsonl", "--output", tmp_path / "f.jsonl", "--index", demo_index]
     done = ok(run("filter_queries_by_score.py", *args, "--consistency_k", 1))
-    searcher = bm25.open_index(str(indexed), None, bm25.Searching())
+    searcher = bm25.open_index(str(demo_index), None, bm25.BM25Config())
     hits = dict(bm25.search(searcher, {str(i): row["question"] for i, row in enumerate(data)}, 3, 2))
     ranks = [
         next((rank for rank, hit in enumerate(hits[str(i)], 1) if hit.doc_id == row["doc_id"]), None)
@@ -232,7 +214,7 @@ def test_consistent_questions_are_kept(indexed: Path, demo_data: Path, tmp_path:
         row["doc_id"] for row, rank in zip(data, ranks, strict=True) if rank == 1
     ]
     lost = sum(rank != 1 for rank in ranks)
-    assert f"{lost} rows whose document is not among the first 1 hits dropped" in done.stderr
+    assert f"dropped {lost} rows whose source document is not among the first 1 hits." in done.stderr
     for row in data:
         del row["log_probs"]
     write_rows(tmp_path / "q.jsonl", data)
@@ -240,6 +222,6 @@ def test_consistent_questions_are_kept(indexed: Path, demo_data: Path, tmp_path:
     scores = [row["score"] for row in rows(tmp_path / "f.jsonl")]
     assert scores == sorted((1 / rank for rank in ranks if rank), reverse=True)
     alone = run("filter_queries_by_score.py", *args[:4], "--consistency_k", 3)
-    assert "go together" in sentence(alone, 2)
+    assert "need each other" in error_line(alone, 2)
     without = run("filter_queries_by_score.py", *args[:4], "--scoring_function", "consistency")
-    assert "needs --consistency_k" in sentence(without, 2)
+    assert "needs --consistency_k" in error_line(without, 2)

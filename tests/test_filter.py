@@ -5,7 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import ok, rows, run, sentence, write_rows
+from conftest import error_line, ok, rows, run, write_rows
+
+from inpars_lib.query_browser import QuerySample
+from inpars_lib.records import SyntheticQuery
 
 SCRIPT = "filter_queries_by_score.py"
 
@@ -65,19 +68,25 @@ def test_a_page_to_browse(tmp_path: Path) -> None:
     assert "alert" not in before + after
     assert not set("<>&") & set(embedded)
     shown = {row["doc_id"]: row for row in json.loads(embedded)["rows"]}
-    assert {doc_id: row["fate"] for doc_id, row in shown.items()} == {
+    assert {doc_id: row["status"] for doc_id, row in shown.items()} == {
         **dict.fromkeys(["long", "evil", "short"], "kept"),
-        **dict.fromkeys(["uneven", "poor"], "below the cut"),
-        "few": "of fewer than 3 tokens",
+        **dict.fromkeys(["uneven", "poor"], "below the cutoff"),
+        "few": "with fewer than 3 tokens",
     }
     assert shown["evil"]["question"] == " ".join(evil.split())  # as it is, but on one line
     assert shown["short"]["score"] == pytest.approx(-0.3)
     assert shown["few"]["score"] is None
 
-    kept(tmp_path, [query(str(i), [-i] * 3) for i in range(200)], "--sample_html", page, "--sample_size", 20)
+
+def test_the_page_shows_a_uniform_sample(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    sample = QuerySample(20)
+    for i in range(200):
+        sample.add(SyntheticQuery(i, str(i), "text", "question", None, {}), -i, None)
+    sample.write(str(page), set(), "Summary.")
     sample = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])
     ids = {int(row["doc_id"]) for row in sample["rows"]}
-    assert "20 of 200 rows, at random" in sample["about"]
+    assert "20 of 200 rows, sampled at random" in sample["about"]
     assert len(ids) == 20
     assert min(ids) < 100 <= max(ids)  # from all over the file
 
@@ -98,12 +107,12 @@ def test_rows_that_are_dropped_are_counted_by_reason(tmp_path: Path) -> None:
     for reason in (
         "without a question",
         "without log-probabilities",
-        "of fewer than 3 tokens",
-        "of more than 8 tokens",
+        "with fewer than 3 tokens",
+        "with more than 8 tokens",
     ):
-        assert f"1 rows {reason} dropped" in done.stderr
-    assert "1 rows copied from the document dropped" in done.stderr
-    assert "1 of 6 rows kept" in done.stderr
+        assert f"dropped 1 rows {reason}." in done.stderr
+    assert "dropped 1 rows copied from the document." in done.stderr
+    assert "kept 1 of 6 rows" in done.stderr
     assert set(kept(tmp_path, data, "--min_tokens", 1)) == {"good", "few", "many", "copied"}
 
 
@@ -137,14 +146,16 @@ def test_bad_input(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     output.write_text("old")
     empty = write_rows(tmp_path / "in.jsonl", [])
-    assert "not one usable line" in sentence(run(SCRIPT, "--input", empty, "--output", output))
+    assert "no usable line found" in error_line(run(SCRIPT, "--input", empty, "--output", output))
     short = write_rows(tmp_path / "in.jsonl", [query("few", [-0.1])])
-    assert "no row is left, 1 of fewer than 3 tokens" in sentence(run(SCRIPT, "--input", short, "--output", output))
+    refused = run(SCRIPT, "--input", short, "--output", output)
+    assert "every row was dropped (1 with fewer than 3 tokens)" in error_line(refused)
     no_probs = write_rows(tmp_path / "in.jsonl", [query("none", None)])
-    assert "1 without log-probabilities" in sentence(run(SCRIPT, "--input", no_probs, "--output", output))
-    assert "No such file" in sentence(run(SCRIPT, "--input", "absent", "--output", output))
-    assert "--top_k" in sentence(run(SCRIPT, "--input", short, "--output", output, "--top_k", 0), 2)
-    assert "invalid choice" in sentence(run(SCRIPT, "--input", short, "--output", output, "--scoring_function", "x"), 2)
+    assert "1 without log-probabilities" in error_line(run(SCRIPT, "--input", no_probs, "--output", output))
+    assert "No such file" in error_line(run(SCRIPT, "--input", "absent", "--output", output))
+    assert "--top_k" in error_line(run(SCRIPT, "--input", short, "--output", output, "--top_k", 0), 2)
+    odd = run(SCRIPT, "--input", short, "--output", output, "--scoring_function", "x")
+    assert "invalid choice" in error_line(odd, 2)
     assert output.read_text() == "old"
 
 
@@ -168,4 +179,4 @@ def test_a_reranker_scores_rows_without_log_probs(tmp_path: Path, separable: Pat
     scores = [row["score"] for row in rows(tmp_path / "out.jsonl")]
     assert scores == sorted(scores, reverse=True)
     usage = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--scoring_function", "monot5"]
-    assert "--scoring_function monot5 and --model go together" in sentence(run(SCRIPT, *usage), 2)
+    assert "--scoring_function monot5 and --model need each other" in error_line(run(SCRIPT, *usage), 2)

@@ -1,10 +1,10 @@
-"""--help of every script: the text at its top, at once."""
+"""--help of every script, the flag reference, and one run of each script in a process of its own."""
 
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, ok, run
+from conftest import ROOT, ok, run, run_process
 
 SCRIPTS = [
     "generate_queries_openai.py",
@@ -24,20 +24,34 @@ def test_help_says_what_the_script_reads_and_writes(script: str) -> None:
 
 
 def test_help_of_bm25_names_its_commands() -> None:
-    said = ok(run("bm25.py", "--help")).stdout
-    assert "python bm25.py index --corpus" in said
-    assert "python bm25.py search --index" in said
-    assert "--store_texts" in ok(run("bm25.py", "index", "--help")).stdout
+    said = ok(run("inpars_lib.bm25", "--help")).stdout
+    assert "python -m inpars_lib.bm25 index --corpus" in said
+    assert "python -m inpars_lib.bm25 search --index" in said
+    assert "--language" in ok(run("inpars_lib.bm25", "index", "--help")).stdout
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "bm25.py"])
-def test_help_loads_no_heavy_library(script: str) -> None:
-    code = (
-        "import runpy, sys; sys.argv = sys.argv[1:] + ['--help']\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'pyserini', 'openai', 'numpy', 'matplotlib', 'ftfy'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, ROOT / script], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [*SCRIPTS, "inpars_lib.bm25"])
+def test_each_script_is_a_program(script: str) -> None:
+    done = ok(run_process(script, "--help"))
+    assert done.stdout.startswith(f"usage: {'python -m ' if '/' not in script and '_lib' in script else ''}{script}")
+    assert done.stderr == ""
+    wrong = run_process(script, "--no_such_flag")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+
+
+def test_help_loads_no_heavy_library() -> None:
+    modules = [script.removesuffix(".py") for script in SCRIPTS] + ["inpars_lib.bm25"]
+    heavy = {"torch", "transformers", "pyserini", "openai", "numpy", "matplotlib", "ftfy", "jnius", "tqdm"}
+    code = f"import sys, {', '.join(modules)}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_flag_reference_is_up_to_date() -> None:
+    command = [sys.executable, ROOT / "docs" / "make_flags.py"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "docs" / "flags.md").read_text() == printed
+    for script in SCRIPTS:
+        assert f"## {script}\n" in printed
+    assert "| `--scoring_function {mean_log_probs,sum_log_probs,mean_probs," in printed

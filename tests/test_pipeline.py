@@ -1,8 +1,9 @@
-"""All five stages by their command lines, on real text with a real language model and real Lucene."""
+"""All five stages, on real text with a real language model and real Lucene."""
 
 from pathlib import Path
 
-from conftest import ok, rows, run, save_t5, sentence
+import pytest
+from conftest import error_line, ok, rows, run, run_process, save_t5
 from stand_in import StandIn, completion
 
 
@@ -54,10 +55,11 @@ TRAIN = """--base_model t5_base --corpus data/msmarco/collection.tsv
     --save_every_n_steps 156 --eval_steps 156 --max_eval_queries 54 --max_eval_docs_per_query 1000"""
 
 
+@pytest.mark.slow
 def test_the_papers_commands_as_printed(
     demo_data: Path, openai_server: StandIn, hub: dict[str, str], tmp_path: Path
 ) -> None:
-    """On a small collection in MS MARCO's place. An index stands ready under the name of Pyserini's prebuilt one."""
+    """A small collection replaces MS MARCO, and an index of it has the name of Pyserini's prebuilt one."""
     folder = tmp_path / "data" / "msmarco"
     folder.mkdir(parents=True)
     (folder / "collection.tsv").write_bytes((demo_data / "collection.tsv").read_bytes())
@@ -66,13 +68,15 @@ def test_the_papers_commands_as_printed(
     trec_covid = folder / "run.beir-v1.0.0-trec-covid-flat.trec"
     trec_covid.write_text("1 Q0 ug7v899j 1 9.5 Anserini\n2 Q0 02tnwd4m 1 9.4 Anserini\n")
 
-    # 1. curie is answered as OpenAI answers today; a server that has such a model may be asked for it by that name.
+    # OpenAI no longer serves curie. A server that does may be asked for a model of this name.
     server = {"OPENAI_BASE_URL": openai_server.url, "API_KEY": "sk-test"}
-    assert "engine curie is retired" in sentence(run("generate_queries_openai.py", *GENERATE.split(), cwd=tmp_path))
+    assert "--engine curie: OpenAI shut down" in error_line(
+        run("generate_queries_openai.py", *GENERATE.split(), cwd=tmp_path)
+    )
     openai_server.respond = lambda request: (404, {"error": {"message": "deprecated", "code": "model_not_found"}})
     gone = run("generate_queries_openai.py", *GENERATE.split(), cwd=tmp_path, **server)
-    assert "engine curie is retired" in sentence(gone)
-    # Whatever the prompt, a question of the document's own first words, so that BM25 has something to find.
+    assert "--engine curie: OpenAI shut down" in error_line(gone)
+    # The stand-in answers with the first words of the document, so that BM25 retrieves something.
     openai_server.respond = lambda request: (200, completion(first_words(request["prompt"]) + "\n\n"))
     ok(run("generate_queries_openai.py", *GENERATE.split(), cwd=tmp_path, **server))
     generated = rows(folder / "synthetic_queries.jsonl")
@@ -89,13 +93,13 @@ def test_the_papers_commands_as_printed(
     ok(run("generate_triples_train.py", *TRIPLES.split(), cwd=tmp_path))
     assert (folder / "synthetic.triples.train.tsv").read_bytes() == triples
 
-    # The run that the paper's command names is one of another collection.
+    # The run that the paper's command names belongs to another collection.
     other = run("train_t5.py", *TRAIN.split(), cwd=tmp_path, **hub)
-    assert "it is a run of other topics: name the run of these" in sentence(other)
+    assert "This run belongs to other topics: pass the run of these topics with --run" in error_line(other)
     assert not (folder / "results.csv").exists()
     judged = [line.split() for line in (demo_data / "qrels.txt").read_text().splitlines()]
     trec_covid.write_text("".join(f"{q} Q0 {doc_id} 1 1.0 x\n" for q, _, doc_id, _ in judged))
-    ok(run("train_t5.py", *TRAIN.split(), cwd=tmp_path, **hub))  # t5_base is google-t5/t5-base on the hub
+    ok(run_process("train_t5.py", *TRAIN.split(), cwd=tmp_path, **hub))  # t5_base is google-t5/t5-base on the hub
     assert (folder / "model.safetensors").exists()
     assert (folder / "results.csv").read_text().startswith("step,epoch,loss,nDCG@10")
     assert (folder / "collection.tsv").exists()

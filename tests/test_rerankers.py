@@ -1,4 +1,4 @@
-"""models.py and ranking.py on their own: what a pair becomes, and in which order documents end."""
+"""Rerankers and evaluation on their own: the input of a pair, its score, rankings and measures."""
 
 from pathlib import Path
 
@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import save_t5
 
-import models
-import ranking
-from formats import InputError, Qrel, ScoredDoc
+from inpars_lib import evaluation, rerankers
+from inpars_lib.cli import InputError
+from inpars_lib.evaluation import best_weight, interpolate, interpolation_curve
+from inpars_lib.records import Qrel, ScoredDoc
 
 WORDS = [
     "what",
@@ -31,14 +32,14 @@ WORDS = [
 
 
 def test_monot5_reads_the_papers_input(tiny_t5: Path) -> None:
-    model = models.load_model(str(tiny_t5))
+    model = rerankers.load_reranker(str(tiny_t5))
     ids = model.encode("what are tides", "the study of tides")[0].tolist()
     whole = model.tokenizer("Query: what are tides Document: the study of tides Relevant:", add_special_tokens=False)
     assert ids == [*whole.input_ids, model.tokenizer.eos_token_id]
 
 
 def test_a_long_document_is_cut_and_never_the_end(tiny_t5: Path) -> None:
-    model = models.load_model(str(tiny_t5), max_length=40)
+    model = rerankers.load_reranker(str(tiny_t5), max_length=40)
     suffix = [*model.tokenizer(" Relevant:", add_special_tokens=False).input_ids, model.tokenizer.eos_token_id]
     for query, text in (("what are tides", "tides " * 500), ("what are tides " * 500, "tides"), ("tides " * 500, "")):
         ids = model.encode(query, text)[0].tolist()
@@ -49,8 +50,8 @@ def test_a_long_document_is_cut_and_never_the_end(tiny_t5: Path) -> None:
 
 
 def test_monot5s_score_is_what_generation_would_say(tiny_t5: Path) -> None:
-    """log P(true) against P(false) at the first step of decoding, padded or not, in whatever batch."""
-    model = models.load_model(str(tiny_t5), dtype="float32")
+    """Log P(true) against P(false) at the first step of decoding, padded or not, in whatever batch."""
+    model = rerankers.load_reranker(str(tiny_t5), dtype="float32")
     pairs = [("what are tides", " ".join(WORDS[:n])) for n in (1, 14, 3, 9, 5)]
     model.batch_tokens = 40  # several batches, of several lengths
     scores = model.score(pairs)
@@ -66,44 +67,44 @@ def test_monot5s_score_is_what_generation_would_say(tiny_t5: Path) -> None:
 
 def test_answers_come_from_the_vocabulary(tmp_path: Path) -> None:
     texts = ["what are tides", "bread and bees"] * 20
-    model = models.load_model(str(save_t5(tmp_path / "yes", texts, answers="yes no ")))
+    model = rerankers.load_reranker(str(save_t5(tmp_path / "yes", texts, answers="yes no ")))
     assert model.model.config.answers == ["▁yes", "▁no"]
-    model = models.load_model(
-        str(save_t5(tmp_path / "both", texts, answers="true false hot cold ")), answers=("hot", "cold")
+    model = rerankers.load_reranker(
+        str(save_t5(tmp_path / "both", texts, answers="true false hot cold ")), targets=("hot", "cold")
     )
     assert model.model.config.answers == ["▁hot", "▁cold"]
     model.model.save_pretrained(tmp_path / "both")
-    assert models.load_model(str(tmp_path / "both")).model.config.answers == ["▁hot", "▁cold"]
+    assert rerankers.load_reranker(str(tmp_path / "both")).model.config.answers == ["▁hot", "▁cold"]
     with pytest.raises(InputError, match="not one token each"):
-        models.load_model(str(tmp_path / "both"), answers=("supercalifragilistic", "cold"))
+        rerankers.load_reranker(str(tmp_path / "both"), targets=("supercalifragilistic", "cold"))
 
 
 def test_labels_of_a_training_batch(tiny_t5: Path, tiny_encoder: Path) -> None:
     examples = [("tides", "the study of tides", True), ("tides", "buy tides", False)]
-    model = models.load_model(str(tiny_t5))
+    model = rerankers.load_reranker(str(tiny_t5))
     labels = model.collate(examples)["labels"]
-    true, false, eos = *model.answer_ids, model.tokenizer.eos_token_id
+    true, false, eos = *model.target_ids, model.tokenizer.eos_token_id
     assert labels.tolist() == [[true, eos], [false, eos]]
-    encoder = models.load_model(str(tiny_encoder), new_head=True)
+    encoder = rerankers.load_reranker(str(tiny_encoder), new_head=True)
     assert encoder.collate(examples)["labels"].tolist() == [[1.0], [0.0]]
 
 
-def test_margins_are_the_scores_with_gradients(tiny_t5: Path, tiny_encoder: Path) -> None:
+def test_logits_are_the_scores_with_gradients(tiny_t5: Path, tiny_encoder: Path) -> None:
     pairs = [("tides", "the study of tides and bees in detail"), ("bread", "buy bread")]
     examples = [(*pair, True) for pair in pairs]
-    for base, squashed in ((tiny_t5, torch.nn.functional.logsigmoid), (tiny_encoder, lambda margins: margins)):
-        reranker = models.load_model(str(base), dtype="float32", new_head=True)
+    for base, squashed in ((tiny_t5, torch.nn.functional.logsigmoid), (tiny_encoder, lambda logits: logits)):
+        reranker = rerankers.load_reranker(str(base), dtype="float32", new_head=True)
         reranker.model.eval()
         batch = reranker.collate(examples)
         del batch["labels"]
-        margins = reranker.margins(reranker.model, batch)
-        assert margins.requires_grad
+        logits = reranker.relevance_logits(reranker.model, batch)
+        assert logits.requires_grad
         # A monoT5's score is the logarithm of a probability of two: the sigmoid of the margin.
-        numpy.testing.assert_allclose(squashed(margins).detach().numpy(), reranker.score(pairs), atol=1e-5)
+        numpy.testing.assert_allclose(squashed(logits).detach().numpy(), reranker.score(pairs), atol=1e-5)
 
 
 def test_a_cross_encoder_cuts_documents(tiny_encoder: Path) -> None:
-    model = models.load_model(str(tiny_encoder), max_length=20, dtype="float32", new_head=True)
+    model = rerankers.load_reranker(str(tiny_encoder), max_length=20, dtype="float32", new_head=True)
     for query, text in (("what are tides", "tides " * 500), ("what are tides " * 500, "bread and bees")):
         ids, second = model.encode(query, text)
         assert 0 < second < len(ids) <= 20
@@ -122,23 +123,23 @@ def test_a_cross_encoder_cuts_documents(tiny_encoder: Path) -> None:
 
 
 def test_what_is_no_reranker(tiny_encoder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no trained output to rerank with"):
-        models.load_model(str(tiny_encoder))
-    with pytest.raises(InputError, match="cannot load the model"):
-        models.load_model(str(tmp_path))
-    with pytest.raises(InputError, match="--device cuda:77 cannot be used"):
-        models.load_model(str(tiny_encoder), device="cuda:77")
+    with pytest.raises(InputError, match="never trained to rerank"):
+        rerankers.load_reranker(str(tiny_encoder))
+    with pytest.raises(InputError, match="cannot load this model"):
+        rerankers.load_reranker(str(tmp_path))
+    with pytest.raises(InputError, match="--device cuda:77: "):
+        rerankers.load_reranker(str(tiny_encoder), device="cuda:77")
 
 
 def test_the_papers_name_of_t5() -> None:
-    assert models.checkpoint_name("t5_base") == models.checkpoint_name("t5-base") == "google-t5/t5-base"
-    assert models.checkpoint_name("castorini/monot5-base-msmarco") == "castorini/monot5-base-msmarco"
-    assert models.checkpoint_name("t5_mine") == "t5_mine"
+    assert rerankers.checkpoint_name("t5_base") == rerankers.checkpoint_name("t5-base") == "google-t5/t5-base"
+    assert rerankers.checkpoint_name("castorini/monot5-base-msmarco") == "castorini/monot5-base-msmarco"
+    assert rerankers.checkpoint_name("t5_mine") == "t5_mine"
 
 
 def test_a_ranking_has_one_order() -> None:
     hits = [ScoredDoc("q", doc_id, 10.0 - i) for i, doc_id in enumerate("abcde")]
-    ranked = ranking.rank(hits, {"a": -0.5, "b": -0.1, "c": -0.50000001})
+    ranked = evaluation.rerank_hits(hits, {"a": -0.5, "b": -0.1, "c": -0.50000001})
     # c and a tie as written, and trec_eval puts the greater id first; d and e were not reranked.
     assert [(hit.doc_id, hit.score) for hit in ranked] == [
         ("b", -0.1),
@@ -153,7 +154,7 @@ def test_measures() -> None:
     qrels = [Qrel("1", "a", 1), Qrel("1", "b", 2), Qrel("2", "a", 2), Qrel("3", "a", 1)]
     run = {"1": [ScoredDoc("1", "a", 3.0), ScoredDoc("1", "b", 2.0)]}
     run["2"] = [ScoredDoc("2", "x", 1.0), ScoredDoc("2", "a", 0.5)]
-    one, two = (ranking.per_query(qrels, run, level) for level in (1, 2))
+    one, two = (evaluation.evaluate_per_query(qrels, run, level) for level in (1, 2))
     assert one["MRR@10"] == {"1": 1.0, "2": 0.5, "3": 0.0}  # 3 has no hits, and counts
     assert two["MRR@10"] == {"1": 0.5, "2": 0.5, "3": 0.0}
     assert one["P@20"]["1"] == pytest.approx(0.1)
@@ -161,5 +162,26 @@ def test_measures() -> None:
     assert one["nDCG@10"] == two["nDCG@10"]
     gain = (1 + 2 / numpy.log2(3)) / (2 + 1 / numpy.log2(3))
     assert one["nDCG@10"]["1"] == pytest.approx(gain)
-    assert ranking.means(one)["MRR@10"] == pytest.approx(0.5)
+    assert evaluation.mean_values(one)["MRR@10"] == pytest.approx(0.5)
     assert list(one) == ["nDCG@10", "nDCG@20", "MRR@10", "MAP", "P@20", "R@1000"]
+
+
+# -------------------------------------------------------------------------------------------------------- interpolation
+
+
+def test_interpolated_scores() -> None:
+    hits = [ScoredDoc("q", "a", 30.0), ScoredDoc("q", "b", 20.0), ScoredDoc("q", "c", 10.0), ScoredDoc("q", "d", 5.0)]
+    scores = {"a": -3.0, "b": -1.0, "c": -2.0}  # d was not reranked
+    assert interpolate(hits, scores, 1.0) == scores
+    step = (3 / 2) ** 0.5  # three values at equal distances, standardised
+    assert interpolate(hits, scores, 0.0) == pytest.approx({"a": step, "b": 0, "c": -step})
+    assert interpolate(hits, scores, 0.5) == pytest.approx({"a": 0, "b": step / 2, "c": -step / 2})
+    assert interpolate(hits[:1], {"a": -3.0}, 0.5) == {"a": 0.0}  # nothing to compare with
+
+
+def test_the_weight_is_chosen_where_the_source_documents_come_first() -> None:
+    run = {q: [ScoredDoc(q, "a", 3.0), ScoredDoc(q, "b", 2.0), ScoredDoc(q, "c", 1.0)] for q in ("1", "2")}
+    against = {q: {"a": -3.0, "b": -2.0, "c": -1.0} for q in run}
+    source = [Qrel("1", "a", 1), Qrel("2", "a", 1)]
+    assert best_weight(interpolation_curve(run, against, source)) == 0.4  # up to here the first stage's order holds
+    assert best_weight(interpolation_curve(run, against, [Qrel("1", "c", 1), Qrel("2", "c", 1)])) == 1.0

@@ -1,0 +1,1 @@
+"""What the five stage scripts share: file formats, BM25, rerankers, evaluation and language models."""

@@ -1,0 +1,257 @@
+"""BM25 with Lucene: index a collection, open an index, retrieve the first-stage run of topics.
+
+    python -m inpars_lib.bm25 index --corpus collection.jsonl --index index --language de
+    python -m inpars_lib.bm25 search --index index --topics topics.tsv --output run.bm25.txt
+
+`index` reads a collection and writes a folder. `search` reads topics and writes a TREC run. An index stores its
+language. No Java has to be installed.
+"""
+
+import array
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inpars_lib.cli import InputError, at_least, between, run_script, script_parser
+from inpars_lib.formats import read_collection, read_topics, write_run
+from inpars_lib.lucene import quiet_lucene, start_lucene
+from inpars_lib.records import ScoredDoc
+from inpars_lib.storage import FORMAT_VERSION, json_line
+
+if TYPE_CHECKING:
+    import argparse
+
+    from pyserini.search.lucene import LuceneSearcher
+
+INDEX_BATCH = 5_000  # documents handed to Lucene at a time
+QUERIES_PER_THREAD = 64  # queries handed to Lucene at a time, which is one step of the progress bar
+SETTINGS_FILE = "inpars.json"  # beside Lucene's files in an index of ours; holds the language
+
+
+@dataclass(frozen=True)
+class BM25Config:
+    """How to search. The defaults of k1 and b are Pyserini's.
+
+    Attributes:
+        threads: Threads of the search.
+        k1: BM25's term frequency saturation.
+        b: BM25's length normalization, 0 to 1.
+        language: Lucene's analyzer. None takes the language stored in the index, or English.
+    """
+
+    threads: int = os.cpu_count() or 1
+    k1: float = 0.9
+    b: float = 0.4
+    language: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ index
+
+
+def _check_unique_ids(hashes: "array.array[int]", corpus: str) -> None:
+    import numpy
+
+    in_order = numpy.sort(numpy.frombuffer(hashes, dtype=numpy.int64))
+    repeated = set(in_order[1:][in_order[1:] == in_order[:-1]].tolist())
+    seen: set[str] = set()
+    for doc in read_collection(corpus) if repeated else ():
+        if doc.doc_id in seen:
+            raise InputError(f"{corpus}: the id {doc.doc_id} is on two lines. An index needs each id once.")
+        if hash(doc.doc_id) in repeated:
+            seen.add(doc.doc_id)
+
+
+def _check_language(language: str) -> None:
+    from jnius import autoclass
+
+    known = autoclass("io.anserini.analysis.AnalyzerMap").analyzerMap.keySet().toString().strip("[]").split(", ")
+    if language not in ("en", *known):
+        listed = ", ".join(sorted(["en", *known]))
+        raise InputError(f"--language {language}: Lucene has no analyzer of this name. Choose one of {listed}.")
+
+
+def build_index(corpus: str, index: str, threads: int, language: str = "en") -> None:
+    """Index a collection. The folder appears under its name only when the index is complete.
+
+    Args:
+        corpus: The collection.
+        index: The folder to create.
+        threads: Indexing threads.
+        language: Lucene's analyzer.
+
+    Raises:
+        InputError: The folder exists, no line is usable, an id is on two lines, or the language is unknown.
+    """
+    if os.path.exists(index) and not (os.path.isdir(index) and not os.listdir(index)):
+        raise InputError(f"{index}: the index exists. Delete the folder to rebuild the index, or name another path.")
+    start_lucene()
+    _check_language(language)
+    from pyserini.index.lucene import LuceneIndexer
+
+    print(f"Indexing {corpus} into {index} ...", file=sys.stderr)
+    docs = read_collection(corpus, desc="Indexing")
+    hashes = array.array("q")  # 8 bytes a document, where a set of ids would take 100
+    unfinished = f"{index.rstrip('/')}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    os.makedirs(unfinished)
+    try:
+        with quiet_lucene():
+            # The JVM resolves relative paths against the working directory at its start.
+            indexer = LuceneIndexer(
+                args=["-index", os.path.abspath(unfinished), "-language", language], threads=threads
+            )
+        while batch := [{"id": doc.doc_id, "contents": doc.text} for doc in islice(docs, INDEX_BATCH)]:
+            hashes.extend(hash(doc["id"]) for doc in batch)
+            with quiet_lucene():
+                indexer.add_batch_dict(batch)
+        with quiet_lucene():
+            indexer.close()
+        _check_unique_ids(hashes, corpus)
+        settings = {"format_version": FORMAT_VERSION, "language": language}
+        Path(unfinished, SETTINGS_FILE).write_text(json_line(settings))
+        os.replace(unfinished, index)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def index_fingerprint(index: str) -> str:
+    """Return a string that changes when the index in this folder is rebuilt. Constant for a prebuilt index."""
+    return str([(path.name, path.stat().st_mtime_ns) for path in sorted(Path(index).glob("segments_*"))])
+
+
+# ----------------------------------------------------------------------------------------------------------- search
+
+
+def open_index(index: str, corpus: str | None, config: BM25Config) -> "LuceneSearcher":
+    """Open an index: a folder, a prebuilt index of Pyserini, or a new path at which `corpus` is indexed first.
+
+    Raises:
+        InputError: The folder has no index, the prebuilt index cannot be downloaded, or there is nothing to index.
+    """
+    start_lucene()
+    from pyserini.prebuilt_index_info import TF_INDEX_INFO
+    from pyserini.search.lucene import LuceneSearcher
+    from pyserini.util import download_prebuilt_index
+
+    if index in TF_INDEX_INFO and not os.path.exists(index):
+        size = TF_INDEX_INFO[index].get("size compressed (bytes)", 0) / 1e9
+        print(f"Opening Pyserini's prebuilt index {index} ({size:.1f} GB if not cached) ...", file=sys.stderr)
+        try:
+            index = download_prebuilt_index(index, verbose=True)  # shows its own progress bar
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{index}: this prebuilt index could not be downloaded ({error}). Set --index to a path that does not "
+                "exist yet, and the corpus is indexed there."
+            ) from None
+    elif os.path.isdir(index) and os.listdir(index):
+        if not any(Path(index).glob("segments_*")):
+            raise InputError(f"{index}: no Lucene index in this folder. Name a path that does not exist yet.")
+    elif os.path.isfile(index):
+        raise InputError(f"{index}: this is a file. Set --index to a folder or to a prebuilt index of Pyserini.")
+    elif corpus is None:
+        raise InputError(f"{index}: no such folder, and no prebuilt index of this name. Name the folder of an index.")
+    else:
+        build_index(corpus, index, config.threads, config.language or "en")
+    settings = Path(index, SETTINGS_FILE)
+    language = json.loads(settings.read_text())["language"] if settings.exists() else "en"
+    if config.language and settings.exists() and config.language != language:
+        raise InputError(f"{index}: indexed with --language {language}. Omit --language, or build another index.")
+    _check_language(config.language or language)
+    try:
+        with quiet_lucene():
+            searcher = LuceneSearcher(os.path.abspath(index))
+    except InputError as error:
+        raise InputError(
+            f"{index}: the index is damaged or from another version of Lucene ({error}). Set --index to a path that "
+            "does not exist yet to index the collection again."
+        ) from None
+    with quiet_lucene():
+        searcher.set_bm25(config.k1, config.b)
+        if (config.language or language) != "en":
+            searcher.set_language(config.language or language)
+    return searcher
+
+
+def search(
+    searcher: "LuceneSearcher", queries: Mapping[str, str], k: int, threads: int, bar: bool = True
+) -> Iterator[tuple[str, list[ScoredDoc]]]:
+    """Yield (query id, first `k` hits, best first) in the order of `queries`.
+
+    Args:
+        searcher: An open index.
+        queries: Query text by id.
+        k: Hits per query.
+        threads: Threads of the search.
+        bar: Show a progress bar.
+    """
+    from tqdm import tqdm
+
+    remaining = iter(queries.items())
+    with tqdm(desc="BM25", total=len(queries), unit=" queries", disable=not bar) as progress:
+        while batch := dict(islice(remaining, QUERIES_PER_THREAD * threads)):
+            with quiet_lucene():
+                found = searcher.batch_search(list(batch.values()), list(batch), k=k, threads=threads)
+            for query_id in batch:
+                yield query_id, [ScoredDoc(query_id, hit.docid, hit.score) for hit in found.get(query_id, ())]
+            progress.update(len(batch))
+
+
+def add_search_flags(parser: "argparse.ArgumentParser") -> None:
+    """Add the flags of a command that searches: the fields of `BM25Config`."""
+    add = parser.add_argument
+    add("--k1", type=at_least(0, float), default=0.9, help="BM25's k1 (default: %(default)s)")
+    add("--b", type=between(0, 1), default=0.4, help="BM25's b, from 0 to 1 (default: %(default)s)")
+    add("--language", help="Lucene's analyzer: en, de, zh, ... (default: the language stored in the index, or en)")
+    add("--threads", type=at_least(1), default=os.cpu_count(), help="search threads (default: one per core)")
+
+
+# ---------------------------------------------------------------------------------------------------------- command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `index` or `search`."""
+    parser = script_parser(__doc__, prog="python -m inpars_lib.bm25")
+    commands = parser.add_subparsers(dest="command", required=True)
+    index = commands.add_parser("index", help="index a collection")
+    index.add_argument("--corpus", required=True, help="collection to index")
+    index.add_argument("--index", required=True, help="folder to create")
+    index.add_argument("--language", default="en", help="Lucene's analyzer: en, de, zh, ... (default: %(default)s)")
+    index.add_argument(
+        "--threads", type=at_least(1), default=os.cpu_count(), help="indexing threads (default: one per core)"
+    )
+    retrieve = commands.add_parser("search", help="write the first-stage run of topics")
+    retrieve.add_argument("--index", required=True, help="folder of an index, or a prebuilt index of Pyserini")
+    retrieve.add_argument("--topics", required=True, help="topics to search for")
+    retrieve.add_argument("--output", required=True, help="run to write, TREC format")
+    retrieve.add_argument("--hits", type=at_least(1), default=1000, help="hits per query (default: %(default)s)")
+    add_search_flags(retrieve)
+    args = parser.parse_args(argv)
+    if args.command == "index":
+        build_index(args.corpus, args.index, args.threads, args.language)
+        print(f"{args.index}: index of {args.corpus}", file=sys.stderr)
+        return
+    topics = read_topics(args.topics)
+    searcher = open_index(args.index, None, BM25Config(args.threads, args.k1, args.b, args.language))
+    counts = array.array("q")
+
+    def hits() -> Iterator[ScoredDoc]:
+        for _, found in search(searcher, topics, args.hits, args.threads):
+            counts.append(len(found))
+            yield from found
+        if not any(counts):
+            raise InputError(f"{args.topics}: no query has a hit in {args.index}. Check that they belong together.")
+
+    write_run(args.output, hits(), tag="bm25")
+    empty = f"; {counts.count(0):,} queries without a hit" if counts.count(0) else ""
+    print(f"{args.output}: {sum(counts):,} hits of {len(counts):,} queries{empty}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_script(main)

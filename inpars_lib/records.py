@@ -1,0 +1,88 @@
+"""The records that pass between stages: documents, topics, judgements, hits, synthetic queries, triples."""
+
+import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, overload
+
+
+class Doc(NamedTuple):
+    """A document. `text` is one line: tabs and newlines were replaced by spaces."""
+
+    doc_id: str
+    text: str
+
+
+class Topic(NamedTuple):
+    """A query of a test collection."""
+
+    query_id: str
+    text: str
+
+
+class Qrel(NamedTuple):
+    """A relevance judgement."""
+
+    query_id: str
+    doc_id: str
+    relevance: int
+
+
+class ScoredDoc(NamedTuple):
+    """One hit of a run."""
+
+    query_id: str
+    doc_id: str
+    score: float
+
+
+class SyntheticQuery(NamedTuple):
+    """A row of synthetic queries.
+
+    Attributes:
+        line: Line of the input file, counted from 0 as in the paper's files of ids.
+        doc_id: Id of the source document.
+        doc_text: Text of the source document.
+        question: The query on one line, empty if the language model gave none.
+        log_probs: Natural logarithm of each query token's probability, None if the row has none.
+        row: The whole JSON object.
+    """
+
+    line: int
+    doc_id: str
+    doc_text: str
+    question: str
+    log_probs: list[float] | None
+    row: dict[str, Any]
+
+
+class Triple(NamedTuple):
+    """A training triple of texts."""
+
+    query: str
+    positive: str
+    negative: str
+
+
+class RankedList(Sequence[ScoredDoc]):
+    """The hits of one query, best first. Takes 16 bytes a hit beside the ids, where named tuples would take 200."""
+
+    def __init__(self, query_id: str, doc_ids: list[str], scores: Iterable[float]) -> None:
+        self.query_id, self.doc_ids, self.scores = query_id, doc_ids, array.array("d", scores)
+
+    def __len__(self) -> int:
+        return len(self.doc_ids)
+
+    @overload
+    def __getitem__(self, at: int) -> ScoredDoc: ...
+    @overload
+    def __getitem__(self, at: slice) -> "RankedList": ...
+    def __getitem__(self, at: int | slice) -> "ScoredDoc | RankedList":
+        if isinstance(at, slice):
+            return RankedList(self.query_id, self.doc_ids[at], self.scores[at])
+        return ScoredDoc(self.query_id, self.doc_ids[at], self.scores[at])
+
+    def __iter__(self) -> Iterator[ScoredDoc]:
+        return (ScoredDoc(self.query_id, *hit) for hit in zip(self.doc_ids, self.scores, strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)

@@ -1,0 +1,370 @@
+"""Pointwise rerankers: `MonoT5` and `CrossEncoder`, loaded from a checkpoint and called the same way.
+
+    reranker = load_reranker("castorini/monot5-base-msmarco-10k", device="cuda")
+    scores = reranker.score([("how long do cats sleep", "Cats sleep sixteen hours a day."), ...])
+
+A higher score means more relevant. benchmarks/NOTES.md has the measurements behind what makes scoring fast.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from inpars_lib.cli import InputError, shorten
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+# Target words of T5-like rerankers, the usual pair first. T5 and Flan-T5 have "true" and "false" as one token each,
+# mT5 has only "yes" and "no".
+TARGET_WORDS = [("true", "false"), ("yes", "no")]
+CPU_BATCH_TOKENS = 2048  # tokens per batch on a CPU; larger batches no longer fit its caches
+GPU_BATCH_TOKENS = 65536  # upper bound of tokens per batch on a GPU
+
+
+class Reranker:
+    """Base class of the rerankers: tokenization, batches, scoring.
+
+    Attributes:
+        model: The transformers model, on any device.
+        tokenizer: Its tokenizer.
+        max_length: Tokens per pair.
+        batch_tokens: Tokens per batch. None until the device decides.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = min(max_length, tokenizer.model_max_length)
+        self.batch_tokens: int | None = None
+
+    # ------------------------------------------------------------------------------------------------------ tokens
+
+    def tokenize(self, texts: Sequence[str]) -> list["numpy.ndarray"]:
+        """Return the token ids of each text, int32, without special tokens, truncated to `max_length`."""
+        import numpy
+
+        if not len(texts):
+            return []
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, truncation=True, max_length=self.max_length, verbose=False
+        )
+        return [numpy.array(ids, dtype=numpy.int32) for ids in encoded.input_ids]
+
+    def tokenize_queries(self, queries: Sequence[str]) -> list["numpy.ndarray"]:
+        """Return the token ids of each query, as `build_input` takes them."""
+        return self.tokenize(queries)
+
+    def build_input(self, query: "numpy.ndarray", text: "numpy.ndarray") -> tuple["numpy.ndarray", int]:
+        """Return the model input of a pair, at most `max_length` tokens, and the position of its second segment.
+
+        A pair that is too long loses tokens of the document.
+        """
+        raise NotImplementedError
+
+    def encode(self, query: str, text: str) -> tuple["numpy.ndarray", int]:
+        """Return `build_input` of two strings."""
+        return self.build_input(*self.tokenize_queries([query]), *self.tokenize([text]))
+
+    def pad(self, inputs: Sequence[tuple["numpy.ndarray", int]]) -> dict[str, "torch.Tensor"]:
+        """Return a batch of inputs from `build_input`, int64 tensors of shape (pairs, longest input)."""
+        import torch
+
+        shape = len(inputs), max(len(ids) for ids, _ in inputs)
+        batch = {"input_ids": torch.full(shape, self.tokenizer.pad_token_id)}
+        batch |= {name: torch.zeros(shape, dtype=torch.int64) for name in ("attention_mask", "token_type_ids")}
+        arrays = {name: tensor.numpy() for name, tensor in batch.items()}
+        for i, (ids, second_segment) in enumerate(inputs):
+            arrays["input_ids"][i, : len(ids)] = ids
+            arrays["attention_mask"][i, : len(ids)] = 1
+            arrays["token_type_ids"][i, second_segment : len(ids)] = 1
+        return {name: tensor for name, tensor in batch.items() if name in self.tokenizer.model_input_names}
+
+    # ----------------------------------------------------------------------------------------------------- training
+
+    def labels(self, relevant: list[bool]) -> "torch.Tensor":
+        """Return the training targets of pairs, as the model's own loss takes them."""
+        raise NotImplementedError
+
+    def collate(self, examples: Sequence[tuple[str, str, bool]]) -> dict[str, "torch.Tensor"]:
+        """Return a training batch of (query, document, relevant or not) examples."""
+        queries, texts, relevant = map(list, zip(*examples, strict=True))
+        batch = self.pad(list(map(self.build_input, self.tokenize_queries(queries), self.tokenize(texts))))
+        return {**batch, "labels": self.labels(relevant)}
+
+    def relevance_logits(self, model: Any, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Return the relevance logit of each pair, shape (pairs,), differentiable. `model` may be a DDP wrapper."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------ scoring
+
+    def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Return the scores of a padded batch, shape (pairs,)."""
+        raise NotImplementedError
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> "numpy.ndarray":
+        """Return the scores of (query, document) pairs of strings, shape (pairs,), float32, in the order given."""
+        queries, texts = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
+        query_ids = dict(zip(queries, self.tokenize_queries(queries), strict=True))
+        text_ids = dict(zip(texts, self.tokenize(texts), strict=True))
+        return self.score_tokens([(query_ids[query], text_ids[text]) for query, text in pairs])
+
+    def score_tokens(self, pairs: Sequence[tuple["numpy.ndarray", "numpy.ndarray"]]) -> "numpy.ndarray":
+        """Return the scores of pairs of token ids, from `tokenize_queries` and `tokenize`.
+
+        Batches hold pairs of similar length, the longest first, so that little is padding and memory runs out at
+        once or not at all. The same pairs give the same batches, and so the same bits.
+        """
+        import numpy
+        import torch
+
+        inputs = [self.build_input(*pair) for pair in pairs]
+        lengths = numpy.array([len(ids) for ids, _ in inputs])
+        order = numpy.argsort(-lengths, kind="stable").tolist()
+        scores = numpy.empty(len(pairs), dtype=numpy.float32)
+        self.batch_tokens = self.batch_tokens or self.default_batch_tokens()
+        training = self.model.training
+        self.model.eval()
+        start = 0
+        with torch.inference_mode():
+            while start < len(order):
+                chosen = order[start : start + max(1, self.batch_tokens // max(1, int(lengths[order[start]])))]
+                try:
+                    batch = self.pad([inputs[i] for i in chosen])
+                    scored = self.forward({k: v.to(self.model.device) for k, v in batch.items()}).float().cpu()
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if len(chosen) == 1 or not _is_out_of_memory(error):
+                        raise
+                    self.batch_tokens = max(1, self.batch_tokens // 2)
+                    continue
+                scores[chosen] = scored
+                start += len(chosen)
+        self.model.train(training)
+        return scores
+
+    def default_batch_tokens(self) -> int:
+        """Return the tokens per batch whose activations fill about a quarter of the GPU's memory.
+
+        The estimate uses the total memory, not the free memory, so that equal GPUs build equal batches.
+        """
+        import torch
+
+        if self.model.device.type != "cuda":
+            return CPU_BATCH_TOKENS
+        config = self.model.config
+        width: Any = getattr(config, "d_ff", None) or getattr(config, "intermediate_size", 3072)
+        heads: Any = getattr(config, "num_heads", None) or getattr(config, "num_attention_heads", 12)
+        # Input and output of the widest layer, and each head's bias towards every other token; times four.
+        bytes_per_token = 4 * self.model.dtype.itemsize * (2 * width + heads * self.max_length)
+        memory = torch.cuda.mem_get_info(self.model.device)[1] // 4
+        return max(self.max_length, min(GPU_BATCH_TOKENS, memory // bytes_per_token))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
+
+
+class MonoT5(Reranker):
+    """Sequence-to-sequence reranker that answers `true` or `false` (Nogueira et al., 2020, arXiv 2003.06713).
+
+    The input is `Query: {query} Document: {document} Relevant:`. The score is the log softmax of `true` over both
+    target words at the first decoding step.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, targets: tuple[str, str] | None = None) -> None:
+        import numpy
+
+        super().__init__(model, tokenizer, max_length)
+        if getattr(model.config, "decoder_start_token_id", None) is None:  # T5 starts with padding, often implicitly
+            model.config.decoder_start_token_id = model.config.pad_token_id
+        self.target_ids = self._find_targets(targets or getattr(model.config, "answers", None))
+        model.config.answers = tokenizer.convert_ids_to_tokens(self.target_ids)  # saved with the model
+        self._separator = numpy.array(self._ids("Document:"), dtype=numpy.int32)
+        self._suffix = numpy.array([*self._ids("Relevant:"), tokenizer.eos_token_id], dtype=numpy.int32)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def _find_targets(self, targets: Sequence[str] | None) -> list[int]:
+        vocabulary = self.tokenizer.get_vocab()
+        for pair in [targets] if targets else TARGET_WORDS:
+            pieces = [self._ids(word) for word in pair]
+            # A saved target is spelt as a token, with its word boundary mark: "▁true".
+            pieces = [ids if len(ids) == 1 else [vocabulary.get(w, -1)] for w, ids in zip(pair, pieces, strict=True)]
+            known = all(ids[0] not in (-1, self.tokenizer.unk_token_id) for ids in pieces)
+            if known and pieces[0] != pieces[1]:
+                return [ids[0] for ids in pieces]
+        named = " and ".join(targets or ["true/yes", "false/no"])
+        raise InputError(
+            f"{self.model.config.name_or_path}: {named} are not one token each in this model's vocabulary. Name two "
+            "words that are with --token_true and --token_false."
+        )
+
+    def tokenize_queries(self, queries: Sequence[str]) -> list["numpy.ndarray"]:
+        """Return the token ids of `Query: {query}`."""
+        return self.tokenize([f"Query: {query}" for query in queries])
+
+    def build_input(self, query: "numpy.ndarray", text: "numpy.ndarray") -> tuple["numpy.ndarray", int]:
+        """Return the tokens of the whole input. T5's tokens never cross a space, so its parts can be joined."""
+        import numpy
+
+        space = self.max_length - len(self._suffix)
+        query = query[: space - len(self._separator)]
+        space -= len(query) + len(self._separator)
+        return numpy.concatenate((query, self._separator, text[:space], self._suffix)), len(query)
+
+    def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Return the log softmax of the first target word."""
+        from inpars_lib.t5_forward import first_token_logits
+
+        mask = batch["attention_mask"].bool()
+        logits = first_token_logits(self.model, batch["input_ids"], mask, self.target_ids)
+        return logits.float().log_softmax(dim=-1)[:, 0]
+
+    def labels(self, relevant: list[bool]) -> "torch.Tensor":
+        """Return the target word and the end of the sequence, shape (pairs, 2)."""
+        import torch
+
+        eos = self.tokenizer.eos_token_id
+        return torch.tensor([[self.target_ids[0 if r else 1], eos] for r in relevant])
+
+    def relevance_logits(self, model: Any, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Return the logit of the first target word minus that of the second."""
+        ids = batch["input_ids"]
+        start = ids.new_full((len(ids), 1), self.model.config.decoder_start_token_id)
+        logits = model(**batch, decoder_input_ids=start).logits[:, 0, self.target_ids]
+        return logits[:, 0] - logits[:, 1]
+
+
+class CrossEncoder(Reranker):
+    """Encoder that reads query and document together and has one output, the score (arXiv 1901.04085).
+
+    As in InPars-light (arXiv 2301.02998). The training loss is the binary cross-entropy of each pair.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+        import numpy
+
+        super().__init__(model, tokenizer, max_length)
+        # Special tokens before, between and after the two segments: [CLS], [SEP], [SEP] or this tokenizer's own.
+        pair = tokenizer("a", "a")
+        segments = pair.sequence_ids()
+        first, second = ([i for i, segment in enumerate(segments) if segment == n] for n in (0, 1))
+        ids = numpy.array(pair.input_ids, dtype=numpy.int32)
+        self._prefix, self._separator = ids[: first[0]], ids[first[-1] + 1 : second[0]]
+        self._suffix = ids[second[-1] + 1 :]
+
+    def build_input(self, query: "numpy.ndarray", text: "numpy.ndarray") -> tuple["numpy.ndarray", int]:
+        """Return the tokens of both segments with this tokenizer's special tokens."""
+        import numpy
+
+        query = query[: self.max_length // 2]  # only a query of half the input is truncated
+        space = self.max_length - len(query) - len(self._prefix) - len(self._separator) - len(self._suffix)
+        joined = numpy.concatenate((self._prefix, query, self._separator, text[:space], self._suffix))
+        return joined, len(self._prefix) + len(query) + len(self._separator)
+
+    def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Return the model's output."""
+        return self.model(**batch).logits[:, 0]
+
+    def labels(self, relevant: list[bool]) -> "torch.Tensor":
+        """Return 1.0 or 0.0 per pair, shape (pairs, 1)."""
+        import torch
+
+        return torch.tensor([[float(r)] for r in relevant])
+
+    def relevance_logits(self, model: Any, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Return the model's output."""
+        return model(**batch).logits[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Return whether bfloat16 beats float32 on this device: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def checkpoint_name(name: str) -> str:
+    """Return a checkpoint's name on the hub: the paper's `t5_base` is `google-t5/t5-base`."""
+    size = name.removeprefix("t5_").removeprefix("t5-")
+    return f"google-t5/t5-{size}" if name != size and size in ("small", "base", "large", "3b", "11b") else name
+
+
+def default_device(local_rank: int = 0) -> str:
+    """Return the GPU of this process, or `cpu` if there is none."""
+    import torch
+
+    return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
+def load_reranker(
+    checkpoint: str,
+    *,
+    max_length: int = 512,
+    device: str | None = None,
+    dtype: str = "auto",
+    targets: tuple[str, str] | None = None,
+    new_head: bool = False,
+) -> Reranker:
+    """Load a reranker from a folder or from the Hugging Face hub. Its config tells the family.
+
+    Args:
+        checkpoint: Folder, hub name, or `t5_SIZE`.
+        max_length: Tokens per pair.
+        device: `cpu`, `cuda`, `cuda:1`, ...; by default the first GPU, if there is one.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where it is fast, otherwise float32.
+        targets: Words for relevant and not relevant of a T5-like model; by default the model's own.
+        new_head: Give an encoder without a trained output a randomly initialized one, to be trained.
+
+    Raises:
+        InputError: There is no such checkpoint or device, or the checkpoint is not a reranker.
+    """
+    import torch
+    import transformers
+
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()  # hides the report on a randomly initialized output
+    logging.disable_progress_bar()
+    device = device or default_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        problem = shorten(str(error).splitlines()[0])
+        raise InputError(f"--device {device}: {problem}. Choose cpu, or cuda:N with a GPU that exists.") from None
+    if dtype == "auto":
+        dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    name = checkpoint if os.path.isdir(checkpoint) else checkpoint_name(checkpoint)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if config.is_encoder_decoder:
+            from inpars_lib.t5_forward import use_fused_norms
+
+            model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=getattr(torch, dtype))
+            use_fused_norms(model)
+            return MonoT5(model.to(device), tokenizer, max_length, targets)
+        trained = any("ForSequenceClassification" in architecture for architecture in config.architectures or [])
+        if trained and config.num_labels != 1:
+            raise InputError(f"{name}: this cross-encoder has {config.num_labels} outputs. Name one with one output.")
+        if not trained and not new_head:
+            raise InputError(f"{name}: this encoder was never trained to rerank. Train it first with train_t5.py.")
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=1,
+            problem_type="multi_label_classification",  # transformers' name for a binary cross-entropy per output
+            dtype=getattr(torch, dtype),
+        )
+        return CrossEncoder(model.to(device), tokenizer, max_length)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name}: cannot load this model: {shorten(error)}. Name the folder of a checkpoint or a model on the "
+            "Hugging Face hub."
+        ) from None

@@ -1,0 +1,259 @@
+"""Scoring of many pairs: blocks of whole queries, scores on disk to resume from, processes of torchrun."""
+
+import array
+import glob
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inpars_lib.formats import collection_files, conflicting_texts, missing_documents, read_collection
+from inpars_lib.records import ScoredDoc
+from inpars_lib.storage import ResumeLog
+
+if TYPE_CHECKING:
+    import numpy
+
+    from inpars_lib.rerankers import Reranker
+
+BLOCK_PAIRS = 256  # pairs scored at a time, of whole queries: enough to batch pairs of similar length
+TOKENIZER_BATCH = 1024  # documents tokenized at a time
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """This process among those that torchrun started, or alone."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> "ProcessGroup":
+        """Return the group that torchrun describes in environment variables."""
+        return cls(*(int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+
+    def barrier(self) -> None:
+        """Wait until every rank gets here."""
+        if self.size == 1:
+            return
+        import torch.distributed as distributed
+
+        if not distributed.is_initialized():  # one rank may have much more work than another
+            distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        distributed.barrier()
+
+
+class PairBlocks:
+    """The pairs to score, in blocks of whole queries with at least BLOCK_PAIRS pairs, except for the last.
+
+    Blocks do not depend on the number of processes or on where a run was killed. So neither do batches and scores.
+
+    Args:
+        topics: Query text by query id.
+        run: Hits by query id, best first.
+        top_k: Hits per query to score.
+    """
+
+    def __init__(self, topics: Mapping[str, str], run: Mapping[str, Sequence[ScoredDoc]], top_k: int) -> None:
+        self.topics = topics
+        self.run = {query_id: hits[:top_k] for query_id, hits in run.items()}
+        self.query_ids: list[list[str]] = []  # by block
+        self.sizes: list[int] = []  # pairs by block
+        for query_id, hits in self.run.items():
+            if not self.sizes or self.sizes[-1] >= BLOCK_PAIRS:
+                self.query_ids.append([])
+                self.sizes.append(0)
+            self.query_ids[-1].append(query_id)
+            self.sizes[-1] += len(hits)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, i: int) -> list[ScoredDoc]:
+        return [hit for query_id in self.query_ids[i] for hit in self.run[query_id]]
+
+    def doc_ids(self, blocks: Iterable[int]) -> Iterator[str]:
+        """Yield the document ids of some blocks, repeated where blocks share documents."""
+        return (hit.doc_id for i in blocks for hit in self[i])
+
+    def fingerprint(self) -> str:
+        """Return a hash of all queries and of the documents to score."""
+        digest = hashlib.sha256()
+        for query_id, hits in self.run.items():
+            ids = " ".join(hit.doc_id for hit in hits)
+            digest.update(f"{self.topics[query_id]}\t{query_id}\t{ids}\n".encode(errors="replace"))
+        return digest.hexdigest()
+
+
+def files_fingerprint(model: str, corpus: str) -> str:
+    """Return a hash of the names, sizes and modification times of a model's and a collection's files."""
+    files = [] if corpus.startswith("ir_datasets:") else [Path(path) for path in collection_files(corpus)]
+    if os.path.isdir(model):
+        files += sorted(path for path in Path(model).iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+class ScoreStore:
+    """The scores of finished blocks on disk: OUTPUT.scores.RANK.jsonl, one log per process. Each process reads all.
+
+    Args:
+        output: The run that is being made.
+        settings: Everything that scores depend on. Logs with other settings are ignored.
+        rank: Rank of this process.
+    """
+
+    def __init__(self, output: str, settings: Mapping[str, Any], rank: int) -> None:
+        self.output, self.settings = output, settings
+        self.log = ResumeLog(f"{output}.scores.{rank}.jsonl", settings)
+
+    def read(self) -> dict[int, "array.array[float]"]:
+        """Return the scores of all finished blocks, by block number."""
+        rows = (row for path in self.files() for row in ResumeLog(str(path), self.settings).rows())
+        return {row["block"]: array.array("d", row["scores"]) for row in rows}
+
+    def files(self) -> list[Path]:
+        """Return the logs of all processes."""
+        output = Path(self.output)
+        return list(output.parent.glob(f"{glob.escape(output.name)}.scores.*.jsonl"))
+
+    def delete(self) -> None:
+        """Delete the logs of all processes."""
+        self.log.close()
+        for path in self.files():
+            path.unlink()
+
+
+class TokenFile:
+    """Token ids of documents in a temporary file. Takes 8 bytes of memory a document beside its id.
+
+    Args:
+        folder: Where to create the file.
+        doc_ids: The documents that will be added.
+    """
+
+    def __init__(self, folder: str, doc_ids: Iterable[str]) -> None:
+        self.file = tempfile.TemporaryFile(dir=folder if os.path.isdir(folder) else None)
+        self.numbers: dict[str, int] = dict.fromkeys(doc_ids, -1)
+        self._starts = array.array("q", [0])
+
+    def add(self, doc_id: str, ids: "numpy.ndarray") -> bool:
+        """Add a document's tokens. Return False if the document has different tokens already."""
+        if self.numbers[doc_id] >= 0:
+            return self[doc_id].tolist() == ids.tolist()
+        self.numbers[doc_id] = len(self._starts) - 1
+        self._starts.append(self._starts[-1] + ids.nbytes)
+        self.file.write(ids.tobytes())
+        return True
+
+    def __getitem__(self, doc_id: str) -> "numpy.ndarray":
+        import numpy
+
+        start, end = self._starts[self.numbers[doc_id] : self.numbers[doc_id] + 2]
+        self.file.flush()
+        return numpy.frombuffer(os.pread(self.file.fileno(), end - start, start), dtype=numpy.int32)
+
+    def length(self, doc_id: str) -> int:
+        """Return the number of a document's tokens."""
+        start, end = self._starts[self.numbers[doc_id] : self.numbers[doc_id] + 2]
+        return (end - start) // 4
+
+
+def tokenize_documents(reranker: "Reranker", corpus: str, doc_ids: Iterable[str], folder: str) -> TokenFile:
+    """Tokenize documents of a collection, each once however many queries retrieve it.
+
+    Args:
+        reranker: The reranker whose tokenizer is used.
+        corpus: The collection.
+        doc_ids: The documents.
+        folder: Folder of the temporary file.
+
+    Raises:
+        InputError: A document is not in the collection, or is there with two different texts.
+    """
+    tokens = TokenFile(folder, doc_ids)
+    if not tokens.numbers:
+        return tokens
+    docs = (doc for doc in read_collection(corpus, desc="Reading texts") if doc.doc_id in tokens.numbers)
+    while batch := list(islice(docs, TOKENIZER_BATCH)):
+        for doc, ids in zip(batch, reranker.tokenize([doc.text for doc in batch]), strict=True):
+            if not tokens.add(doc.doc_id, ids):
+                raise conflicting_texts(corpus, doc.doc_id)
+    if absent := [doc_id for doc_id, number in tokens.numbers.items() if number < 0]:
+        raise missing_documents(corpus, len(absent), len(tokens.numbers), min(absent))
+    return tokens
+
+
+def score_blocks(reranker: "Reranker", blocks: PairBlocks, corpus: str, store: ScoreStore, group: ProcessGroup) -> None:
+    """Score this process's share of the blocks that are not in the store yet, with a progress bar.
+
+    Args:
+        reranker: The reranker.
+        blocks: The pairs to score.
+        corpus: The collection.
+        store: Where scores are kept.
+        group: The processes that share the work. All of them must call this function.
+    """
+    from tqdm import tqdm
+
+    finished = store.read()
+    group.barrier()  # every rank has read the logs before any rank may discard its own
+    store.log.open()
+    mine = [i for i in range(len(blocks)) if i % group.size == group.rank]
+    todo = [i for i in mine if i not in finished]
+    del finished
+    documents = tokenize_documents(reranker, corpus, blocks.doc_ids(todo), os.path.dirname(store.output) or ".")
+    total, left = (sum(blocks.sizes[i] for i in chosen) for chosen in (mine, todo))
+    with tqdm(desc="Reranking", total=total, initial=total - left, unit=" pairs", disable=group.rank > 0) as bar:
+        for i in todo:
+            ids = blocks.query_ids[i]
+            texts = [blocks.topics[query_id] for query_id in ids]
+            queries = dict(zip(ids, reranker.tokenize_queries(texts), strict=True))
+            scores = reranker.score_tokens([(queries[hit.query_id], documents[hit.doc_id]) for hit in blocks[i]])
+            store.log.write({"block": i, "scores": scores.tolist()})
+            bar.update(blocks.sizes[i])
+    group.barrier()
+
+
+def scores_by_query(block: Sequence[ScoredDoc], values: Iterable[float]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield (query id, {doc_id: score}) for the hits of a block and their scores."""
+    scored = zip(block, values, strict=True)
+    for query_id, group in groupby(scored, key=lambda pair: pair[0].query_id):
+        yield query_id, {hit.doc_id: value for hit, value in group}
+
+
+def estimate_cost(reranker: "Reranker", blocks: PairBlocks, corpus: str) -> str:
+    """Return a line with the tokens of all pairs and the projected time, from the time of three blocks."""
+    import time
+
+    queries = dict(zip(blocks.topics, reranker.tokenize_queries(list(blocks.topics.values())), strict=True))
+    documents = tokenize_documents(reranker, corpus, blocks.doc_ids(range(len(blocks))), tempfile.gettempdir())
+
+    def pairs_of(block: list[ScoredDoc]) -> list[tuple[Any, Any]]:
+        return [(queries[hit.query_id], documents[hit.doc_id]) for hit in block]
+
+    empty = (*reranker.tokenize_queries([""]), *reranker.tokenize([""]))
+    added = len(reranker.build_input(*empty)[0]) - sum(map(len, empty))  # special tokens per pair
+
+    def tokens_of(block: list[ScoredDoc]) -> int:
+        lengths = (len(queries[hit.query_id]) + documents.length(hit.doc_id) for hit in block)
+        return sum(min(reranker.max_length, added + length) for length in lengths)
+
+    reranker.score_tokens(pairs_of(blocks[0][:8]))  # the first call also sets things up
+    sample = [blocks[i] for i in sorted({0, len(blocks) // 2, len(blocks) - 1})]
+    started = time.monotonic()
+    for block in sample:
+        reranker.score_tokens(pairs_of(block))
+    seconds = time.monotonic() - started
+    tokens, pairs = sum(tokens_of(blocks[i]) for i in range(len(blocks))), sum(blocks.sizes)
+    hours = seconds * tokens / sum(map(tokens_of, sample)) / 3600
+    return (
+        f"{len(queries):,} queries, {pairs:,} pairs, {tokens:,} tokens ({tokens / pairs:.0f} per pair); about "
+        f"{hours:.2f} hours on one {reranker.model.device.type}, {pairs / hours / 3600:,.1f} pairs/s"
+    )

@@ -1,0 +1,113 @@
+"""Files on disk: atomic writes, locks, append-only logs that survive a kill."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+from inpars_lib.cli import InputError
+
+FORMAT_VERSION = 1  # of the resume and meta files; docs/files.md lists them
+
+
+@contextmanager
+def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that appears under `path` only when the block ends without an error.
+
+    Until then an existing file stays as it is. Parent folders are created.
+
+    Args:
+        path: The file to create or replace.
+        mode: `w` for UTF-8 text, `wb` for bytes.
+
+    Yields:
+        The open file, which is `PATH.unfinished` on disk.
+    """
+    unfinished = f"{path}.unfinished"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    encoding = None if "b" in mode else "utf-8"
+    newline = None if "b" in mode else "\n"
+    errors = None if "b" in mode else "replace"
+    try:
+        with open(unfinished, mode, encoding=encoding, newline=newline, errors=errors) as file:
+            yield file
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(unfinished)
+        raise
+
+
+def lock(file: IO[Any], path: str) -> None:
+    """Lock an open output file for this process, until the file is closed.
+
+    Raises:
+        InputError: Another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path}: another process is writing to this file. Wait for it or stop it.") from None
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """Return a row as one line of JSONL, newline included."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def repair_last_line(path: str) -> None:
+    """Truncate an append-only JSONL file to its last complete row, which a kill during a write may have torn."""
+    with open(path, "rb+") as file:
+        complete, line = 0, b"\n"
+        for line in file:
+            complete += len(line) if line.endswith(b"\n") else 0
+        if not line.endswith(b"\n"):
+            try:
+                json.loads(line)
+                file.write(b"\n")  # the row is complete, only its newline is missing
+            except ValueError:
+                file.truncate(complete)
+
+
+class ResumeLog:
+    """Append-only JSONL log of finished work. Line 1 holds the settings.
+
+    A log with other settings is discarded when the log is opened. A torn last line is skipped.
+    """
+
+    def __init__(self, path: str, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.settings = json.loads(json.dumps({"format_version": FORMAT_VERSION, **settings}))
+        self._file: IO[bytes] | None = None
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows that an earlier run with the same settings finished."""
+        if os.path.exists(self.path):
+            with open(self.path, encoding="utf-8", errors="replace") as file, suppress(ValueError):
+                if json.loads(file.readline() or "null") == self.settings:
+                    yield from map(json.loads, file)
+
+    def open(self) -> None:
+        """Open the log for appending, after the rows of an earlier run with the same settings."""
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        self._file = open(self.path, "ab+")
+        repair_last_line(self.path)
+        self._file.seek(0)
+        with suppress(ValueError):
+            if json.loads(self._file.readline() or b"null") == self.settings:
+                return
+        self._file.truncate(0)
+        self.write(self.settings)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row and hand it to the operating system."""
+        assert self._file is not None, "open() comes first"
+        self._file.write(json_line(row).encode(errors="replace"))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._file:
+            self._file.close()

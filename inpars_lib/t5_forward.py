@@ -1,0 +1,108 @@
+"""A fast T5 forward pass for reranking: logits of chosen tokens at the first decoding step."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def use_fused_norms(model: Any) -> None:
+    """Replace T5's layer norms by `torch.nn.RMSNorm`, which computes the same in fewer passes over memory."""
+    import torch
+
+    for module in list(model.modules()):
+        for name, norm in list(module.named_children()):
+            if hasattr(norm, "variance_epsilon"):  # T5, mT5, ... each have a class of their own
+                fused = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon)
+                fused.weight = norm.weight
+                setattr(module, name, fused)
+
+
+def first_token_logits(
+    model: Any, input_ids: "torch.Tensor", mask: "torch.Tensor", token_ids: Sequence[int]
+) -> "torch.Tensor":
+    """Return the logits of `token_ids` at the first decoding step of a T5 model.
+
+    The numbers are those of transformers' forward pass up to rounding. Three things are computed differently:
+
+    - each layer norm is one pass over memory; queries, keys and values are one multiplication;
+    - the decoder's self-attention sees one token, so its softmax is 1 and only its values count;
+    - the decoder's cross-attention has one query, so keys and values are not computed for each encoder token:
+      q · (W_k h) = (W_k^T q) · h, and the sum of p W_v h is W_v times the sum of p h.
+
+    Args:
+        model: A `T5ForConditionalGeneration` after `use_fused_norms`.
+        input_ids: Shape (pairs, tokens).
+        mask: Shape (pairs, tokens), True where a token is not padding.
+        token_ids: Vocabulary ids.
+
+    Returns:
+        Shape (pairs, token_ids).
+    """
+    import torch
+    from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention
+
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, buffers: list[torch.Tensor]
+    ) -> torch.Tensor:
+        # PyTorch's fused attention computes in float32 on a CPU, so in bfloat16 two multiplications are faster.
+        if not buffers:
+            return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        shape, (scores, probabilities) = q.shape, buffers
+        q, k, v = (x.view(-1, *shape[2:]) for x in (q, k, v))
+        torch.baddbmm(bias, q, k.transpose(1, 2), out=scores)
+        torch.softmax(scores, -1, out=probabilities)
+        return torch.bmm(probabilities, v).view(shape)
+
+    def norm(hidden: torch.Tensor, layer: Any) -> torch.Tensor:
+        return rms_norm(hidden, layer.normalized_shape, layer.weight.to(hidden.dtype), layer.eps)
+
+    def add_residual(hidden: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.add_(change)
+        # T5 was trained in bfloat16. Its activations exceed the range of float16.
+        return hidden.clamp_(-64000, 64000) if hidden.dtype == torch.float16 else hidden
+
+    pairs, length = input_ids.shape
+    config, encoder, decoder = model.config, model.encoder, model.decoder
+    heads, width = config.num_heads, config.d_kv
+    hidden = embedding(input_ids, model.shared.weight)
+    bias = encoder.block[0].layer[0].SelfAttention.compute_bias(length, length).to(hidden.dtype)
+    if not bool(mask.all()):
+        bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)
+    buffers: list[torch.Tensor] = []
+    if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
+        bias = bias.expand(pairs, -1, -1, -1).reshape(pairs * heads, length, length)
+        buffers = [torch.empty_like(bias) for _ in range(2)]
+    for block in encoder.block:
+        self_layer, feed_forward = block.layer[0], block.layer[-1]
+        weights = self_layer.SelfAttention
+        qkv = linear(
+            norm(hidden, self_layer.layer_norm), torch.cat([weights.q.weight, weights.k.weight, weights.v.weight])
+        )
+        q, k, v = qkv.view(pairs, length, 3, heads, width).permute(2, 0, 3, 1, 4).contiguous()
+        mixed = attention(q, k, v, bias, buffers)
+        hidden = add_residual(hidden, weights.o(mixed.transpose(1, 2).reshape(pairs, length, heads * width)))
+        hidden = add_residual(hidden, feed_forward.DenseReluDense(norm(hidden, feed_forward.layer_norm)))
+    states = norm(hidden, encoder.final_layer_norm)
+
+    start = input_ids.new_full((pairs,), config.decoder_start_token_id)
+    hidden = embedding(start, model.shared.weight)  # (pairs, d_model): one token per pair
+    padding_bias = torch.zeros((), dtype=torch.float32, device=mask.device).masked_fill(~mask, -torch.inf)[:, None]
+    for block in decoder.block:
+        self_layer, cross_layer, feed_forward = block.layer
+        own = self_layer.SelfAttention
+        hidden = add_residual(hidden, own.o(own.v(norm(hidden, self_layer.layer_norm))))
+        weights = cross_layer.EncDecAttention
+        q = weights.q(norm(hidden, cross_layer.layer_norm)).view(pairs, heads, width)
+        keys, values = (w.weight.view(heads, width, -1).to(q.dtype) for w in (weights.k, weights.v))
+        projected = torch.einsum("phw,hwd->phd", q, keys)
+        scores = torch.bmm(projected, states.transpose(1, 2).to(q.dtype)).float() + padding_bias
+        probabilities = scores.softmax(-1).to(q.dtype)
+        mixed = torch.einsum("phd,hwd->phw", torch.bmm(probabilities, states.to(q.dtype)), values)
+        hidden = add_residual(hidden, weights.o(mixed.reshape(pairs, heads * width)))
+        hidden = add_residual(hidden, feed_forward.DenseReluDense(norm(hidden, feed_forward.layer_norm)))
+    hidden = norm(hidden, decoder.final_layer_norm)
+    if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+        hidden = hidden * config.d_model**-0.5
+    return linear(hidden, model.lm_head.weight[token_ids].to(hidden.dtype))

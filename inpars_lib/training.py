@@ -1,0 +1,281 @@
+"""Training: examples, sampler, the Trainer that evaluates by reranking, checkpoints, results."""
+
+import csv
+import json
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+
+from inpars_lib.cli import InputError
+from inpars_lib.dev_set import DevSet
+from inpars_lib.evaluation import MEASURES, evaluate_per_query, mean_values, rerank_hits
+from inpars_lib.records import Triple
+from inpars_lib.rerankers import Reranker
+from inpars_lib.storage import atomic_write
+
+PLOTTED = (("nDCG@10", "tab:blue"), ("MRR@10", "tab:orange"))
+
+
+class TrainingExamples:
+    """Two examples per triple: (query, document, relevant or not), first the positive and then the negative."""
+
+    def __init__(self, triples: Sequence[Triple]) -> None:
+        self.triples = triples
+
+    def __len__(self) -> int:
+        return 2 * len(self.triples)
+
+    def __getitem__(self, i: int) -> tuple[str, str, bool]:
+        triple = self.triples[i // 2]
+        return triple.query, triple.negative if i % 2 else triple.positive, i % 2 == 0
+
+
+class LengthSortedSampler:
+    """Triples in random order, the examples of each optimizer step sorted by length, longest first.
+
+    Each step has as many positives as negatives, the same examples as without sorting, and so the same mean gradient.
+    Its batches hold examples of similar length, so little is padding.
+
+    Args:
+        examples: The examples.
+        examples_per_step: Examples of an optimizer step, an even number.
+        seed: Seed of the order.
+        keep_pairs: Keep the two examples of a triple next to each other.
+    """
+
+    def __init__(self, examples: TrainingExamples, examples_per_step: int, seed: int, keep_pairs: bool = False) -> None:
+        self.examples, self.examples_per_step, self.seed, self.epoch = examples, examples_per_step, seed, 0
+        self.keep_pairs = keep_pairs
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which changes the order. The Trainer calls this method."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(len(self.examples) // 2))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        triples_per_step = self.examples_per_step // 2
+        for start in range(0, len(order), triples_per_step):
+            lengths: dict[int, int] = {}
+            for i in order[start : start + triples_per_step]:
+                triple = self.examples.triples[i]
+                lengths |= {2 * i: len(triple.query + triple.positive), 2 * i + 1: len(triple.query + triple.negative)}
+            if self.keep_pairs:
+                longest = {i: max(lengths[i], lengths[i + 1]) for i in lengths if i % 2 == 0}
+                yield from (j for i in sorted(longest, key=lambda i: -longest[i]) for j in (i, i + 1))
+            else:
+                yield from sorted(lengths, key=lambda i: -lengths[i])
+
+
+# ----------------------------------------------------------------------------------------------------------- trainer
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What the Trainer needs beside `transformers.TrainingArguments`.
+
+    Attributes:
+        loss: `pointwise` or `pairwise`.
+        examples_per_step: Examples of an optimizer step, over all processes and accumulated batches.
+        seed: Seed of the order of examples.
+        relevance_threshold: Lowest relevant grade of the evaluation.
+    """
+
+    loss: str = "pointwise"
+    examples_per_step: int = 128
+    seed: int = 2
+    relevance_threshold: int = 1
+
+
+class RerankerTrainer(Trainer):
+    """A Trainer that evaluates by reranking the dev set, whose queries the processes share.
+
+    Args:
+        reranker: The model to train.
+        examples: The training examples.
+        config: Loss, step size, evaluation.
+        arguments: Everything else.
+        dev: The dev set, or None for no evaluation.
+    """
+
+    def __init__(
+        self,
+        reranker: Reranker,
+        examples: TrainingExamples,
+        config: TrainingConfig,
+        arguments: TrainingArguments,
+        dev: DevSet | None = None,
+    ) -> None:
+        self.reranker, self.examples, self.config, self.dev = reranker, examples, config, dev
+        # T5's and BERT's losses are means over a batch, although their signatures make the Trainer assume sums over a
+        # step. Without this flag, accumulated gradients would be too large by the number of batches.
+        reranker.model.accepts_loss_kwargs = False
+        super().__init__(
+            model=reranker.model,
+            processing_class=reranker.tokenizer,  # saved beside the model
+            args=arguments,
+            train_dataset=examples,
+            eval_dataset=list(dev.run) if dev else None,
+            data_collator=reranker.collate,
+            callbacks=[EvaluateAtEnd(dev is not None)],
+        )
+        self.first_stage: dict[str, float] = {}  # the measures of the dev set's run
+        if dev:
+            self.first_stage = mean_values(evaluate_per_query(dev.qrels, dev.run, config.relevance_threshold))
+
+    def _get_train_sampler(self, *_: object, **__: object) -> Any:
+        config = self.config
+        return LengthSortedSampler(self.examples, config.examples_per_step, config.seed, config.loss == "pairwise")
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a batch: the model's own, or the pairwise logistic loss of positive against negative."""
+        if self.config.loss == "pointwise":
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        inputs.pop("labels")
+        logits = self.reranker.relevance_logits(model, inputs).view(-1, 2)  # (triples, positive and negative)
+        return -torch.nn.functional.logsigmoid(logits[:, 0] - logits[:, 1]).mean()
+
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+        """Rerank the dev set and return its measures, with the prefix `eval_`."""
+        dev = self.dev
+        assert dev is not None
+        mine = list(dev.run)[self.args.process_index :: self.args.world_size]
+        hits = [hit for query_id in mine for hit in dev.run[query_id]]
+        pairs = [(dev.topics[hit.query_id], dev.texts[hit.doc_id]) for hit in hits]
+        with self.accelerator.autocast():
+            values = self.reranker.score(pairs).tolist()
+        scores: dict[str, dict[str, float]] = {}
+        scored = [(hit.query_id, hit.doc_id, value) for hit, value in zip(hits, values, strict=True)]
+        for query_id, doc_id, value in gather_object(scored):
+            scores.setdefault(query_id, {})[doc_id] = value
+        run = {query_id: rerank_hits(hits, scores[query_id]) for query_id, hits in dev.run.items()}
+        means = mean_values(evaluate_per_query(dev.qrels, run, self.config.relevance_threshold))
+        metrics = {f"eval_{name}": value for name, value in means.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.write_results()
+        return metrics
+
+    def write_results(self) -> None:
+        """Write results.csv and learning_curve.png into the output folder, in the main process only."""
+        if self.is_world_process_zero():
+            write_results(str(self.args.output_dir), self.state.log_history, self.first_stage)
+
+
+class EvaluateAtEnd(TrainerCallback):
+    """Evaluate after the last step, and log the loss at each checkpoint so that a resumed run has it."""
+
+    def __init__(self, evaluates: bool) -> None:
+        self.evaluates = evaluates
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the Trainer's flags."""
+        control.should_evaluate |= self.evaluates and state.global_step >= state.max_steps
+        control.should_log |= control.should_save
+
+
+def parse_trainer_flags(flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Parse flags of `transformers.TrainingArguments`.
+
+    Args:
+        flags: Command-line words such as `--optim adafactor`.
+
+    Returns:
+        The values by name, and the words that are not such flags.
+    """
+    arguments: Any = TrainingArguments
+    known, unknown = HfArgumentParser(arguments, allow_abbrev=False).parse_args_into_dataclasses(
+        ["--output_dir", "unused", *flags], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        return {}, unknown
+    names = [flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")]
+    return {name: getattr(known, name) for name in names}, []
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
+    """Return the checkpoint to resume from, or None to start from the base model.
+
+    A checkpoint without trainer_state.json, which is written last, is incomplete.
+
+    Args:
+        output_dir: Where checkpoints are.
+        resume: A checkpoint's folder, `last`, or None.
+
+    Raises:
+        InputError: The named checkpoint is incomplete, or there are checkpoints and `resume` is None.
+    """
+    if resume not in (None, "last"):
+        if not os.path.isfile(os.path.join(resume, "trainer_state.json")):
+            raise InputError(f"{resume}: no trainer_state.json, so this is no complete checkpoint. Name another one.")
+        return resume
+    complete = {}
+    for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
+        try:
+            complete[json.loads(state.read_text())["global_step"]] = str(state.parent)
+        except ValueError:
+            continue
+    if resume is None and complete:
+        raise InputError(
+            f"{output_dir}: has checkpoints of an earlier run. Add --resume_from_checkpoint to resume from the last "
+            "one, or choose another --output_dir."
+        )
+    return complete[max(complete)] if complete else None
+
+
+def write_results(output_dir: str, history: Sequence[Mapping[str, Any]], first_stage: Mapping[str, float]) -> None:
+    """Write results.csv and learning_curve.png from the log that checkpoints carry.
+
+    Args:
+        output_dir: Folder to write to.
+        history: The Trainer's log.
+        first_stage: Measures of the dev set's run, drawn as lines.
+    """
+    from matplotlib.figure import Figure
+
+    rows: list[dict[str, Any]] = []
+    loss = None
+    for entry in history:
+        loss = entry.get("loss", loss)
+        if "eval_nDCG@10" in entry:
+            values = {name: entry[f"eval_{name}"] for name in MEASURES}
+            rows.append({"step": entry["step"], "epoch": round(entry["epoch"], 3), "loss": loss, **values})
+    if rows:
+        with atomic_write(os.path.join(output_dir, "results.csv")) as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if not losses:
+        return
+    figure = Figure(figsize=(10 if rows else 5, 4), layout="constrained")
+    panels = figure.subplots(1, 2 if rows else 1, squeeze=False)[0]
+    panels[0].plot(*zip(*losses, strict=True))
+    panels[0].set(xlabel="step", ylabel="training loss")
+    for name, color in PLOTTED if rows else ():
+        panels[1].plot([row["step"] for row in rows], [row[name] for row in rows], "o-", color=color, label=name)
+        panels[1].axhline(first_stage[name], linestyle=":", color=color, label=f"{name}, first stage")
+        panels[1].set(xlabel="step")
+        panels[1].legend()
+    with atomic_write(os.path.join(output_dir, "learning_curve.png"), "wb") as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def move_model(source: str, output_dir: str) -> None:
+    """Move a saved model's files into the output folder, config.json last: a folder without it is not a model."""
+    for name in sorted(os.listdir(source), key=lambda name: name == "config.json"):
+        os.replace(os.path.join(source, name), os.path.join(output_dir, name))
+    os.rmdir(source)

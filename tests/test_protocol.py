@@ -1,0 +1,316 @@
+"""Requests to a language model, its answers in every shape, and what its errors mean."""
+
+import pytest
+from stand_in import chat, completion
+
+from inpars_lib.cli import InputError
+from inpars_lib.llm.protocol import (
+    Action,
+    AnswerError,
+    ModelApi,
+    ModelConfig,
+    NoLogProbs,
+    classify_error,
+    public_url,
+    refused_parameter,
+    retired_model_error,
+)
+from inpars_lib.llm.server import Server
+from inpars_lib.llm.tokens import Usage, align, read_usage
+from inpars_lib.records import Doc
+
+DOC = Doc("d", "doc")
+
+
+def model(api: str, **config: object) -> ModelApi:
+    return ModelApi(ModelConfig("m", **config), api)
+
+
+# ------------------------------------------------------------------------------------------ answers of every shape
+
+
+def answer_of(text: str, tokens: list[str], log_probs: list[float]) -> dict:
+    return {"choices": [{"text": text, "logprobs": {"tokens": tokens, "token_logprobs": log_probs}}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "question", "kept"),
+    [
+        (" What is X?", [" What", " is", " X", "?"], "What is X?", [0, 1, 2, 3]),
+        ("\n\n What?\n\nExample 5:", ["\n\n", " What", "?", "\n\n", "Example", " 5", ":"], "What?", [1, 2]),
+        ("What?", ["What", "?", "\n"], "What?", [0, 1]),  # the stop sequence comes among the tokens only
+        ("What?", ["What", "?\n\n"], "What?", [0, 1]),  # one token holds the end and the stop sequence
+        ("What?\nmore", ["What", "?\nm", "ore"], "What?", [0, 1]),
+        ("What?", ["What", "?", "</s>"], "What?", [0, 1]),
+        ("What?", ["What", "?", ""], "What?", [0, 1]),  # llama.cpp's last token
+        (" What?", ["What", "?"], "What?", [0, 1]),  # sentencepiece tokens lose their first blank
+        ("What ", ["What", " "], "What", [0]),
+        ("是什么\n", ["是", "什\ufffd", "\ufffd", "\n"], "是什么", [0, 1, 2]),  # vLLM's pieces of a character
+        ("a\ufffd", ["a", "bytes:\\xe6\\x98"], "a", [0]),  # the token limit cut a character in two
+        ("\u3000是什么?", ["\u3000", "是什么", "?"], "是什么?", [1, 2]),  # a blank that is not ASCII's
+        ("🙂?", ["bytes:\\xf0\\x9f", "bytes:\\x99\\x82", "?"], "🙂?", [0, 1, 2]),  # OpenAI's pieces of a character
+    ],
+)
+def test_log_probs_are_those_of_the_question(text: str, tokens: list[str], question: str, kept: list[int]) -> None:
+    log_probs = [-(2.0**i) for i in range(len(tokens))]  # every subset has a sum of its own
+    row = model("completions").read_answer(answer_of(text, tokens, log_probs), "prompt", Doc("d", "doc"))
+    assert row["question"] == question
+    assert row["log_probs"] == [log_probs[i] for i in kept]
+
+
+def test_chat_tokens_come_as_bytes() -> None:
+    content = [
+        {"token": "\\xe6", "bytes": [230, 152], "logprob": -1.0},
+        {"token": "?", "bytes": [175], "logprob": -2.0},
+    ]
+    answer = {"choices": [{"message": {"content": "是"}, "logprobs": {"content": content}}]}
+    assert model("chat").read_answer(answer, "p", DOC)["log_probs"] == [-1.0, -2.0]
+
+
+def test_tokens_that_do_not_spell_the_answer_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not spell"):
+        align(b"What is X?", [b"Who", b" is", b" X?"])
+
+
+@pytest.mark.parametrize(
+    ("text", "good", "bad", "kept"),
+    [
+        (" How far?\nBad Question: Is it far?", "How far?", "Is it far?", 2),
+        (" How far? bad question: Is it far?", "How far?", "Is it far?", 2),
+        (" How far?", None, None, 0),
+        (" How far?\nBad Question:", None, None, 0),
+    ],
+)
+def test_good_and_bad_questions(text: str, good: str | None, bad: str, kept: int) -> None:
+    api_model = model("completions", good_bad=True)
+    if good is None:
+        with pytest.raises(AnswerError, match="no bad question"):
+            api_model.read_answer(completion(text), "p", DOC)
+        return
+    row = api_model.read_answer(completion(text, log_prob=-1.0), "p", DOC)
+    assert (row["question"], row["bad_question"]) == (good, bad)
+    assert row["log_probs"] == [-1.0 * (i + 1) for i in range(kept)]
+
+
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_answers_without_a_question(api: str) -> None:
+    make, api_model = (chat if api == "chat" else completion), model(api)
+    with pytest.raises(AnswerError, match="the answer is empty"):
+        api_model.read_answer(make(" \n"), "p", DOC)
+    long = make("\n")
+    long["choices"][0]["finish_reason"] = "length"
+    with pytest.raises(AnswerError, match="raise --max_tokens"):
+        api_model.read_answer(long, "p", DOC)
+    filtered = make(" something")
+    filtered["choices"][0]["finish_reason"] = "content_filter"
+    with pytest.raises(AnswerError, match="refused by the model: content filter") as caught:
+        api_model.read_answer(filtered, "p", DOC)
+    assert caught.value.answer == " something"  # it was paid for
+    bare = make(" a question")
+    bare["choices"][0]["logprobs"] = None
+    with pytest.raises(NoLogProbs):
+        api_model.read_answer(bare, "p", DOC)
+    without = model(api, log_probs=False)
+    assert without.read_answer(bare, "p", DOC) == {"doc_id": "d", "doc_text": "doc", "question": "a question"}
+    assert "logprobs" not in without.request("p")
+    for broken in (None, "text", [], {}, {"choices": []}, {"choices": [None]}, {"choices": [{"message": None}]}):
+        with pytest.raises(ValueError, match="no choice in the server"):
+            model("chat").read_answer(broken, "p", DOC)
+
+
+def test_a_refusal_of_the_chat_api() -> None:
+    answer = chat("")
+    answer["choices"][0]["message"] = {"content": None, "refusal": "I cannot help with that."}
+    with pytest.raises(AnswerError, match="refused by the model: I cannot help with that"):
+        model("chat").read_answer(answer, "p", DOC)
+
+
+def test_tokens_are_counted_as_the_server_does() -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
+    assert read_usage({"usage": usage}) == Usage(7, 4, 3)
+    for nothing in (None, {}, {"usage": None}, {"usage": {"prompt_tokens_details": None}}, "text"):
+        assert read_usage(nothing) == Usage(0, 0, 0)
+
+
+# ----------------------------------------------------------------------------------------------- refused parameters
+
+RENAME = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+
+def refuse(api_model: ModelApi, message: str, param: str | None = None) -> None:
+    """Adapt the parameters as after an answer 400 with this message."""
+    request = api_model.request("p")
+    verdict = classify_error(400, {"message": message, "param": param}, {}, request=request, server="s")
+    assert verdict.action is Action.ADAPT
+    api_model.adapt(verdict.parameter, request, verdict.message)
+
+
+def test_a_parameter_that_has_another_name_is_renamed(capsys: pytest.CaptureFixture) -> None:
+    api_model = model("completions", max_tokens=9)
+    refuse(api_model, RENAME)
+    assert api_model.parameters["max_completion_tokens"] == 9
+    assert "max_tokens" not in api_model.parameters
+    assert capsys.readouterr().err.count("max_completion_tokens") == 1
+    refuse(api_model, "unknown field max_completion_tokens")  # neither name is taken
+    assert not {"max_tokens", "max_completion_tokens"} & set(api_model.parameters)
+
+
+def test_a_reasoning_model_is_asked_not_to_reason() -> None:
+    api_model = model("chat")
+    refuse(api_model, "Unsupported value: 'temperature' does not support 0 with this model.", "temperature")
+    assert api_model.parameters["reasoning_effort"] == "none"
+    assert api_model.parameters["temperature"] == 0  # with that, it may be taken
+    refuse(api_model, "Unsupported value: 'temperature'", "temperature")
+    assert "temperature" not in api_model.parameters
+    refuse(api_model, "Unsupported value: 'reasoning_effort' does not support 'none'", "reasoning_effort")
+    assert "reasoning_effort" not in api_model.parameters
+    with pytest.raises(InputError, match="m: no log-probabilities"):
+        refuse(api_model, "You are not allowed to request logprobs from this model")
+
+
+def test_what_the_user_asked_for_is_not_dropped_in_silence() -> None:
+    api_model = model("chat", reasoning_effort="low")
+    with pytest.raises(InputError, match="m: no log-probabilities with --reasoning_effort low"):
+        refuse(api_model, "logprobs are not supported with reasoning models")
+    with pytest.raises(InputError, match="m: --reasoning_effort low was refused"):
+        refuse(api_model, "Unrecognized request argument supplied: reasoning_effort")
+    with pytest.raises(InputError, match="m: the server cannot repeat the prompt"):
+        refuse(model("completions", echo=True), "echo is not supported", "echo")
+
+
+def test_two_requests_that_were_refused_for_the_same_parameter_change_it_once() -> None:
+    api_model = model("completions", max_tokens=9)
+    sent = api_model.request("p")
+    api_model.adapt("max_tokens", sent, RENAME)
+    api_model.adapt("max_tokens", sent, RENAME)
+    assert api_model.parameters["max_completion_tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 2048 tokens. However, you requested 64 output tokens (max_tokens)",
+        "'max_tokens' or 'max_completion_tokens' is too large: 64.",
+        "request (6001 tokens) exceeds the available context size (4096 tokens), try increasing it",
+        "your prompt may not stop here",
+        "",
+    ],
+)
+def test_what_is_about_the_document_is_about_no_parameter(message: str) -> None:
+    for api in ("completions", "chat"):
+        verdict = classify_error(400, {"message": message}, {}, request=model(api).request("p"), server="s")
+        assert verdict.action is Action.GIVE_UP
+        assert verdict.too_long == (message != "" and "stop" not in message)
+    assert refused_parameter(model("chat").request("p"), {"message": "no good", "param": "messages"}) is None
+
+
+def test_the_state_of_an_api_is_restored() -> None:
+    api_model, again = model("chat"), model("completions")
+    refuse(api_model, "no", "temperature")
+    again.restore(api_model.as_dict())
+    assert again.request("p") == api_model.request("p")
+    assert (again.path, again.refused) == ("/chat/completions", api_model.refused)
+
+
+def test_names_of_retired_models() -> None:
+    for name in ("curie", "davinci", "text-davinci-003", "code-davinci-002", "davinci-002"):
+        assert "shut down its GPT-3 models in January 2024" in str(retired_model_error(name)), name
+    for name in ("gpt-6-luna", "gpt-5.1", "Qwen/Qwen3-8B", "curiel", "smollm2-135m-instruct"):
+        assert retired_model_error(name) is None, name
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "headers", "action", "words"),
+    [
+        (401, {"message": "bad key"}, {}, Action.STOP, "the key was not accepted (401)"),
+        (403, {"message": "no"}, {}, Action.STOP, "the key was not accepted (403)"),
+        (402, {"message": "pay"}, {}, Action.STOP, "no credit left (pay)"),
+        (429, {"message": "quota", "code": "insufficient_quota"}, {}, Action.STOP, "no credit left (quota)"),
+        (429, {"message": "slow"}, {"retry-after": "7"}, Action.BACK_OFF, "too many requests (429 slow)"),
+        (500, {"message": "oops"}, {}, Action.RETRY, "the server failed (500 oops)"),
+        (503, "<html>", {"retry-after-ms": "250"}, Action.RETRY, "the server failed (503 <html>)"),
+        (408, None, {}, Action.RETRY, "the server failed (408"),
+        (400, {"message": "Unknown parameter: 'seed'"}, {}, Action.ADAPT, "Unknown parameter: 'seed'"),
+        (422, {"message": "no", "param": "top_p"}, {}, Action.ADAPT, "no"),
+        (400, {"message": "maximum context length is 10 tokens"}, {}, Action.GIVE_UP, "context length"),
+        (400, {"message": "cannot"}, {}, Action.GIVE_UP, "cannot"),
+        (413, None, {}, Action.GIVE_UP, "status 413"),
+        (404, {"message": "gone"}, {}, Action.STOP, "status 404 for engine m (gone). Check --engine"),
+        (405, {"message": "no"}, {}, Action.STOP, "status 405"),
+        (501, {"message": "no"}, {}, Action.STOP, "status 501"),
+    ],
+)
+def test_each_http_error_has_one_verdict(
+    status: int, body: object, headers: dict[str, str], action: Action, words: str
+) -> None:
+    request = model("completions", temperature=0.5).request("p")
+    verdict = classify_error(status, body, headers, request=request, server="s")
+    assert (verdict.action, verdict.parameter) == (action, {422: "top_p"}.get(status) or verdict.parameter)
+    assert words in verdict.message
+    assert verdict.wait == {"7": 7.0, "250": 0.25}.get(next(iter(headers.values()), ""))
+    switchable = status in (404, 405, 501)
+    verdict = classify_error(status, body, headers, request=request, server="s", can_switch_api=True)
+    assert verdict.action is (Action.SWITCH_API if switchable else action)
+
+
+def test_a_message_about_chat_switches_the_api_once() -> None:
+    request, body = model("chat").request("p"), {"message": "m has no chat template"}
+    for can_switch, action in ((True, Action.SWITCH_API), (False, Action.GIVE_UP)):
+        verdict = classify_error(400, body, {}, request=request, server="s", can_switch_api=can_switch)
+        assert verdict.action is action
+
+
+# ---------------------------------------------------------------------------------------------- concurrency of a server
+
+
+def test_the_limit_falls_after_overload_and_rises_with_answers() -> None:
+    server = Server("http://127.0.0.1:9/v1", None, 10, 1.0)
+    server.on_overload(now=5.0, sent_at=1.0)
+    server.on_overload(now=5.1, sent_at=2.0)  # in flight together with the first: counts once
+    assert server.limit == pytest.approx(7)
+    server.on_overload(now=6.0, sent_at=5.5)
+    assert server.limit == pytest.approx(4.9)
+    for _ in range(20):
+        server.on_answer()
+    assert server.limit == pytest.approx(6.9)
+    for _ in range(100):
+        server.on_answer()
+    assert server.limit == 10
+    for _ in range(20):
+        server.on_overload(now=server.lowered_at + 1, sent_at=server.lowered_at)
+    assert server.limit == 1
+
+
+def test_a_server_waits_as_long_as_it_asks_or_ever_longer() -> None:
+    server = Server("http://127.0.0.1:9/v1", None, 2, 1.0)
+    server.on_rate_limit(100.0, wait=3.0)
+    assert (server.free_capacity(102.9), server.free_capacity(103.0)) == (0.0, 1.0)
+    waits = []
+    for _ in range(10):
+        now = server.resume_at
+        server.on_rate_limit(now, wait=None)
+        waits.append(server.resume_at - now)
+    assert waits[:3] == [1.0, 2.0, 4.0]
+    assert waits[-1] == 60.0
+    server.on_answer()
+    server.on_rate_limit(1000.0, wait=None)
+    assert server.resume_at == 1000.5
+
+
+def test_an_unreachable_server_gets_one_request_at_a_time() -> None:
+    server = Server("http://127.0.0.1:9/v1", None, 8, 1.0)
+    server.on_connection_failure(10.0)
+    assert server.free_capacity(10.1) == 0.0
+    assert server.free_capacity(10.25) == 1.0
+    server.in_flight = 1
+    assert server.free_capacity(10.25) == 0.0
+    server.on_contact()
+    assert server.free_capacity(10.25) > 0.0
+
+
+def test_an_address_is_shown_without_what_is_secret() -> None:
+    assert public_url("https://user:sk-1@host:8000/v1?key=sk-2") == "https://host:8000/v1"
+    assert public_url(None) == "OpenAI"

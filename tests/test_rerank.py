@@ -1,0 +1,241 @@
+"""Stage 5: reranked runs, kills, several processes, interpolation."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SUBJECTS, command_of, error_line, ok, rows, run, save_t5, write_rows
+from training_helpers import dev, dev_but, train
+
+from inpars_lib.rerankers import load_reranker
+
+
+@pytest.fixture(scope="module")
+def trained(separable: Path, tiny_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "model"
+    args = ["--max_steps", 60, "--learning_rate", 5e-3, "--gradient_accumulation_steps", 2]
+    ok(train(separable, tiny_t5, output, *args))
+    return output
+
+
+def test_reranking_puts_positives_first(trained: Path, separable: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run.txt"
+    done = ok(
+        run(
+            *("rerank.py", "--model", trained, *dev(separable), "--output", output, "--top_k", 12, "--max_length", 64),
+            *("--plot", tmp_path / "gains.png"),
+        )
+    )
+    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
+    ranked: dict[str, list[str]] = {}
+    scores: dict[str, list[float]] = {}
+    for line in output.read_text().splitlines():
+        query_id, q0, doc_id, rank, score, tag = line.split()
+        ranked.setdefault(query_id, []).append(doc_id)
+        scores.setdefault(query_id, []).append(float(score))
+        assert (q0, int(rank), tag) == ("Q0", len(ranked[query_id]), "inpars")
+    assert list(ranked) == [str(i) for i in range(len(SUBJECTS))]
+    for query_id, doc_ids in ranked.items():
+        assert sorted(doc_id[0] for doc_id in doc_ids[:12]) == ["n"] * 6 + ["p"] * 6
+        assert [doc_id[0] for doc_id in doc_ids[:6]] == ["p"] * 6
+        # Hits below the first --top_k keep their order, below the reranked ones.
+        assert doc_ids[12:] == [f"{kind}{query_id}-{j}" for j in range(6, 10) for kind in "np"]
+        assert scores[query_id] == sorted(scores[query_id], reverse=True)
+    table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if "@" in line or "MAP" in line}
+    assert set(table) == {"nDCG@10", "nDCG@20", "MRR@10", "MAP", "P@20", "R@1000"}
+    first, reranked, change, p, won, tied, lost = map(float, table["MRR@10"])
+    assert (first, reranked, change, won, tied, lost) == (0.5, 1.0, 0.5, 10, 0, 0)
+    assert p < 0.05
+    assert list(map(float, table["R@1000"])) == [1, 1, 0, 1, 0, 10, 0]
+
+
+def test_the_table_agrees_with_ir_measures(trained: Path, separable: Path, tmp_path: Path) -> None:
+    import ir_measures
+    from ir_measures import AP, RR, nDCG
+
+    output = tmp_path / "run.txt"
+    args = ["--model", trained, *dev(separable), "--output", output, "--relevance_threshold", 2, "--max_length", 64]
+    said = ok(run("rerank.py", *args)).stdout
+    table = {line.split()[0]: line.split()[2] for line in said.splitlines() if "@" in line or "MAP" in line}
+    qrels = list(ir_measures.read_trec_qrels(str(separable / "qrels.txt")))
+    measures = {"nDCG@10": nDCG @ 10, "MRR@10": RR(rel=2) @ 10, "MAP": AP(rel=2)}
+    values = ir_measures.calc_aggregate(list(measures.values()), qrels, ir_measures.read_trec_run(str(output)))
+    for name, measure in measures.items():
+        assert float(table[name]) == pytest.approx(values[measure], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def long_run(separable: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Write 300 queries with 20 hits each: 24 blocks of at most 260 pairs. Return the flags."""
+    folder = tmp_path_factory.mktemp("long")
+    topics = [line.split("\t") for line in (separable / "topics.tsv").read_text().splitlines()]
+    hits = [line.split() for line in (separable / "run.txt").read_text().splitlines()]
+    with (folder / "topics.tsv").open("w") as file:
+        file.writelines(f"{q}-{i}\t{text} {i}\n" for i in range(30) for q, text in topics)
+    with (folder / "run.txt").open("w") as file:
+        file.writelines(" ".join([f"{hit[0]}-{i}", *hit[1:]]) + "\n" for i in range(30) for hit in hits)
+    files = ["--queries", folder / "topics.tsv", "--run", folder / "run.txt"]
+    return [*files, "--corpus", separable / "collection.tsv", "--max_length", 64]
+
+
+def blocks(scores: Path) -> int:
+    return max(0, scores.read_bytes().count(b"\n") - 1) if scores.exists() else 0
+
+
+def kill_after(command: list[str], scores: Path, finished: int) -> None:
+    """Start a run and kill it when so many of its blocks are in the log."""
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and blocks(scores) < finished:
+        pass
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_kills_do_not_change_a_run(long_run: list[object], tiny_t5: Path, tmp_path: Path) -> None:
+    """SIGKILL after one block more, several times. `KILLS=20 bash run_tests.sh -k kills` kills more often."""
+    ok(run("rerank.py", "--model", tiny_t5, *long_run, "--output", tmp_path / "whole.txt"))
+    scores = tmp_path / "run.txt.scores.0.jsonl"
+    args = ["--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"]
+    for kill in range(int(os.environ.get("KILLS", 2))):
+        kill_after(command_of("rerank.py", *args), scores, blocks(scores) + 1)
+        assert not (tmp_path / "run.txt").exists()
+        if kill % 2:
+            with scores.open("a") as file:
+                file.write('{"block": 99, "scor')  # torn
+    finished = blocks(scores)
+    done = ok(run("rerank.py", *args))
+    assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
+    assert not scores.exists()
+    percent = int(re.search(r"Reranking: +([0-9]+)%", done.stderr)[1])  # where the bar began
+    assert percent >= int(100 * finished / 25) > 0
+
+
+@pytest.mark.slow
+def test_scores_of_another_model_are_discarded(
+    separable: Path, long_run: list[object], tiny_t5: Path, tmp_path: Path
+) -> None:
+    other = save_t5(tmp_path / "other", (separable / "triples.tsv").read_text().splitlines()[:50])
+    for model, name in ((tiny_t5, "one.txt"), (other, "two.txt")):
+        ok(run("rerank.py", "--model", model, *long_run, "--output", tmp_path / name))
+    assert (tmp_path / "one.txt").read_bytes() != (tmp_path / "two.txt").read_bytes()
+    command = command_of("rerank.py", "--model", other, *long_run, "--output", tmp_path / "run.txt")
+    kill_after(command, tmp_path / "run.txt.scores.0.jsonl", 5)
+    ok(run("rerank.py", "--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"))
+    assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "one.txt").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_run_of_one(long_run: list[object], tiny_t5: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    args = ["--model", tiny_t5, *long_run]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ok(run("rerank.py", *args, "--output", tmp_path / "one.txt"))
+    torch.set_num_threads(threads)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    two = [*torchrun, ROOT / "rerank.py", *args, "--output", tmp_path / "two.txt"]
+    done = subprocess.run([*map(str, two)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one.txt").read_bytes() == (tmp_path / "two.txt").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.txt", "two.txt"]
+
+
+def test_a_dry_run_counts_and_writes_nothing(long_run: list[object], tiny_t5: Path, tmp_path: Path) -> None:
+    done = ok(run("rerank.py", "--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt", "--dry_run"))
+    assert not list(tmp_path.iterdir())
+    files = {flag: path for flag, path in zip(long_run[::2], long_run[1::2], strict=True)}
+    topics = dict(line.split("\t") for line in files["--queries"].read_text().splitlines())
+    texts = dict(line.split("\t") for line in files["--corpus"].read_text().splitlines())
+    model = load_reranker(str(tiny_t5), max_length=64)
+    hits = [line.split() for line in files["--run"].read_text().splitlines()]
+    tokens = sum(len(model.encode(topics[hit[0]], texts[hit[2]])[0]) for hit in hits)
+    assert f"300 queries, 6,000 pairs, {tokens:,} tokens" in done.stdout
+
+
+def test_auto_interpolation_uses_the_queries_held_out(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    collection = separable / "collection.tsv"
+    texts = dict(line.split("\t") for line in collection.read_text().splitlines())
+    data = [
+        {"doc_id": i, "doc_text": text, "question": " ".join(text.split()[2:6]), "log_probs": [-1.0]}
+        for i, text in list(texts.items())[::5]
+    ]
+    queries = write_rows(tmp_path / "queries.jsonl", data)
+    mining = ["--input", queries, "--output", tmp_path / "t.tsv", "--output_ids", tmp_path / "ids.tsv"]
+    index = ["--corpus", collection, "--index", tmp_path / "index"]
+    assert "warning" not in ok(run("generate_triples_train.py", *mining, *index, "--holdout", 10)).stderr
+    held = rows(tmp_path / "t.tsv.holdout.jsonl")
+    assert len(held) == 10
+    lines = {int(line.split("\t")[0]) for line in (tmp_path / "ids.tsv").read_text().splitlines()}
+    assert lines == set(range(len(data))) - {data.index(row) for row in held}  # no triple has a held-out query
+    too_many = run("generate_triples_train.py", *mining, *index, "--holdout", len(data))
+    assert "leaves none" in error_line(too_many)
+
+    files = ["--model", tiny_t5, "--queries", separable / "topics.tsv", *index, "--qrels", separable / "qrels.txt"]
+    mixing = ["--interpolation_weight", "auto", "--holdout", tmp_path / "t.tsv.holdout.jsonl", "--top_k", 20]
+    done = ok(run("rerank.py", *files, *mixing, "--output", tmp_path / "auto.txt", "--max_length", 64))
+    assert "nDCG@10 on 10 held-out synthetic queries by interpolation weight: 0: " in done.stderr
+    weight = re.search(r"weight ([0-9.]+) \(first stage", done.stdout)[1]
+    fixed = ["--interpolation_weight", weight, "--top_k", 20, "--output", tmp_path / "fixed.txt", "--max_length", 64]
+    ok(run("rerank.py", *files, *fixed))
+    assert (tmp_path / "auto.txt").read_bytes() == (tmp_path / "fixed.txt").read_bytes()
+    first = (tmp_path / "fixed.txt.bm25.txt").read_text().splitlines()
+    assert first[0].split()[5] == "bm25"
+
+    # The same queries choose a checkpoint.
+    selecting = ["--holdout", tmp_path / "t.tsv.holdout.jsonl", *index, "--select_by", "nDCG@10", "--eval_steps", 1]
+    quick = ["--max_steps", 3, "--gradient_accumulation_steps", 1, "--learning_rate", 1e-2]
+    said = ok(train(separable, tiny_t5, tmp_path / "model", *selecting, *quick)).stderr
+    first_stage = re.search(r"by interpolation weight: 0: ([0-9.]+)", done.stderr)[1]  # BM25 alone on these queries
+    assert f"first stage: nDCG@10 {first_stage}" in said
+    with (tmp_path / "model/results.csv").open() as file:
+        values = [float(row["nDCG@10"]) for row in csv.DictReader(file)]
+    assert len(values) == 3
+    assert f"model: model of step {1 + values.index(max(values))}" in said
+    card = (tmp_path / "model/README.md").read_text()
+    assert "Evaluated on t.tsv.holdout.jsonl (synthetic queries held out from training" in card
+
+    assert "needs --holdout" in error_line(run("rerank.py", *files, *mixing[:2], "--output", tmp_path / "x"), 2)
+    assert "from 0 to 1" in error_line(run("rerank.py", *files, *mixing[:1], "2", "--output", tmp_path / "x"), 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("run.txt", "q1 Q0 a 1 1.0 x\n", "no hits for any"),  # other query ids
+        (
+            "run.txt",
+            "1 Q0 ug7v899j 1 1.0 x\n1 Q0 p1-1 2 0.5 x\n",
+            "1 of the 2 documents",
+        ),  # the query ids are equal by chance
+        ("run.txt", "1\ta\n", "no usable line found"),
+        ("qrels.txt", "q1 0 a 1\n", "is judged here"),
+        ("topics.tsv", "1\tone\n1\ttwo\n", "query id 1"),
+        ("collection.tsv", "x\tother\n", "are not in this collection"),
+    ],
+)
+@pytest.mark.parametrize("script", ["train_t5.py", "rerank.py"])
+def test_files_that_do_not_belong_together(
+    separable: Path, tiny_t5: Path, tmp_path: Path, script: str, name: str, text: str, words: str
+) -> None:
+    files = dev_but(separable, tmp_path, name, text)
+    if script == "train_t5.py":
+        done = train(separable, tiny_t5, tmp_path / "model", *files)
+    else:
+        done = run(script, "--model", tiny_t5, *files, "--output", tmp_path / "out.txt")
+    assert words in error_line(done)
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "out.txt").exists()
+
+
+def test_usage_errors(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    args = ["--queries", separable / "topics.tsv", "--corpus", separable / "collection.tsv", "--output", tmp_path / "o"]
+    assert "--run or --index is required" in error_line(run("rerank.py", "--model", tiny_t5, *args), 2)
+    no_model = run("rerank.py", "--model", tmp_path / "absent", *args, "--run", separable / "run.txt")
+    assert f"{tmp_path / 'absent'}" in error_line(no_model)

@@ -1,0 +1,207 @@
+"""Stage 4: a tiny T5 and a tiny encoder learn a data set that can be learned."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command_of, error_line, ok, run
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from training_helpers import QUICK, dev, dev_but, train, train_flags
+
+from inpars_lib.formats import TripleFile
+from inpars_lib.training import LengthSortedSampler, TrainingExamples
+
+
+@pytest.fixture(scope="module", params=["t5", "encoder"])
+def trained(request, separable: Path, tiny_t5: Path, tiny_encoder: Path, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp(request.param) / "model"
+    base = tiny_t5 if request.param == "t5" else tiny_encoder
+    args = ["--max_steps", 60, "--learning_rate", 5e-3, "--gradient_accumulation_steps", 2, "--eval_steps", 20]
+    args += ["--save_every_n_steps", 40, "--logging_steps", 5, "--relevance_threshold", 2]
+    ok(train(separable, base, output, *dev(separable), *args))
+    return output
+
+
+def test_it_learns(trained: Path) -> None:
+    with (trained / "results.csv").open() as file:
+        results = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in results] == [20, 40, 60]
+    assert list(results[0]) == ["step", "epoch", "loss", "nDCG@10", "nDCG@20", "MRR@10", "MAP", "P@20", "R@1000"]
+    state = json.loads((trained / "checkpoint-60/trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses[-1] < losses[0] / 2
+    assert float(results[-1]["nDCG@10"]) > 0.8  # 0.5 as it came; the grades 1 and 2 look alike
+    assert float(results[-1]["P@20"]) == pytest.approx(0.25)  # 5 of the first 20 have grade 2
+    assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not (trained / "unfinished").exists()
+
+
+def test_the_model_has_a_card(trained: Path, separable: Path) -> None:
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.pipeline_tag == "text-ranking"
+    assert "inpars" in card.data.tags
+    digest = hashlib.sha256((separable / "triples.tsv").read_bytes()).hexdigest()
+    assert f"| triples_train | triples.tsv | `{digest}` |" in card.text
+    assert "| learning_rate | 0.005 |" in card.text
+    with (trained / "results.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    assert f"are from step {last['step']}, the last" in card.text
+    assert f"| MRR@10 | 0.2500 | {float(last['MRR@10']):.4f} |" in card.text
+    assert str(separable) not in card.content  # no paths of this machine
+
+
+def test_positives_against_negatives(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    args = ["--max_steps", 30, "--learning_rate", 5e-3, "--gradient_accumulation_steps", 2, "--logging_steps", 5]
+    ok(train(separable, tiny_t5, tmp_path / "model", *dev(separable), *args, "--loss", "pairwise"))
+    with (tmp_path / "model/results.csv").open() as file:
+        [row] = csv.DictReader(file)
+    assert float(row["loss"]) < 0.3  # 0.69 as it came
+    assert float(row["nDCG@10"]) > 0.8
+    examples = TrainingExamples(TripleFile(str(separable / "triples.tsv")))
+    order = list(LengthSortedSampler(examples, 16, seed=1, keep_pairs=True))
+    assert sorted(order) == list(range(len(examples)))
+    assert all(negative == positive + 1 for positive, negative in zip(order[::2], order[1::2], strict=True))
+    apart = list(LengthSortedSampler(examples, 16, seed=1))
+    assert all(sorted(order[i : i + 16]) == sorted(apart[i : i + 16]) for i in range(0, len(order), 16))
+
+
+def test_the_best_checkpoint_is_kept(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    """Judged by the negatives, each step of training is a loss: the first evaluation stays the best."""
+    files = dev_but(separable, tmp_path, "qrels.txt", (separable / "qrels.txt").read_text().replace(" p", " n"))
+    args = ["--max_steps", 60, "--learning_rate", 5e-3, "--gradient_accumulation_steps", 2, "--eval_steps", 10]
+    selecting = ["--select_by", "MRR@10", "--early_stopping_patience", 2, "--relevance_threshold", 1]
+    ok(train(separable, tiny_t5, tmp_path / "model", *files, *args, *selecting))
+    with (tmp_path / "model/results.csv").open() as file:
+        results = [(float(row["MRR@10"]), int(row["step"])) for row in csv.DictReader(file)]
+    value, best = max(results, key=lambda row: (row[0], -row[1]))
+    assert best + 20 == results[-1][1] < 60  # stopped after two that were no better
+    folders = ("", f"checkpoint-{best}", f"checkpoint-{best + 20}")
+    kept, same, last = (load_file(tmp_path / "model" / folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(kept[name], same[name]) for name in same)
+    assert not all(torch.equal(kept[name], last[name]) for name in last)
+    card = (tmp_path / "model/README.md").read_text()
+    assert f"are from step {best}, the best by MRR@10" in card
+    assert f"| MRR@10 | 1.0000 | {value:.4f} |" in card
+
+
+@pytest.mark.slow
+def test_a_kill_and_a_resumed_training(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    """A run that is killed and resumed ends with the same weights and figures as one that is not."""
+    args = ["--max_steps", 12, "--gradient_accumulation_steps", 1, "--save_every_n_steps", 4, "--logging_steps", 3]
+    args += [*dev(separable), "--eval_steps", 2]
+    ok(train(separable, tiny_t5, tmp_path / "whole", *args))
+    command = command_of("train_t5.py", *train_flags(separable, tiny_t5, tmp_path / "killed", *args))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    state = tmp_path / "killed/checkpoint-4/trainer_state.json"
+    while not (state.exists() and state.read_text().endswith("}\n")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # What a kill in the middle of saving leaves: no trainer_state.json yet.
+    torn = tmp_path / "killed" / "checkpoint-999"
+    shutil.copytree(tmp_path / "killed/checkpoint-4", torn)
+    (torn / "trainer_state.json").unlink()
+    assert "has checkpoints of an earlier run" in error_line(train(separable, tiny_t5, tmp_path / "killed", *args))
+    said = ok(train(separable, tiny_t5, tmp_path / "killed", *args, "--resume_from_checkpoint")).stderr
+    assert "resumed from" in said
+    assert "checkpoint-999" not in said
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for name in ("results.csv", "learning_curve.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_other_flags_are_passed_to_the_trainer(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    more = ["--optim", "adafactor", "--gradient_checkpointing", "True", "--save_total_limit=1", "--save_steps", 1]
+    ok(train(separable, tiny_t5, tmp_path / "model", *QUICK, *more))
+    [checkpoint] = (tmp_path / "model").glob("checkpoint-*")  # of two, as the flag asks
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert any("exp_avg_sq_row" in values for values in state["state"].values())  # only Adafactor has these
+    unknown = train(separable, tiny_t5, tmp_path / "none", *QUICK, "--learning_rat", 1)
+    assert "--learning_rat is neither a flag of this script nor of" in error_line(unknown, 2)
+    selecting = ["--select_by", "MAP", "--eval_steps", 2, "--save_steps", 3]
+    refused = train(separable, tiny_t5, tmp_path / "none", *QUICK, *dev(separable), *selecting)
+    assert "refuses these flags: --load_best_model_at_end requires" in error_line(refused)
+
+
+def test_publishing_is_one_command_of_the_hub(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    for flag in (["--push_to_hub"], ["--hub_model_id", "me/x"], ["--push_to_hub", "True"]):
+        refused = train(separable, tiny_t5, tmp_path / "model", *QUICK, *flag)
+        assert "hf upload YOU/NAME MODEL" in error_line(refused, 2)
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    """Under torchrun the ranks share a step's batches and the queries of an evaluation."""
+    args = ["--base_model", tiny_t5, "--triples_train", separable / "triples.tsv", "--max_length", 64, "--max_steps", 4]
+    args += ["--gradient_accumulation_steps", 4, "--eval_steps", 4, "--logging_steps", 1, *dev(separable)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    command = [*torchrun, ROOT / "train_t5.py", *args, "--output_dir", tmp_path / "two"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ok(run("train_t5.py", *args, "--output_dir", tmp_path / "one"))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    before = load_file(tiny_t5 / "model.safetensors")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=0)
+    assert any((one[name] - before[name]).abs().max() > 1e-3 for name in one)
+    with (tmp_path / "two" / "results.csv").open() as file:
+        [row] = csv.DictReader(file)
+    assert float(row["R@1000"]) == 1.0  # every query was scored by one of the two
+
+
+def test_accumulated_batches_are_shared_evenly(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    odd = train(separable, tiny_t5, tmp_path / "model", "--gradient_accumulation_steps", 3, WORLD_SIZE="2")
+    assert "not divisible by 2 processes" in error_line(odd)
+
+
+def test_a_step_has_the_examples_of_its_triples_longest_first(tmp_path: Path) -> None:
+    triples = [(f"q{i}", "positive " * (i % 7 + 1), "negative " * (i % 5 + 1)) for i in range(20)]
+    (tmp_path / "t.tsv").write_text("".join("\t".join(triple) + "\n" for triple in triples))
+    examples = TrainingExamples(TripleFile(str(tmp_path / "t.tsv")))
+    sampler = LengthSortedSampler(examples, examples_per_step=16, seed=1)
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert order == list(sampler)  # a resumed run needs this
+        assert sorted(order) == list(range(40)) == sorted(range(len(sampler)))
+        for start in (0, 16, 32):
+            step = [examples[i] for i in order[start : start + 16]]
+            assert sum(relevant for *_, relevant in step) == len(step) / 2
+            lengths = [len(query + text) for query, text, _ in step]
+            assert lengths == sorted(lengths, reverse=True)
+            assert all(relevant == text.startswith("positive") for _, text, relevant in step)
+        epochs.append(order)
+    assert set(epochs[0][:16]) != set(epochs[1][:16])  # other steps in another epoch
+
+
+def test_usage_errors(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    needs_all = train(separable, tiny_t5, output, "--qrels", separable / "qrels.txt")
+    assert "evaluation needs all of" in error_line(needs_all, 2)
+    odd = train(separable, tiny_t5, output, "--per_device_train_batch_size", 3)
+    assert "must be even" in error_line(odd, 2)
+    no_checkpoint = train(separable, tiny_t5, output, "--resume_from_checkpoint", tmp_path)
+    assert "this is no complete checkpoint" in error_line(no_checkpoint)
+    chosen = train(separable, tiny_t5, output, "--select_by", "MRR@10")
+    assert "--select_by needs --queries" in error_line(chosen, 2)
+    held = train(separable, tiny_t5, output, *dev(separable), "--holdout", "x", "--index", "y")
+    assert "--holdout needs --index and --corpus, and excludes" in error_line(held, 2)
+    impatient = train(separable, tiny_t5, output, *dev(separable), "--early_stopping_patience", 2)
+    assert "needs --select_by" in error_line(impatient, 2)
+    assert "pip install wandb" in error_line(train(separable, tiny_t5, output, "--report_to", "wandb"), 2)
+    (tmp_path / "t.tsv").write_text("only one column\n")
+    no_triples = run("train_t5.py", "--triples_train", tmp_path / "t.tsv", "--output_dir", output)
+    assert "t.tsv: " in error_line(no_triples)
