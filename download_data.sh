@@ -9,15 +9,15 @@
 # NAME: msmarco robust04 nq trec_covid fiqa dbpedia scidocs scifacts arguana bioasq climate_fever cqadupstack fever
 #       hotpotqa nfcorpus quora signal touche trec_news
 #
-# Files land in data/. What is there is skipped; a broken download goes on where it stopped; checksums are checked.
+# Files are written to data/. Existing files are skipped, interrupted downloads resume, checksums are verified.
 set -euo pipefail
 
-# Hosts, to be set from outside where a mirror is nearer.
+# Hosts. Set these variables to use mirrors.
 MSMARCO_HOST=${MSMARCO_HOST:-https://msmarco.z22.web.core.windows.net}
 GITHUB_HOST=${GITHUB_HOST:-https://raw.githubusercontent.com}
 GOOGLE_HOST=${GOOGLE_HOST:-https://storage.googleapis.com}
 INPARS_HOST=${INPARS_HOST:-https://zav-public.s3.amazonaws.com}
-COLLECTION_MD5=${COLLECTION_MD5:-87dd01826da3e2ad45447ba5af577628} # of the archive; a mirror may pack it anew
+COLLECTION_MD5=${COLLECTION_MD5:-87dd01826da3e2ad45447ba5af577628} # of the archive; a mirror may have compressed the collection again
 
 MSMARCO=data/msmarco
 SYNTHETIC=$(sed -n '/^# NAME:/,/^#$/s/^# *\(NAME:\)\{0,1\}//p' "$0")
@@ -37,23 +37,23 @@ checksum() { # algorithm file
 fetch() { # url file [algorithm sum]
     local url=$1 file=$2 algorithm=${3:-} sum=${4:-} part=$2.part status=0
     if [ -e "$file" ]; then
-        echo "$file is there"
+        echo "$file exists: skipped"
         return
     fi
     mkdir -p "$(dirname "$file")"
     if [ -z "$sum" ] || [ ! -e "$part" ] || [ "$(checksum "$algorithm" "$part")" != "$sum" ]; then
         echo "$url -> $file"
         curl --fail --location --retry 5 --continue-at - --output "$part" "$url" || status=$?
-        # 22 and 33: there is nothing to go on with, because all of it is here or the server knows no ranges.
+        # 22 and 33: the download cannot be resumed. The part is complete, or the server supports no ranges.
         if { [ $status = 22 ] || [ $status = 33 ]; } && [ -e "$part" ]; then
             status=0
             curl --fail --location --retry 5 --output "$part" "$url" || status=$?
         fi
-        [ $status = 0 ] || fail "$url could not be downloaded (curl $status); the same command goes on from what is here"
+        [ $status = 0 ] || fail "$url: download failed (curl $status). Run the same command again to resume."
     fi
     if [ -n "$sum" ] && [ "$(checksum "$algorithm" "$part")" != "$sum" ]; then
         rm "$part"
-        fail "$url is not the file that it was: its $algorithm is not $sum; nothing was kept, try again or another mirror"
+        fail "$url: the file has changed, its $algorithm is not $sum. Nothing was kept. Run the command again or set a mirror."
     fi
     mv "$part" "$file"
 }
@@ -68,7 +68,7 @@ msmarco() {
     anserini qrels/qrels.msmarco-passage.dev-subset.txt 34ef51a24e049b3dd19b0a448b764f26b0def22ec42f421ecba2db91f82e7042
     fetch "$GOOGLE_HOST/duobert_git/run.bm25.dev.small.tsv" "$MSMARCO/run.bm25.dev.small.tsv"
     if [ -e "$MSMARCO/collection.tsv" ]; then
-        echo "$MSMARCO/collection.tsv is there"
+        echo "$MSMARCO/collection.tsv exists: skipped"
         return
     fi
     fetch "$MSMARCO_HOST/msmarcoranking/collection.tar.gz" "$MSMARCO/collection.tar.gz" md5 "$COLLECTION_MD5"
@@ -103,7 +103,7 @@ synthetic() {
             *) usage ;;
         esac
     done
-    echo "$# sets of 100,000 synthetic queries into data/synthetic: the server says below how many MB each has"
+    echo "$# sets of 100,000 synthetic queries into data/synthetic; curl shows the size of each"
     for name in "$@"; do
         fetch "$INPARS_HOST/inpars/${name}_synthetic_queries_100k.jsonl" "data/synthetic/${name}_synthetic_queries_100k.jsonl"
     done
@@ -114,7 +114,7 @@ usage() {
     exit 2
 }
 
-command -v curl >/dev/null || fail "curl is not installed; install it, or fetch the addresses in $0 by hand"
+command -v curl >/dev/null || fail "curl is not installed. Install it, or download the addresses in $0 by hand."
 case ${1:-msmarco} in
     msmarco | dl20 | prompts)
         [ $# -le 1 ] || usage

@@ -19,7 +19,7 @@ LONG = 50_000_000
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """One small file of each kind, all of one collection."""
+    """Write one small file of each kind, all of one collection."""
     texts = {
         "collection": GOOD,
         "topics": "1\twhat are tides\n2\twhy bees\n",
@@ -67,9 +67,9 @@ def cut_gzip(data: bytes) -> bytes:
 
 
 QUERY = b'{"doc_id": "d1", "doc_text": "t", "question": "q", "log_probs": [-1, -1, -1]}\n'
-REFUSED = [  # name, command, file that is replaced, what stands in it, words of the one error_line
+REFUSED = [  # name, command, replaced file, its content, part of the error
     ("an empty collection", index, "collection", b"", "collection: no usable line found"),
-    ("blank lines alone", index, "collection", b"\n\r\n  \n", "collection: no usable line found"),
+    ("only empty lines", index, "collection", b"\n\r\n  \n", "collection: no usable line found"),
     ("an id that occurs twice", index, "collection", GOOD.encode() + b"d2\tother\n", "the id d2 is on two lines"),
     ("a truncated gzip", index, "collection", cut_gzip(GOOD.encode()), "collection: damaged gzip data"),
     ("nothing but invalid UTF-8", index, "collection", b"d1\t\xff\n", "collection: no usable line found"),
@@ -92,7 +92,7 @@ REFUSED = [  # name, command, file that is replaced, what stands in it, words of
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=[row[0] for row in REFUSED])
-def test_refused(files: dict[str, Path], tmp_path: Path, row: tuple) -> None:
+def test_malformed_files_are_refused(files: dict[str, Path], tmp_path: Path, row: tuple) -> None:
     _, command, name, data, words = row
     files[name].write_bytes(data)
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -100,7 +100,7 @@ def test_refused(files: dict[str, Path], tmp_path: Path, row: tuple) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-# Read as meant, or a line skipped with its number: name, contents of a collection, texts, words of a warning
+# Valid lines are read, others are skipped with a warning: name, content of a collection, texts, part of the warning
 TAKEN = [
     ("Windows line ends", GOOD.replace("\n", "\r\n").encode(), None, None),
     ("a byte-order mark", b"\xef\xbb\xbf" + GOOD.encode(), None, None),
@@ -118,7 +118,7 @@ TAKEN = [
 
 
 @pytest.mark.parametrize("row", TAKEN, ids=[row[0] for row in TAKEN])
-def test_taken(files: dict[str, Path], tmp_path: Path, row: tuple) -> None:
+def test_odd_but_valid_files_are_read(files: dict[str, Path], tmp_path: Path, row: tuple) -> None:
     _, data, texts, warning = row
     files["collection"].write_bytes(data)
     query = {"doc_id": "d2", "doc_text": "dough", "question": "tides bread bees", "log_probs": [-1]}

@@ -19,12 +19,12 @@ def names(collection: Path) -> set[str]:
 
 
 def asked(server: StandIn) -> Counter:
-    """How often each document was asked for: by itself, or as part of a batch."""
+    """Count the requests for each document, direct or in a batch."""
     return Counter(document_of(request) for request in server.requests)
 
 
 @pytest.mark.parametrize("api", ["completions", "chat"])
-def test_a_collection_by_the_batch(collection: Path, openai_server: StandIn, api: str) -> None:
+def test_the_batch_api_answers_a_collection(collection: Path, openai_server: StandIn, api: str) -> None:
     openai_server.api = api
     done = ok(generate(collection, openai_server.url, *QUICK, "--batch_size", 8))
     assert {row["question"] for row in written(collection).values()} == {f"what is number{i} about?" for i in range(20)}
@@ -48,7 +48,7 @@ def test_a_collection_by_the_batch(collection: Path, openai_server: StandIn, api
 
 
 def kill_at(moment: str, collection: Path, server: StandIn) -> None:
-    """SIGKILL when the server has done its part of a step and its answer is not here yet."""
+    """SIGKILL after the server has processed a step and before its answer arrives."""
     reached, killed = threading.Event(), threading.Event()
 
     def step(name: str) -> None:
@@ -89,8 +89,8 @@ def test_cancel_after_a_kill_submits_nothing(collection: Path, openai_server: St
     assert set(asked(openai_server).values()) == {1}
 
 
-def test_a_submission_whose_answer_is_lost_is_found_again(collection: Path, openai_server: StandIn) -> None:
-    """The connection breaks after the server made the batch: it is looked for in the server's list first."""
+def test_a_submission_without_an_answer_is_found_in_the_list(collection: Path, openai_server: StandIn) -> None:
+    """The connection breaks after the server has created the batch, which is then found in the server's list."""
     lost = []
 
     def create_batch(wanted: dict) -> dict:
@@ -106,7 +106,7 @@ def test_a_submission_whose_answer_is_lost_is_found_again(collection: Path, open
     assert set(written(collection)) == EVERY
 
 
-def test_what_expired_is_submitted_again(collection: Path, openai_server: StandIn) -> None:
+def test_expired_requests_are_submitted_again(collection: Path, openai_server: StandIn) -> None:
     openai_server.batch_end = lambda batch, number: "expired" if number == 1 else "completed"
     done = ok(generate(collection, openai_server.url, *QUICK))
     assert "documents were not answered (batch_expired: 10). They are submitted again" in done.stderr
@@ -116,7 +116,7 @@ def test_what_expired_is_submitted_again(collection: Path, openai_server: StandI
 
 
 def test_requests_that_fail_in_a_batch(collection: Path, openai_server: StandIn) -> None:
-    """The document's own failure goes into the errors; the server's is asked for again."""
+    """A failure of the document is recorded; a failure of the server is retried."""
     tries = Counter()
 
     def respond(request: dict) -> tuple[int, object]:
@@ -140,7 +140,7 @@ def test_requests_that_fail_in_a_batch(collection: Path, openai_server: StandIn)
     assert set(written(collection)) == EVERY
 
 
-def test_a_batch_that_is_not_accepted(collection: Path, openai_server: StandIn) -> None:
+def test_a_rejected_batch(collection: Path, openai_server: StandIn) -> None:
     openai_server.batch_end = lambda batch, number: "failed:invalid_model"
     said = error_line(generate(collection, openai_server.url, *QUICK))
     assert "batch batch_1 was not accepted: refused: invalid_model" in said
@@ -149,7 +149,7 @@ def test_a_batch_that_is_not_accepted(collection: Path, openai_server: StandIn) 
     assert set(written(collection)) == EVERY
 
 
-def test_too_many_tokens_at_a_time_wait_for_the_other_batches(collection: Path, openai_server: StandIn) -> None:
+def test_a_batch_over_the_token_limit_waits_for_the_others(collection: Path, openai_server: StandIn) -> None:
     openai_server.batch_end = lambda batch, number: "failed:token_limit_exceeded" if number == 1 else "completed"
     done = ok(generate(collection, openai_server.url, *QUICK, "--batch_size", 10))
     assert "too many tokens at a time: 10" in done.stderr
@@ -157,7 +157,7 @@ def test_too_many_tokens_at_a_time_wait_for_the_other_batches(collection: Path, 
     assert set(asked(openai_server).values()) == {1}
 
 
-def test_batches_that_bring_nothing_end_the_run(collection: Path, openai_server: StandIn) -> None:
+def test_batches_without_answers_stop_the_run(collection: Path, openai_server: StandIn) -> None:
     openai_server.batch_end = lambda batch, number: "cancelled"  # by somebody else, before it began
     collection.write_text("".join(collection.read_text().splitlines(keepends=True)[:2]))
     said = error_line(generate(collection, openai_server.url, *QUICK))
@@ -166,7 +166,7 @@ def test_batches_that_bring_nothing_end_the_run(collection: Path, openai_server:
 
 
 @pytest.mark.slow
-def test_cancel_keeps_what_was_answered(collection: Path, openai_server: StandIn) -> None:
+def test_cancelling_keeps_the_answers(collection: Path, openai_server: StandIn) -> None:
     openai_server.batch_waits = 10**9
     looked = threading.Event()
     openai_server.step = lambda name: looked.set() if name == "look" else None
@@ -176,7 +176,7 @@ def test_cancel_keeps_what_was_answered(collection: Path, openai_server: StandIn
     assert "Run the same command again to resume" in process.stderr.read()
     assert process.wait() == 130
     said = error_line(generate(collection, openai_server.url))  # it would ask, and pay, for the same documents
-    assert "1 batches are under way" in said
+    assert "1 batches are in progress" in said
     assert "--batch_cancel" in said
     openai_server.batch_waits = 1
     done = ok(generate(collection, openai_server.url, "--batch_cancel", "--batch_poll", 0.05))
@@ -187,7 +187,7 @@ def test_cancel_keeps_what_was_answered(collection: Path, openai_server: StandIn
     assert set(asked(openai_server).values()) == {1}
 
 
-def test_what_ends_a_batch_run_at_once(collection: Path, openai_server: StandIn) -> None:
+def test_fatal_errors_of_a_batch_run(collection: Path, openai_server: StandIn) -> None:
     openai_server.respond = lambda request: error(401, "wrong key sk-secret")
     done = generate(collection, openai_server.url, *QUICK, API_KEY="sk-secret")
     assert "the key was not accepted (401)" in error_line(done)

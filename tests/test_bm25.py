@@ -117,7 +117,7 @@ def ask_first_words(folder: Path, collection: Path) -> list[dict]:
     return data
 
 
-def test_hits_of_the_same_score_serve_for_want_of_others(tmp_path: Path) -> None:
+def test_hits_with_the_score_of_the_source_are_a_last_resort(tmp_path: Path) -> None:
     (tmp_path / "c.tsv").write_text("a\tbread is baked\nb\tbread was bought\nc\tbread is baked\n")
     write_rows(tmp_path / "q.jsonl", [{"doc_id": "a", "doc_text": "bread is baked", "question": "bread"}])
     ok(run("generate_triples_train.py", *mining(tmp_path, tmp_path / "c.tsv", tmp_path / "index", "--n_samples", 2)))
@@ -125,7 +125,7 @@ def test_hits_of_the_same_score_serve_for_want_of_others(tmp_path: Path) -> None
 
 
 def test_duplicates_of_the_positive_are_no_negatives(tmp_path: Path) -> None:
-    """Each document twice under other ids, and one that is alone in being about something else."""
+    """Every document is there twice under different ids, except for one."""
     docs = [f"bread number {i} is baked in an oven at dawn" for i in range(4)]
     lines = [f"{kind}{i}\t{text}" for i, text in enumerate(docs) for kind in ("one", "two")]
     (tmp_path / "c.tsv").write_text("\n".join(lines) + "\n")
@@ -178,7 +178,7 @@ def test_sampling_resumes_after_kills(demo_index: Path, demo_data: Path, tmp_pat
     assert (tmp_path / "t.ids").read_bytes() == (tmp_path / "whole.ids").read_bytes()
     assert not journal.exists()
     assert "Indexing" not in done.stderr
-    # What was left is not taken over with --no-resume, nor when the index was made anew.
+    # The log is discarded with --no-resume and after the index was rebuilt.
     first, *others = rows(tmp_path / "kept")
     write_rows(tmp_path / "kept", [first, *[{**row, "doc_ids": ["absent"]} for row in others]])
     for more in ([], ["--no-resume"], ["--threads", 1]):

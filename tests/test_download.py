@@ -1,4 +1,4 @@
-"""download_data.sh, its hosts served from loopback."""
+"""download_data.sh, with its hosts on loopback."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ COLLECTION = "".join(f"{i}\tpassage number {i}\n" for i in range(1000)).encode()
 
 
 class Host:
-    """Serves `files` by path, byte ranges too, and remembers what was asked for."""
+    """A server of `files` by path, with byte ranges, that records the requests."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -39,7 +39,7 @@ class Host:
                 self.wfile.write(data[start:])
 
         self.handler = Handler
-        self.url = ""  # known when it is served
+        self.url = ""  # set by the fixture
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def archive() -> bytes:
     return buffer.getvalue()
 
 
-def test_a_published_set_and_going_on_with_a_broken_download(host: Host, tmp_path: Path) -> None:
+def test_a_published_set_and_a_resumed_download(host: Host, tmp_path: Path) -> None:
     path = "/inpars/scifacts_synthetic_queries_100k.jsonl"
     host.files[path] = b'{"doc_id": "1"}\n' * 100
     file = tmp_path / "data/synthetic/scifacts_synthetic_queries_100k.jsonl"
@@ -78,9 +78,9 @@ def test_a_published_set_and_going_on_with_a_broken_download(host: Host, tmp_pat
     assert host.asked == [(path, "bytes=700-")]
     assert not part.exists()
     done = download(host, tmp_path, "synthetic", "scifacts")
-    assert "is there" in done.stdout
+    assert "exists: skipped" in done.stdout
     assert len(host.asked) == 1
-    # All of it was here, and only the last step missing.
+    # The part is complete and only has to be renamed.
     file.rename(part)
     assert download(host, tmp_path, "synthetic", "scifacts").returncode == 0
     assert file.read_bytes() == host.files[path]
@@ -93,18 +93,18 @@ def test_prompts(host: Host, tmp_path: Path) -> None:
     assert (tmp_path / "data/prompts/gbq_prompt.txt").read_bytes() == b"gbq"
 
 
-def test_a_file_that_is_not_what_it_was_is_refused(host: Host, tmp_path: Path) -> None:
+def test_a_changed_file_is_refused(host: Host, tmp_path: Path) -> None:
     host.files["/castorini/anserini-tools/master/topics/topics.dl20.txt"] = b"1\tchanged\n"
     done = download(host, tmp_path, "dl20")
     assert done.returncode == 1
-    assert "is not the file that it was: its sha256 is not 726cb401" in done.stderr
+    assert "the file has changed, its sha256 is not 726cb401" in done.stderr
     assert list((tmp_path / "data/msmarco").iterdir()) == []
 
 
 def test_msmarco_is_unpacked(host: Host, tmp_path: Path) -> None:
     folder = tmp_path / "data/msmarco"
     folder.mkdir(parents=True)
-    for name in ("topics", "qrels"):  # their sums are those of the real files: what is there is not fetched
+    for name in ("topics", "qrels"):  # existing files are skipped
         (folder / f"{name}.msmarco-passage.dev-subset.txt").write_text("here")
     host.files["/duobert_git/run.bm25.dev.small.tsv"] = b"1\t2\t1\n"
     packed = host.files["/msmarcoranking/collection.tar.gz"] = archive()
@@ -123,10 +123,10 @@ def test_msmarco_is_unpacked(host: Host, tmp_path: Path) -> None:
     assert host.asked == []
 
 
-def test_what_cannot_be_had(host: Host, tmp_path: Path) -> None:
+def test_failed_downloads_and_usage_errors(host: Host, tmp_path: Path) -> None:
     done = download(host, tmp_path, "synthetic", "fiqa")
     assert done.returncode == 1
-    assert "could not be downloaded" in done.stderr.splitlines()[-1]
+    assert "download failed" in done.stderr.splitlines()[-1]
     for args in (["nonsense"], ["synthetic"], ["synthetic", "nonsense"], ["dl20", "msmarco"]):
         done = download(host, tmp_path, *args)
         assert done.returncode == 2

@@ -48,16 +48,16 @@ def test_each_function_computes_what_its_name_says(tmp_path: Path, name: str, or
     for row in rows(tmp_path / "out.jsonl"):
         [original] = [r for r in ROWS if r["doc_id"] == row["doc_id"]]
         assert row.pop("score") == pytest.approx(formula(original["log_probs"]))
-        assert row == original  # log_probs stays as it was
+        assert row == original  # log_probs is unchanged
 
 
-def test_ties_go_by_doc_id_whatever_the_order_of_the_file(tmp_path: Path) -> None:
+def test_ties_are_broken_by_doc_id(tmp_path: Path) -> None:
     data = [query(doc_id, [-1.0, -1.0, -1.0]) for doc_id in ("b", "10", "a", "9")]
     assert kept(tmp_path, data) == kept(tmp_path, data[::-1]) == ["10", "9", "a", "b"]
     assert kept(tmp_path, data[::-1], "--top_k", 2) == ["10", "9"]
 
 
-def test_a_page_to_browse(tmp_path: Path) -> None:
+def test_the_query_browser_escapes_and_lists_rows(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><!-- \u2028 & <b>"
     data = [*ROWS, query("evil", [-0.2] * 3, question=evil, text=evil), query("few", [-0.1])]
     page = tmp_path / "page.html"
@@ -73,12 +73,12 @@ def test_a_page_to_browse(tmp_path: Path) -> None:
         **dict.fromkeys(["uneven", "poor"], "below the cutoff"),
         "few": "with fewer than 3 tokens",
     }
-    assert shown["evil"]["question"] == " ".join(evil.split())  # as it is, but on one line
+    assert shown["evil"]["question"] == " ".join(evil.split())  # unchanged, but on one line
     assert shown["short"]["score"] == pytest.approx(-0.3)
     assert shown["few"]["score"] is None
 
 
-def test_the_page_shows_a_uniform_sample(tmp_path: Path) -> None:
+def test_the_query_browser_shows_a_uniform_sample(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     sample = QuerySample(20)
     for i in range(200):
@@ -117,7 +117,7 @@ def test_rows_that_are_dropped_are_counted_by_reason(tmp_path: Path) -> None:
 
 
 def test_the_published_sets_are_valid_input(tmp_path: Path) -> None:
-    """Their rows: ids that are numbers or strings, questions with a leading blank, further fields."""
+    """Published rows have numeric or string ids, questions with a leading space and further fields."""
     published = {
         "doc_id": 4983,
         "doc_text": "Text",
@@ -131,7 +131,7 @@ def test_the_published_sets_are_valid_input(tmp_path: Path) -> None:
     assert [row["doc_id"] for row in rows(tmp_path / "out.jsonl")] == [4983, "MED-1"]
 
 
-def test_the_histogram_is_a_picture(tmp_path: Path) -> None:
+def test_the_histogram_is_a_png(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     kept(tmp_path, ROWS, "--top_k", 2, "--plot", tmp_path / "scores.png")
@@ -160,7 +160,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
 
 def test_a_reranker_scores_rows_without_log_probs(tmp_path: Path, separable: Path, tiny_t5: Path) -> None:
-    """Trained for a moment to tell texts that explain from those that advertise."""
+    """A tiny reranker learns to prefer documents that explain to documents that advertise."""
     training = [
         "--base_model",
         tiny_t5,

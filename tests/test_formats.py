@@ -86,7 +86,7 @@ def test_an_empty_file_and_a_cut_gzip_are_errors(tmp_path: Path) -> None:
         list(formats.read_collection(str(cut)))
 
 
-def test_ids_that_come_twice(tmp_path: Path) -> None:
+def test_duplicate_ids(tmp_path: Path) -> None:
     collection = tmp_path / "c.tsv"
     collection.write_text("a\tone\na\ttwo\nb\tsame\nb\tsame\n")
     assert formats.read_texts(str(collection), {"b"}) == {"b": "same"}
@@ -163,7 +163,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert list(formats.TripleFile(str(tmp_path / "triples.tsv"))) == [("q r", "p p", "n")]
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_atomic_write(tmp_path: Path) -> None:
     path = tmp_path / "out.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), storage.atomic_write(str(path)) as file:
@@ -191,7 +191,7 @@ def test_a_torn_last_line_is_repaired(tmp_path: Path, cut: int) -> None:
     assert path.read_bytes() == expected
 
 
-def test_synthetic_queries_keep_what_they_hold(tmp_path: Path, capsys) -> None:
+def test_synthetic_queries_keep_their_fields(tmp_path: Path, capsys) -> None:
     good = {"doc_id": 7, "doc_text": "t", "question": "a\nb", "log_probs": [-1, -0.5], "extra": {"x": 1}}
     path = write_rows(tmp_path / "q.jsonl", [good, {"doc_id": "8", "question": "c"}])
     with path.open("a") as file:

@@ -40,13 +40,13 @@ def test_a_real_language_model_writes_queries(demo_data: Path, llm_url: str, tmp
     before = output.read_bytes()
     ok(run(SCRIPT, *args))  # nothing is left to do
     assert output.read_bytes() == before
-    ok(run(SCRIPT, *args, "--max_examples", 4))  # a greater number adds to the draw
+    ok(run(SCRIPT, *args, "--max_examples", 4))  # a larger sample contains the smaller one
     assert output.read_bytes().startswith(before)
     assert len(rows(output)) == 4
 
 
 def test_the_log_probs_of_a_real_model_are_those_of_the_question(demo_data: Path, llm_url: str, tmp_path: Path) -> None:
-    """What is kept, token by token, is what the server gives when it is asked by hand for the same prompt."""
+    """The log-probabilities equal those of a direct request with the same prompt."""
     from openai import OpenAI
 
     output = tmp_path / "queries.jsonl"
@@ -90,7 +90,7 @@ def test_a_run_finds_the_api_that_the_engine_speaks(collection: Path, openai_ser
     assert len(openai_server.requests) == 1
 
 
-def test_what_is_asked(collection: Path, openai_server: StandIn) -> None:
+def test_the_request(collection: Path, openai_server: StandIn) -> None:
     ok(generate(collection, openai_server.url, "--max_examples", 5, "--api", "completions"))
     ok(generate(collection, openai_server.url, "--max_examples", 6, "--api", "chat", "--temperature", 0.5, "--force"))
     *first, last = openai_server.requests
@@ -170,20 +170,20 @@ def test_echo_keeps_the_documents_log_probs_apart(collection: Path, openai_serve
         assert row["doc_log_probs"] == [-9.0] * len(row["doc_text"].split())
 
 
-def test_the_draw_depends_on_the_seed_and_not_on_the_order(collection: Path, openai_server: StandIn) -> None:
-    def drawn(*args: object) -> set[str]:
+def test_the_sample_depends_on_the_seed_and_not_on_the_order(collection: Path, openai_server: StandIn) -> None:
+    def sampled(*args: object) -> set[str]:
         ok(generate(collection, openai_server.url, "--max_examples", 6, *args))
         ids = set(written(collection))
         (collection.parent / "queries.jsonl").unlink()
         return ids
 
-    first = drawn("--sampling", "first")
+    first = sampled("--sampling", "first")
     assert first == {f"d{i}" for i in range(6)}
-    one, two = drawn(), drawn("--seed", 2)
+    one, two = sampled(), sampled("--seed", 2)
     assert len(one) == len(two) == 6
     assert len({frozenset(x) for x in (first, one, two)}) == 3
     collection.write_text("".join(reversed(collection.read_text().splitlines(keepends=True))))
-    assert drawn() == one
+    assert sampled() == one
 
 
 def test_document_lengths(collection: Path, openai_server: StandIn) -> None:
@@ -234,8 +234,8 @@ def test_several_servers_share_the_work(collection: Path, openai_server: StandIn
     assert set(written(collection)) == EVERY
 
 
-def test_a_busy_server_is_asked_less_and_then_more_again(collection: Path, openai_server: StandIn) -> None:
-    """It bears 3 requests at a time until it has answered 100, and any number after that."""
+def test_the_concurrency_limit_falls_and_recovers(collection: Path, openai_server: StandIn) -> None:
+    """The server accepts 3 requests at a time until it has answered 100, then any number."""
     collection.write_text("".join(f"d{i}\tnumber{i} word\n" for i in range(300)))
     openai_server.latency = 0.05  # long beside what a slow machine needs for a request
     openai_server.headers = {"Retry-After": "0.02"}
@@ -256,8 +256,8 @@ def test_a_busy_server_is_asked_less_and_then_more_again(collection: Path, opena
     assert max(later) > 9
 
 
-def test_the_wait_that_a_server_asks_for(collection: Path, openai_server: StandIn) -> None:
-    """The stand-in's clock says when each request came: none before the time that the 429 named."""
+def test_retry_after_is_respected(collection: Path, openai_server: StandIn) -> None:
+    """No request arrives before the time that the 429 named. The stand-in records arrival times."""
     came, asked = [], 1.0
 
     def respond(request: dict) -> tuple[int, object]:
@@ -274,7 +274,7 @@ def test_the_wait_that_a_server_asks_for(collection: Path, openai_server: StandI
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_and_comes_back_costs_no_answer(collection: Path, tmp_path: Path) -> None:
+def test_a_restarted_server_loses_no_answer(collection: Path, tmp_path: Path) -> None:
     def serve_alone(port: int) -> tuple[subprocess.Popen, str]:
         command = [sys.executable, ROOT / "tests/stand_in.py", "--port", str(port), "--latency", "0.1"]
         process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
@@ -314,7 +314,7 @@ def test_a_server_that_does_not_come_back(collection: Path, openai_server: Stand
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "refused"])
-def test_what_went_wrong_once_is_asked_again(collection: Path, openai_server: StandIn, fault: str) -> None:
+def test_transient_failures_are_retried(collection: Path, openai_server: StandIn, fault: str) -> None:
     openai_server.fault = fails_for(7, fault, times=1)
     ok(generate(collection, openai_server.url))
     assert set(written(collection)) == EVERY
@@ -331,7 +331,7 @@ def test_what_went_wrong_once_is_asked_again(collection: Path, openai_server: St
         ("500", "the server failed (500 The server had an error), 7 times", 7),
     ],
 )
-def test_what_goes_wrong_with_one_document_stays_with_it(
+def test_a_failing_document_does_not_affect_the_others(
     collection: Path, openai_server: StandIn, fault: str, reason: str, requests: int
 ) -> None:
     openai_server.fault = fails_for(7, fault)
@@ -354,7 +354,7 @@ def test_what_goes_wrong_with_one_document_stays_with_it(
     assert not errors(collection)  # the file is gone
 
 
-def test_an_answer_that_holds_no_question_is_kept_with_its_error(collection: Path, openai_server: StandIn) -> None:
+def test_an_answer_without_a_question_is_kept_with_its_error(collection: Path, openai_server: StandIn) -> None:
     def respond(request: dict) -> tuple[int, object]:
         body = completion(" how is this?\n\n")
         if document_of(request) == "number3":
@@ -456,7 +456,7 @@ def test_a_torn_last_line_is_repaired(collection: Path, openai_server: StandIn) 
 
 
 def interrupt(process: subprocess.Popen, asked: threading.Event) -> None:
-    """Ctrl-C when a request is under way; returns when the script has said that it stops."""
+    """Send Ctrl-C while a request is in flight, and return after the script has announced that it stops."""
     assert asked.wait(60)
     process.send_signal(signal.SIGINT)
     for line in process.stderr:
@@ -465,7 +465,7 @@ def interrupt(process: subprocess.Popen, asked: threading.Event) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_waits_for_the_answers_under_way(collection: Path, openai_server: StandIn) -> None:
+def test_ctrl_c_waits_for_the_requests_in_flight(collection: Path, openai_server: StandIn) -> None:
     asked, go = threading.Event(), threading.Event()
 
     def respond(request: dict) -> tuple[int, object]:
@@ -596,7 +596,7 @@ def test_a_dry_run_projects_and_writes_nothing(collection: Path, openai_server: 
     assert "Question: what is number" in done.stderr
 
 
-def test_what_is_said_of_the_questions(collection: Path, openai_server: StandIn) -> None:
+def test_the_summary_of_the_questions(collection: Path, openai_server: StandIn) -> None:
     def respond(request: dict) -> tuple[int, object]:
         number = int(document_of(request)[6:])
         return 200, completion(" word word" if number < 3 else f" what is {number}" if number < 10 else " same here")

@@ -43,11 +43,11 @@ def answer_of(text: str, tokens: list[str], log_probs: list[float]) -> dict:
         ("What?\nmore", ["What", "?\nm", "ore"], "What?", [0, 1]),
         ("What?", ["What", "?", "</s>"], "What?", [0, 1]),
         ("What?", ["What", "?", ""], "What?", [0, 1]),  # llama.cpp's last token
-        (" What?", ["What", "?"], "What?", [0, 1]),  # sentencepiece tokens lose their first blank
+        (" What?", ["What", "?"], "What?", [0, 1]),  # sentencepiece tokens lose their leading space
         ("What ", ["What", " "], "What", [0]),
         ("是什么\n", ["是", "什\ufffd", "\ufffd", "\n"], "是什么", [0, 1, 2]),  # vLLM's pieces of a character
         ("a\ufffd", ["a", "bytes:\\xe6\\x98"], "a", [0]),  # the token limit cut a character in two
-        ("\u3000是什么?", ["\u3000", "是什么", "?"], "是什么?", [1, 2]),  # a blank that is not ASCII's
+        ("\u3000是什么?", ["\u3000", "是什么", "?"], "是什么?", [1, 2]),  # whitespace beyond ASCII
         ("🙂?", ["bytes:\\xf0\\x9f", "bytes:\\x99\\x82", "?"], "🙂?", [0, 1, 2]),  # OpenAI's pieces of a character
     ],
 )
@@ -138,7 +138,7 @@ RENAME = "Unsupported parameter: 'max_tokens' is not supported with this model. 
 
 
 def refuse(api_model: ModelApi, message: str, param: str | None = None) -> None:
-    """Adapt the parameters as after an answer 400 with this message."""
+    """Adapt the parameters to an error 400 with this message."""
     request = api_model.request("p")
     verdict = classify_error(400, {"message": message, "param": param}, {}, request=request, server="s")
     assert verdict.action is Action.ADAPT
@@ -155,7 +155,7 @@ def test_a_parameter_that_has_another_name_is_renamed(capsys: pytest.CaptureFixt
     assert not {"max_tokens", "max_completion_tokens"} & set(api_model.parameters)
 
 
-def test_a_reasoning_model_is_asked_not_to_reason() -> None:
+def test_a_reasoning_model_gets_effort_none() -> None:
     api_model = model("chat")
     refuse(api_model, "Unsupported value: 'temperature' does not support 0 with this model.", "temperature")
     assert api_model.parameters["reasoning_effort"] == "none"
@@ -168,7 +168,7 @@ def test_a_reasoning_model_is_asked_not_to_reason() -> None:
         refuse(api_model, "You are not allowed to request logprobs from this model")
 
 
-def test_what_the_user_asked_for_is_not_dropped_in_silence() -> None:
+def test_an_explicit_parameter_is_never_dropped() -> None:
     api_model = model("chat", reasoning_effort="low")
     with pytest.raises(InputError, match="m: no log-probabilities with --reasoning_effort low"):
         refuse(api_model, "logprobs are not supported with reasoning models")
@@ -178,7 +178,7 @@ def test_what_the_user_asked_for_is_not_dropped_in_silence() -> None:
         refuse(model("completions", echo=True), "echo is not supported", "echo")
 
 
-def test_two_requests_that_were_refused_for_the_same_parameter_change_it_once() -> None:
+def test_a_parameter_is_adapted_once_for_concurrent_requests() -> None:
     api_model = model("completions", max_tokens=9)
     sent = api_model.request("p")
     api_model.adapt("max_tokens", sent, RENAME)
@@ -196,7 +196,7 @@ def test_two_requests_that_were_refused_for_the_same_parameter_change_it_once() 
         "",
     ],
 )
-def test_what_is_about_the_document_is_about_no_parameter(message: str) -> None:
+def test_errors_about_the_document_change_no_parameter(message: str) -> None:
     for api in ("completions", "chat"):
         verdict = classify_error(400, {"message": message}, {}, request=model(api).request("p"), server="s")
         assert verdict.action is Action.GIVE_UP
@@ -284,7 +284,7 @@ def test_the_limit_falls_after_overload_and_rises_with_answers() -> None:
     assert server.limit == 1
 
 
-def test_a_server_waits_as_long_as_it_asks_or_ever_longer() -> None:
+def test_waits_grow_without_a_retry_after() -> None:
     server = Server("http://127.0.0.1:9/v1", None, 2, 1.0)
     server.on_rate_limit(100.0, wait=3.0)
     assert (server.free_capacity(102.9), server.free_capacity(103.0)) == (0.0, 1.0)
@@ -311,6 +311,6 @@ def test_an_unreachable_server_gets_one_request_at_a_time() -> None:
     assert server.free_capacity(10.25) > 0.0
 
 
-def test_an_address_is_shown_without_what_is_secret() -> None:
+def test_addresses_are_shown_without_secrets() -> None:
     assert public_url("https://user:sk-1@host:8000/v1?key=sk-2") == "https://host:8000/v1"
     assert public_url(None) == "OpenAI"

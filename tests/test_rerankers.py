@@ -38,7 +38,7 @@ def test_monot5_reads_the_papers_input(tiny_t5: Path) -> None:
     assert ids == [*whole.input_ids, model.tokenizer.eos_token_id]
 
 
-def test_a_long_document_is_cut_and_never_the_end(tiny_t5: Path) -> None:
+def test_a_long_document_is_truncated_but_never_the_suffix(tiny_t5: Path) -> None:
     model = rerankers.load_reranker(str(tiny_t5), max_length=40)
     suffix = [*model.tokenizer(" Relevant:", add_special_tokens=False).input_ids, model.tokenizer.eos_token_id]
     for query, text in (("what are tides", "tides " * 500), ("what are tides " * 500, "tides"), ("tides " * 500, "")):
@@ -49,8 +49,8 @@ def test_a_long_document_is_cut_and_never_the_end(tiny_t5: Path) -> None:
     assert "Query: what are tides Document: tides" in model.tokenizer.decode(ids)
 
 
-def test_monot5s_score_is_what_generation_would_say(tiny_t5: Path) -> None:
-    """Log P(true) against P(false) at the first step of decoding, padded or not, in whatever batch."""
+def test_the_monot5_score_equals_generation(tiny_t5: Path) -> None:
+    """The score is the log-softmax over both target tokens at the first decoding step, in any batch."""
     model = rerankers.load_reranker(str(tiny_t5), dtype="float32")
     pairs = [("what are tides", " ".join(WORDS[:n])) for n in (1, 14, 3, 9, 5)]
     model.batch_tokens = 40  # several batches, of several lengths
@@ -65,7 +65,7 @@ def test_monot5s_score_is_what_generation_would_say(tiny_t5: Path) -> None:
         )
 
 
-def test_answers_come_from_the_vocabulary(tmp_path: Path) -> None:
+def test_target_words_come_from_the_vocabulary(tmp_path: Path) -> None:
     texts = ["what are tides", "bread and bees"] * 20
     model = rerankers.load_reranker(str(save_t5(tmp_path / "yes", texts, answers="yes no ")))
     assert model.model.config.answers == ["▁yes", "▁no"]
@@ -103,7 +103,7 @@ def test_logits_are_the_scores_with_gradients(tiny_t5: Path, tiny_encoder: Path)
         numpy.testing.assert_allclose(squashed(logits).detach().numpy(), reranker.score(pairs), atol=1e-5)
 
 
-def test_a_cross_encoder_cuts_documents(tiny_encoder: Path) -> None:
+def test_a_cross_encoder_truncates_documents(tiny_encoder: Path) -> None:
     model = rerankers.load_reranker(str(tiny_encoder), max_length=20, dtype="float32", new_head=True)
     for query, text in (("what are tides", "tides " * 500), ("what are tides " * 500, "bread and bees")):
         ids, second = model.encode(query, text)
@@ -122,7 +122,7 @@ def test_a_cross_encoder_cuts_documents(tiny_encoder: Path) -> None:
     numpy.testing.assert_allclose(model.score(pairs), apart, atol=1e-5)
 
 
-def test_what_is_no_reranker(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_models_that_are_no_rerankers(tiny_encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="never trained to rerank"):
         rerankers.load_reranker(str(tiny_encoder))
     with pytest.raises(InputError, match="cannot load this model"):
@@ -137,7 +137,7 @@ def test_the_papers_name_of_t5() -> None:
     assert rerankers.checkpoint_name("t5_mine") == "t5_mine"
 
 
-def test_a_ranking_has_one_order() -> None:
+def test_ties_in_a_ranking() -> None:
     hits = [ScoredDoc("q", doc_id, 10.0 - i) for i, doc_id in enumerate("abcde")]
     ranked = evaluation.rerank_hits(hits, {"a": -0.5, "b": -0.1, "c": -0.50000001})
     # c and a tie as written, and trec_eval puts the greater id first; d and e were not reranked.
@@ -173,7 +173,7 @@ def test_interpolated_scores() -> None:
     hits = [ScoredDoc("q", "a", 30.0), ScoredDoc("q", "b", 20.0), ScoredDoc("q", "c", 10.0), ScoredDoc("q", "d", 5.0)]
     scores = {"a": -3.0, "b": -1.0, "c": -2.0}  # d was not reranked
     assert interpolate(hits, scores, 1.0) == scores
-    step = (3 / 2) ** 0.5  # three values at equal distances, standardised
+    step = (3 / 2) ** 0.5  # three values at equal distances, z-normalized
     assert interpolate(hits, scores, 0.0) == pytest.approx({"a": step, "b": 0, "c": -step})
     assert interpolate(hits, scores, 0.5) == pytest.approx({"a": 0, "b": step / 2, "c": -step / 2})
     assert interpolate(hits[:1], {"a": -3.0}, 0.5) == {"a": 0.0}  # nothing to compare with

@@ -75,7 +75,7 @@ def test_positives_against_negatives(separable: Path, tiny_t5: Path, tmp_path: P
 
 
 def test_the_best_checkpoint_is_kept(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
-    """Judged by the negatives, each step of training is a loss: the first evaluation stays the best."""
+    """With inverted judgements training only hurts, so the first evaluation is the best."""
     files = dev_but(separable, tmp_path, "qrels.txt", (separable / "qrels.txt").read_text().replace(" p", " n"))
     args = ["--max_steps", 60, "--learning_rate", 5e-3, "--gradient_accumulation_steps", 2, "--eval_steps", 10]
     selecting = ["--select_by", "MRR@10", "--early_stopping_patience", 2, "--relevance_threshold", 1]

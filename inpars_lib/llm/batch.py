@@ -111,7 +111,7 @@ class BatchRunner:
         config: The server.
         api: The model.
         template: Prompt with a slot for the document.
-        state: The batches under way.
+        state: The batches in progress.
         store: Where answers and failures go.
         wanted: Ids of the documents that need an answer or a failure.
         read_docs: Function that yields the documents with given ids.
@@ -142,7 +142,7 @@ class BatchRunner:
         return set(self.wanted) - self.store.done - self.store.failed
 
     def run(self) -> None:
-        """Submit what is not under way, wait, collect. Submit again what expired or failed.
+        """Submit the documents that are in no batch, wait, collect. Submit again what expired or failed.
 
         Raises:
             InputError: The server refuses, or a whole round of batches brought no answer.
@@ -161,7 +161,7 @@ class BatchRunner:
                     warn(f"{len(self.left):,} documents were not answered ({reasons}). They are submitted again.")
 
     def cancel(self) -> None:
-        """Cancel the batches under way and collect the answers that they have."""
+        """Cancel the batches in progress and collect the answers that they have."""
         import openai
 
         with self._errors():
