@@ -27,9 +27,11 @@ step() { # step FILE COMMAND...: show and run the command unless FILE exists
     fi
 }
 
-show() {
+show() { # show COMMAND...: print the command, run it, print its time
+    local started=$SECONDS
     echo "\$ $*" | sed "s#$PYTHON#python#g; s#$PACKAGED#MINILM#g"
     "$@"
+    echo "# $((SECONDS - started)) s"
 }
 
 serving=

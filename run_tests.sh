@@ -3,4 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . demo/setup.sh
-exec "$PYTHON" -m pytest "$@"
+# Two processes, one thread each. `-n 0` runs all tests in one process, as -s and --pdb need.
+export OMP_NUM_THREADS=1
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

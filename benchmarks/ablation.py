@@ -1,13 +1,13 @@
-"""What each part of the recipe is worth, on the demo's collection.
+"""Measure the effect of each part of the recipe on the demo's collection.
 
-    bash run_demo.sh                                     # makes demo/work: collection, queries, topics
+    bash run_demo.sh                                     # writes demo/work: collection, queries, topics
     python benchmarks/ablation.py --output benchmarks/ablation
 
-Each row changes one thing of the first: which queries are kept, where negatives come from, how many queries there are,
-what is trained. All through the scripts, with the demo's settings; the topics are the demo's, or those of --topics and
---qrels. Prints a table and writes it to OUTPUT.md, a plot to OUTPUT.png. Results are kept in OUTPUT.jsonl: a second run
-goes on where the first stopped. The queries held out for the weight are the same for all rows and train none of them.
-p is that of a paired t-test over the topics, the reranker alone against that of the first row; one training a row.
+Each row changes one setting of the first row: selection of queries, source of negatives, number of queries, base model.
+Every row runs the scripts with the demo's settings, once. The topics are the demo's, or those of --topics and --qrels.
+The table is written to OUTPUT.md and a plot to OUTPUT.png. Finished rows are saved in OUTPUT.jsonl, so the same command
+resumes. All rows use the same held-out queries for the interpolation weight and train on none of them. p is from a
+paired t-test over the topics: the reranker alone against the reranker of the first row.
 """
 
 import argparse
@@ -23,13 +23,16 @@ from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import bm25
-import ranking
-from formats import json_line, read_collection, read_qrels, read_run, read_synthetic_queries, read_texts, read_topics
-from rerank import choose_weight, interpolate, split
+from inpars_lib.bm25 import BM25Config
+from inpars_lib.dev_set import read_held_out_queries
+from inpars_lib.evaluation import best_weight, evaluate_per_query, interpolate, interpolation_curve, rerank_hits
+from inpars_lib.formats import read_collection, read_qrels, read_run, read_synthetic_queries, read_texts, read_topics
+from inpars_lib.rerankers import load_reranker
+from inpars_lib.scoring import scores_by_query
+from inpars_lib.storage import json_line
 
 ROOT = Path(__file__).parent.parent
-# The demo's:
+# Settings of the demo
 MAX_LENGTH = 96
 TRAINING = f"--loss pairwise --epochs 2 --learning_rate 2e-4 --lr_scheduler_type linear --warmup_steps 20 \
     --gradient_accumulation_steps 2 --max_length {MAX_LENGTH}".split()
@@ -39,14 +42,16 @@ CONSISTENT = ["--consistency_k", 20]
 
 
 def script(name: str, *flags: object) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], stderr=subprocess.PIPE, text=True)
+    target = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
+    command = [sys.executable, *target, *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.stderr)
 
 
 class Ablation:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.folder, work = folder, Path(args.work)
+        self.folder, work = folder, Path(args.work).resolve()
         self.index, self.corpus = work / "index", work / "collection.tsv"
         rows = [query.row for query in read_synthetic_queries(str(work / "queries.jsonl")) if query.question]
         random.Random(0).shuffle(rows)
@@ -55,11 +60,19 @@ class Ablation:
         holdout = self.write("holdout", rows[:HOLDOUT])
         self.topics = read_topics(args.topics)
         self.qrels = [qrel for qrel in read_qrels(args.qrels) if qrel.query_id in self.topics]
-        script("bm25.py", "search", "--index", self.index, "--topics", args.topics, "--output", folder / "run.txt")
+        script(
+            "inpars_lib.bm25",
+            "search",
+            "--index",
+            self.index,
+            "--topics",
+            Path(args.topics).resolve(),
+            "--output",
+            folder / "run.txt",
+        )
         self.run = read_run(str(folder / "run.txt"), self.topics)
-        held = bm25.read_holdout(str(holdout), str(self.index), None, bm25.Searching(), TOP_K)
-        self.held_topics, self.held_run, self.held_qrels = held
-        wanted = {hit.doc_id for run in (self.run, self.held_run) for hits in run.values() for hit in hits[:TOP_K]}
+        self.held_out = read_held_out_queries(str(holdout), str(self.index), None, BM25Config(), TOP_K)
+        wanted = {hit.doc_id for run in (self.run, self.held_out.run) for hits in run.values() for hit in hits[:TOP_K]}
         self.texts = read_texts(str(self.corpus), wanted)
 
     def write(self, name: str, rows: list[dict]) -> Path:
@@ -67,9 +80,9 @@ class Ablation:
         path.write_text("".join(map(json_line, rows)))
         return path
 
-    # What may be changed: each of these writes the queries kept, as filter_queries_by_score.py would, or the triples.
+    # Selections of queries: each writes the kept queries.
 
-    def best(self, *flags: object) -> Callable[[int], Path]:
+    def filtered(self, *flags: object) -> Callable[[int], Path]:
         def keep(count: int) -> Path:
             files = ["--input", self.folder / "pool.jsonl", "--output", self.folder / "kept.jsonl", "--top_k", count]
             index = ["--index", self.index] if "--consistency_k" in flags else []
@@ -78,52 +91,51 @@ class Ablation:
 
         return keep
 
-    def at_random(self, count: int) -> Path:
+    def random_queries(self, count: int) -> Path:
         return self.write("kept", random.Random(1).sample(self.pool, min(count, len(self.pool))))
 
-    def other_negatives(self, triples: Path) -> None:
-        """Any document of the collection in place of each negative."""
+    def use_random_negatives(self, triples: Path) -> None:
+        """Replace each negative by a random document of the collection."""
         texts = [doc.text for doc in read_collection(str(self.corpus))]
-        draw = random.Random(2)
+        generator = random.Random(2)
         lines = [line.rsplit("\t", 1)[0] for line in triples.read_text().splitlines()]
-        triples.write_text("".join(f"{line}\t{draw.choice(texts)}\n" for line in lines))
+        triples.write_text("".join(f"{line}\t{generator.choice(texts)}\n" for line in lines))
 
     def measure(self, keep: Callable[[int], Path], count: int, base: str, random_negatives: bool) -> dict[str, Any]:
-        import models
-
         kept, triples, model = keep(count), self.folder / "triples.tsv", self.folder / f"model-{time.monotonic_ns()}"
         files = ["--input", kept, "--output", triples, "--output_ids", self.folder / "ids.tsv"]
         mining = ["--corpus", self.corpus, "--index", self.index, "--max_hits", 100, "--n_samples", 2]
         script("generate_triples_train.py", *files, *mining)
         if random_negatives:
-            self.other_negatives(triples)
+            self.use_random_negatives(triples)
         queries = sum(1 for _ in kept.open())
         started = time.monotonic()
         training = ["--triples_train", triples, "--output_dir", model, "--save_every_n_steps", 1_000_000]
         script("train_t5.py", "--base_model", base, *training, *TRAINING)
         minutes = (time.monotonic() - started) / 60
-        reranker = models.load_model(str(model), max_length=MAX_LENGTH)
+        reranker = load_reranker(str(model), max_length=MAX_LENGTH)
 
         def score(topics: dict, run: dict) -> dict[str, dict[str, float]]:
             hits = [hit for found in run.values() for hit in found[:TOP_K]]
             values = reranker.score([(topics[hit.query_id], self.texts[hit.doc_id]) for hit in hits]).tolist()
-            return dict(split(hits, values))
+            return dict(scores_by_query(hits, values))
 
-        scores, held = score(self.topics, self.run), score(self.held_topics, self.held_run)
-        weight = choose_weight(self.held_run, held, self.held_qrels)
+        held_out = self.held_out
+        scores, held_out_scores = score(self.topics, self.run), score(held_out.topics, held_out.run)
+        weight = best_weight(interpolation_curve(held_out.run, held_out_scores, held_out.qrels))
         return {
             "queries": queries,
             "minutes": minutes,
             "alone": self.ndcg(scores, 1.0),
             "weight": weight,
-            "mixed": self.ndcg(scores, weight),
+            "interpolated": self.ndcg(scores, weight),
             "bm25": self.ndcg(scores, 0.0),
         }
 
     def ndcg(self, scores: dict[str, dict[str, float]], weight: float) -> list[float]:
-        """Of each topic, in the order of their ids."""
-        run = {q: ranking.rank(hits, interpolate(hits, scores[q], weight)) for q, hits in self.run.items()}
-        values = ranking.per_query(self.qrels, run, 1)["nDCG@10"]
+        """Return nDCG@10 of each topic, in the order of the ids."""
+        run = {q: rerank_hits(hits, interpolate(hits, scores[q], weight)) for q, hits in self.run.items()}
+        values = evaluate_per_query(self.qrels, run, 1)["nDCG@10"]
         return [values[query_id] for query_id in sorted(values)]
 
 
@@ -132,7 +144,7 @@ def report(results: dict[str, dict[str, Any]], output: str) -> str:
     from scipy.stats import ttest_rel
 
     lines = [
-        "| | queries | training, minutes | nDCG@10 alone | p | weight | nDCG@10 mixed |",
+        "| | queries | training, minutes | nDCG@10 alone | p | weight | nDCG@10 interpolated |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     first = next(iter(results.values()))
@@ -140,16 +152,22 @@ def report(results: dict[str, dict[str, Any]], output: str) -> str:
     lines.append(f"| BM25 | | | {bm25_alone:.4f} | | | |")
     for name, r in results.items():
         p = "" if r is first else f"{ttest_rel(r['alone'], first['alone']).pvalue:.4f}"
-        alone, mixed = fmean(r["alone"]), fmean(r["mixed"])
+        alone, interpolated = fmean(r["alone"]), fmean(r["interpolated"])
         lines.append(
-            f"| {name} | {r['queries']:,} | {r['minutes']:.1f} | {alone:.4f} | {p} | {r['weight']:g} | {mixed:.4f} |"
+            f"| {name} | {r['queries']:,} | {r['minutes']:.1f} | {alone:.4f} | {p} | {r['weight']:g} "
+            f"| {interpolated:.4f} |"
         )
 
     figure = Figure(figsize=(8, 0.5 * len(results) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     rows = range(len(results))
     axes.barh([row - 0.2 for row in rows], [fmean(r["alone"]) for r in results.values()], 0.38, label="reranker alone")
-    axes.barh([row + 0.2 for row in rows], [fmean(r["mixed"]) for r in results.values()], 0.38, label="mixed with BM25")
+    axes.barh(
+        [row + 0.2 for row in rows],
+        [fmean(r["interpolated"]) for r in results.values()],
+        0.38,
+        label="interpolated with BM25",
+    )
     axes.axvline(bm25_alone, color="0.3", linestyle=":", label="BM25")
     axes.set_yticks(rows, list(results))
     axes.invert_yaxis()
@@ -163,12 +181,12 @@ def report(results: dict[str, dict[str, Any]], output: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default=str(ROOT / "demo/work"), help="of run_demo.sh (default: %(default)s)")
-    parser.add_argument("--topics", help="default: those of --work")
-    parser.add_argument("--qrels", help="default: those of --work")
+    parser.add_argument("--work", default=str(ROOT / "demo/work"), help="folder of run_demo.sh (default: %(default)s)")
+    parser.add_argument("--topics", help="default: the topics or qrels of --work")
+    parser.add_argument("--qrels", help="default: the topics or qrels of --work")
     parser.add_argument("--output", default="ablation", help="default: %(default)s")
-    parser.add_argument("--queries", type=int, default=300, help="that rows train on (default: %(default)s)")
-    parser.add_argument("--t5", help="T5 to train a monoT5 from: a folder, or a name on the hub; left out without")
+    parser.add_argument("--queries", type=int, default=300, help="queries to train on (default: %(default)s)")
+    parser.add_argument("--t5", help="also train a monoT5 from this T5: a folder or a name on the hub")
     args = parser.parse_args()
     args.topics = args.topics or f"{args.work}/topics.tsv"
     args.qrels = args.qrels or f"{args.work}/qrels.txt"
@@ -178,15 +196,15 @@ def main() -> None:
     kept = Path(f"{args.output}.jsonl")
     with tempfile.TemporaryDirectory() as name:
         ablation = Ablation(args, Path(name))
-        best = ablation.best(*CONSISTENT)
+        best = ablation.filtered(*CONSISTENT)
         rows = {"consistency and mean_log_probs": (best, args.queries, minilm, False)}
         rows |= {
-            f"{function} alone": (ablation.best("--scoring_function", function), args.queries, minilm, False)
+            f"{function} alone": (ablation.filtered("--scoring_function", function), args.queries, minilm, False)
             for function in ("mean_log_probs", "sum_log_probs", "mean_probs")
         }
-        rows["queries at random"] = (ablation.at_random, args.queries, minilm, False)
-        rows["negatives at random"] = (best, args.queries, minilm, True)
-        rows |= {f"{count:,} queries at most": (best, count, minilm, False) for count in (100, 1000)}
+        rows["random queries"] = (ablation.random_queries, args.queries, minilm, False)
+        rows["random negatives"] = (best, args.queries, minilm, True)
+        rows |= {f"{count:,} queries": (best, count, minilm, False) for count in (100, 1000)}
         if args.t5:
             rows["monoT5"] = (best, args.queries, args.t5, False)
         done = dict(json.loads(line) for line in kept.read_text().splitlines()) if kept.exists() else {}

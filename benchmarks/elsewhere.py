@@ -1,10 +1,10 @@
-"""A model that train_t5.py wrote, loaded by other packages: their scores beside ours for a few pairs.
+"""Compare the scores of a trained model with those of other packages that load it.
 
-    pip install ...                                      # the packages that benchmarks/rerank.py names
+    pip install ...                                      # the packages listed in benchmarks/rerank.py
     D=demo/work; python benchmarks/elsewhere.py --model $D/model --topics $D/topics.tsv --corpus $D/collection.tsv
 
-A monoT5 goes to rerankers and PyTerrier-T5, a cross-encoder to rerankers and sentence-transformers. Exit code 1 where
-the packages order the pairs otherwise than we do.
+A monoT5 is loaded by rerankers and PyTerrier-T5, a cross-encoder by rerankers and sentence-transformers. The exit code
+is 1 if a package ranks the documents differently.
 """
 
 import argparse
@@ -13,24 +13,26 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import models
-from formats import read_collection, read_topics
+from inpars_lib import rerankers
+from inpars_lib.formats import read_collection, read_topics
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model")
-    parser.add_argument("--topics", required=True, help="topics, of which the first is asked")
-    parser.add_argument("--corpus", required=True, help="collection, of which the first eight documents are scored")
+    parser.add_argument("--topics", required=True, help="topics; the first is used")
+    parser.add_argument("--corpus", required=True, help="collection; the first eight documents are scored")
     args = parser.parse_args()
     query = next(iter(read_topics(args.topics).values()))
     texts = [doc.text[:400] for doc in islice(read_collection(args.corpus), 8)]
-    ours = models.load_model(args.model, dtype="float32")
+    ours = rerankers.load_reranker(args.model, dtype="float32")
     scores = {"ours": ours.score([(query, text) for text in texts]).tolist()}
 
-    from rerankers import Reranker
-
-    kind = "t5" if isinstance(ours, models.MonoT5) else "cross-encoder"
+    try:
+        from rerankers import Reranker
+    except ImportError:
+        sys.exit("error: the packages to compare with are not installed. See benchmarks/rerank.py for the command.")
+    kind = "t5" if isinstance(ours, rerankers.MonoT5) else "cross-encoder"
     ranked = Reranker(args.model, model_type=kind, device="cpu", dtype="float32", verbose=0)
     results = ranked.rank(query=query, docs=texts, doc_ids=list(range(len(texts)))).results
     scores["rerankers"] = [r.score for r in sorted(results, key=lambda r: r.doc_id)]
@@ -51,7 +53,7 @@ def main() -> None:
         orders[name] = sorted(range(len(values)), key=lambda i: -values[i])
         print(f"{name:22}" + " ".join(f"{value:9.4f}" for value in values))
     if any(order != orders["ours"] for order in orders.values()):
-        sys.exit("the packages disagree about the order")
+        sys.exit("the packages rank the documents differently")
 
 
 if __name__ == "__main__":

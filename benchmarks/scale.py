@@ -1,10 +1,9 @@
-"""Peak memory and time of rerank.py --dry_run for the whole of MS MARCO's development set, or for less of it.
+"""Measure peak memory and time of rerank.py --dry_run at the size of the MS MARCO dev set.
 
     python benchmarks/scale.py --model t5-small --corpus collection.tsv --documents 8800000 --queries 6980
 
-A collection of documents of 40 to 80 words of those of --corpus is generated, and a run of 1,000 hits a query, drawn at
-random: the more different documents, the more memory, so that a real run takes less than this. Each million documents
-takes 0.4 GB of disk in the folder for temporary files.
+The collection is generated: 40 to 80 words per document, sampled from --corpus. So is the run: 1,000 random hits per
+query. A real run has fewer distinct documents and needs less memory. A million documents take 0.4 GB of temporary disk.
 """
 
 import argparse
@@ -21,29 +20,31 @@ HITS = 1000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="reranker; its tokens are counted, three blocks are scored")
-    parser.add_argument("--corpus", required=True, help="collection, for its words")
+    parser.add_argument("--model", required=True, help="reranker that counts the tokens and scores three blocks")
+    parser.add_argument("--corpus", required=True, help="collection whose words are used")
     parser.add_argument("--documents", type=int, default=8_800_000, help="default: %(default)s")
     parser.add_argument("--queries", type=int, default=6980, help="default: %(default)s")
     args = parser.parse_args()
 
     root = Path(__file__).parent.parent
     sys.path.insert(0, str(root))
-    from formats import read_collection
+    from inpars_lib.formats import read_collection
 
-    draw = random.Random(0)
+    generator = random.Random(0)
     words = [word for doc in read_collection(args.corpus) for word in doc.text.split()]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (folder / "collection.tsv").open("w") as file:
             for i in range(args.documents):
-                at = draw.randrange(len(words) - 80)
-                file.write(f"{i}\t{i} {' '.join(words[at : at + draw.randint(40, 80)])}\n")
+                at = generator.randrange(len(words) - 80)
+                file.write(f"{i}\t{i} {' '.join(words[at : at + generator.randint(40, 80)])}\n")
         with (folder / "topics.tsv").open("w") as topics, (folder / "run.tsv").open("w") as run:
             for i in range(args.queries):
-                at = draw.randrange(len(words) - 6)
+                at = generator.randrange(len(words) - 6)
                 topics.write(f"{i}\t{' '.join(words[at : at + 6])}\n")
-                run.writelines(f"{i}\t{d}\t{n}\n" for n, d in enumerate(draw.sample(range(args.documents), HITS), 1))
+                run.writelines(
+                    f"{i}\t{d}\t{n}\n" for n, d in enumerate(generator.sample(range(args.documents), HITS), 1)
+                )
         command = [sys.executable, root / "rerank.py", "--model", args.model, "--dry_run", "--output", folder / "out"]
         for flag in ("--corpus", "--queries", "--run"):
             command += [

@@ -1,10 +1,10 @@
-"""Examples a second of train_t5.py beside a plain transformers.Trainer, set up as the paper's script had it.
+"""Measure training throughput of train_t5.py and of a plain transformers.Trainer with the original script's settings.
 
     python benchmarks/train.py --base_model t5-small --triples_train triples.tsv --steps 4
 
-The plain Trainer takes positives and negatives in turn, in random order, padded to the longest of 8, through the model
-as transformers has it. Both train on the same triples, 128 examples a step. One after the other, --rounds times; the
-best round counts. The loss at the end is the mean over the last half of the steps.
+The plain Trainer shuffles all examples and pads each batch of 8 to its longest example. Both train on the same triples
+with 128 examples per step. They run in turn, --rounds times, and the best round counts. The final loss is the mean over
+the last half of the steps.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def plain(args: argparse.Namespace, folder: str) -> list[dict]:
 
     set_seed(2)
     model = AutoModelForSeq2SeqLM.from_pretrained(args.base_model)
-    model.accepts_loss_kwargs = False  # or the accumulated gradients are a multiple of what they should be
+    model.accepts_loss_kwargs = False  # otherwise accumulated gradients are too large
     tokenizer = AutoTokenizer.from_pretrained(args.base_model)
     examples = []
     for line in open(args.triples_train, encoding="utf-8"):
@@ -63,18 +63,18 @@ def ours(args: argparse.Namespace, folder: str) -> list[dict]:
     command += ["--save_every_n_steps", args.steps, *["--bf16"][: args.bf16], *["--use_cpu", "True"][: 2 * args.cpu]]
     done = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True)
     [state] = Path(folder).glob("checkpoint-*/trainer_state.json")
-    seconds = float(re.search(r"'train_runtime': '?([0-9.]+)", done.stdout)[1])  # said after the last checkpoint
+    seconds = float(re.search(r"'train_runtime': '?([0-9.]+)", done.stdout)[1])  # printed after the last checkpoint
     return [*json.loads(state.read_text())["log_history"], {"train_runtime": seconds}]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_model", required=True, help="folder or name of a T5")
-    parser.add_argument("--triples_train", required=True)
+    parser.add_argument("--base_model", required=True, help="T5: a folder or a name on the hub")
+    parser.add_argument("--triples_train", required=True, help="training triples, TSV")
     parser.add_argument("--steps", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--bf16", action="store_true", help="both in mixed precision")
-    parser.add_argument("--cpu", action="store_true", help="although there is a GPU")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision for both")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     args = parser.parse_args()
     found: dict[str, tuple[float, float]] = {}
     for _ in range(args.rounds):
@@ -86,7 +86,7 @@ def main() -> None:
             rate = args.steps * BATCH * ACCUMULATION / seconds
             found[name] = max(found.get(name, (0.0, 0.0)), (rate, sum(losses) / len(losses)))
     title = f"{args.steps} steps of {BATCH * ACCUMULATION} examples"
-    print(f"\n| {title} | examples/s | against the plain | loss at the end |")
+    print(f"\n| {title} | examples/s | relative to the plain Trainer | final loss |")
     print("|---|---:|---:|---:|")
     for name, (rate, loss) in found.items():
         print(f"| {name} | {rate:.1f} | {rate / found['plain Trainer'][0]:.2f} x | {loss:.4f} |")
