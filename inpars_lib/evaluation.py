@@ -3,13 +3,17 @@
 The measures are those of the paper's script, computed by ir-measures: https://ir-measur.es
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, pstdev
 
+from inpars_lib.cli import InputError, warn
+from inpars_lib.formats import RUN_SCORE
 from inpars_lib.records import Qrel, ScoredDoc
 from inpars_lib.storage import atomic_write
 
 MEASURES = ("nDCG@10", "nDCG@20", "MRR@10", "MAP", "P@20", "R@1000")
+BINARY_MEASURES = MEASURES[2:]  # those that depend on the relevance threshold
 INTERPOLATION_WEIGHTS = [i / 10 for i in range(11)]  # the grid that `auto` searches
 
 Run = Mapping[str, Sequence[ScoredDoc]]
@@ -19,24 +23,34 @@ MeasureValues = dict[str, dict[str, float]]  # {measure: {query id: value}}
 # --------------------------------------------------------------------------------------------------------- measures
 
 
+def trec_order(hit: ScoredDoc) -> tuple[float, str]:
+    """Return trec_eval's sort key of a hit, for descending order: the score, then the doc_id."""
+    return hit.score, hit.doc_id
+
+
 def rerank_hits(hits: Sequence[ScoredDoc], scores: Mapping[str, float]) -> list[ScoredDoc]:
     """Return the hits of a query in the order of their new scores, hits without one below in their old order.
 
-    Scores are rounded to the six decimals that a run holds, and ties are broken by descending doc_id as in trec_eval,
-    so that every reader of the run sees the same order.
+    Scores are rounded to the digits that a run holds, and ties are broken by descending doc_id as in trec_eval, so that
+    every reader of the run sees the same order.
 
     Args:
         hits: First-stage hits, best first.
         scores: New score by doc_id.
     """
-    reranked = [hit._replace(score=round(scores[hit.doc_id], 6)) for hit in hits if hit.doc_id in scores]
-    reranked.sort(key=lambda hit: (hit.score, hit.doc_id), reverse=True)
+    reranked = [
+        hit._replace(score=float(format(scores[hit.doc_id], RUN_SCORE))) for hit in hits if hit.doc_id in scores
+    ]
+    reranked.sort(key=trec_order, reverse=True)
     rest = [hit for hit in hits if hit.doc_id not in scores]
     return reranked + [hit._replace(score=reranked[-1].score - 1 - i) for i, hit in enumerate(rest)]
 
 
 def evaluate_per_query(qrels: Iterable[Qrel], run: Run, relevance_threshold: int) -> MeasureValues:
     """Return each measure's value for each judged query, 0 for a query without hits.
+
+    Ties are broken as in trec_eval. If no judgement reaches the threshold, the measures that depend on the threshold
+    are NaN.
 
     Args:
         qrels: Judgements.
@@ -54,9 +68,42 @@ def evaluate_per_query(qrels: Iterable[Qrel], run: Run, relevance_threshold: int
         judged.setdefault(qrel.query_id, []).append(qrel)
     values = {name: dict.fromkeys(judged, 0.0) for name in named.values()}
     for query_id in judged.keys() & run.keys():  # one query at a time keeps memory flat
-        for metric in iter_calc(list(named), judged[query_id], list(run[query_id])):
+        # The providers of ir-measures break ties differently, so the run gets scores without ties.
+        hits = sorted(run[query_id], key=trec_order, reverse=True)
+        hits = [hit._replace(score=float(-rank)) for rank, hit in enumerate(hits)]
+        for metric in iter_calc(list(named), judged[query_id], hits):
             values[named[metric.measure]][query_id] = metric.value
+    if highest_grade(judged.values()) < level:
+        for name in BINARY_MEASURES:
+            values[name] = dict.fromkeys(judged, math.nan)
     return values
+
+
+def highest_grade(judged: Iterable[Iterable[Qrel]]) -> int:
+    """Return the highest relevance grade, 0 without judgements."""
+    return max((qrel.relevance for qrels in judged for qrel in qrels), default=0)
+
+
+def check_threshold(qrels: Sequence[Qrel], relevance_threshold: int, source: str, select_by: str | None = None) -> None:
+    """Warn if no judgement reaches the relevance threshold.
+
+    Raises:
+        InputError: `select_by` is a measure that depends on the threshold.
+    """
+    highest = highest_grade([qrels])
+    if highest >= relevance_threshold:
+        return
+    problem = (
+        f"{source}: no judgement reaches --relevance_threshold {relevance_threshold}. The highest grade is {highest}."
+    )
+    if select_by in BINARY_MEASURES:
+        raise InputError(f"{problem} Lower the threshold, or select by nDCG@10.")
+    warn(f"{problem} {', '.join(BINARY_MEASURES)} are not available.")
+
+
+def format_value(value: float) -> str:
+    """Return a measure's value with four decimals, or `n/a` for NaN."""
+    return "n/a" if math.isnan(value) else f"{value:.4f}"
 
 
 def mean_values(values: MeasureValues) -> dict[str, float]:
@@ -73,6 +120,9 @@ def comparison_table(first_stage: MeasureValues, reranked: MeasureValues) -> str
         pairs = [(value, reranked[name][query_id]) for query_id, value in first_stage[name].items()]
         new = sum(b for _, b in pairs) / len(pairs)
         won, lost = sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)
+        if math.isnan(old):
+            lines.append(f"{name:10}{'n/a':>12}{'n/a':>10}")
+            continue
         p = ttest_rel(*zip(*pairs, strict=True)).pvalue if won + lost and len(pairs) > 1 else 1.0
         lines.append(
             f"{name:10}{old:12.4f}{new:10.4f}{new - old:+9.4f}{p:8.4f}{won:6}{len(pairs) - won - lost:6}{lost:6}"
@@ -151,5 +201,7 @@ def interpolation_curve(
 
 
 def best_weight(curve: Mapping[float, float]) -> float:
-    """Return the weight with the highest nDCG@10, the largest weight among equals."""
+    """Return the weight with the highest nDCG@10, the largest weight among equals; 0 if all weights are equal."""
+    if len(set(curve.values())) == 1:
+        return 0.0
     return max(curve, key=lambda weight: (curve[weight], weight))

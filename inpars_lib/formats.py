@@ -28,11 +28,14 @@ from inpars_lib.storage import atomic_write
 from inpars_lib.text_lines import read_records
 
 Number = TypeVar("Number", int, float)
+RUN_SCORE = ".9g"  # of the scores in a run: enough digits for every float32
 
 # ------------------------------------------------------------------------------------------------------- one line
 
 TEXT_FORM = "`id<TAB>text`, or a JSON object with `id` and `contents`, `_id` and `text`, or `doc_id` and `text`"
-ID_FIELDS = ("_id", "id", "doc_id", "query_id")
+ID_FIELDS = ("_id", "id", "doc_id", "docid", "pid", "query_id", "qid")
+OTHER_FILES = re.compile(r"(?i)(dev|train|test|synthetic|filtered)?[._-]?(topics|quer(y|ies)|qrels|runs?|triples)\b")
+TEXT_FIELDS = ("contents", "text", "body", "passage", "segment", "query")
 _NEWLINES = re.compile("[\t\n\r\v\f\x00\x1c-\x1e\x85\u2028\u2029]+")
 
 
@@ -76,13 +79,19 @@ def _id_and_text(line: str) -> tuple[str, str]:
         record_id, tab, text = line.partition("\t")
         if not tab:
             raise ValueError("no tab between id and text")
+        if record_id.lower() in ID_FIELDS:
+            raise ValueError("a header line")
         return parse_id(record_id), single_line(text)
     row = _json_object(line)
-    for name in ID_FIELDS:
-        if name in row:
-            joined = f"{_string(row, 'title')} {_string(row, 'text')}"
-            return parse_id(row[name]), single_line(_string(row, "contents") if "contents" in row else joined)
-    raise ValueError(f"none of the fields {', '.join(ID_FIELDS)}")
+    id_field = next((name for name in ID_FIELDS if name in row), None)
+    text_field = next((name for name in TEXT_FIELDS if name in row), None)
+    if id_field is None or text_field is None:
+        missing = ID_FIELDS if id_field is None else TEXT_FIELDS
+        raise ValueError(f"none of the fields {', '.join(missing)}")
+    text = _string(row, text_field)
+    if text_field == "text":
+        text = f"{_string(row, 'title')} {text}"
+    return parse_id(row[id_field]), single_line(text)
 
 
 def _columns(line: str, *counts: int) -> list[str]:
@@ -134,6 +143,8 @@ def collection_files(path: str) -> list[str]:
     names = sorted(os.listdir(path))
     chosen = [name for name in names if name in ("corpus.jsonl", "corpus.jsonl.gz")][:1]
     chosen = chosen or [name for name in names if name.removesuffix(".gz").endswith((".tsv", ".jsonl", ".json"))]
+    if other := next((name for name in chosen if OTHER_FILES.match(name)), None):
+        raise InputError(f"{path}: this folder also has {other}. Name the file of the collection.")
     if not chosen:
         raise InputError(f"{path}: no .tsv, .jsonl or .json file in this folder, gzipped or not. Name a file.")
     return [os.path.join(path, name) for name in chosen]
@@ -283,6 +294,13 @@ def read_run(
     run: dict[str, Sequence[ScoredDoc]] = {}
     for query_id in list(found):
         doc_ids, scores, ranks = found.pop(query_id)
+        # A third column that falls or repeats holds scores, as Tevatron writes them.
+        if all(score == -rank for score, rank in zip(scores, ranks, strict=True)) and (
+            min(ranks) < 1 or len(set(ranks)) < len(ranks) or (len(ranks) > 1 and list(ranks) == sorted(ranks)[::-1])
+        ):
+            raise InputError(
+                f"{path}: the third column of query {query_id} is not a rank. Convert the run to TREC format."
+            )
         if len(set(doc_ids)) < len(doc_ids):
             raise InputError(f"{path}: query {query_id} lists a document twice. Keep one line per query and document.")
         order = sorted(range(len(doc_ids)), key=lambda i: (-scores[i], ranks[i]))
@@ -373,4 +391,4 @@ def write_run(path: str, hits: Iterable[ScoredDoc], tag: str) -> None:
     with atomic_write(path) as file:
         for query_id, doc_id, score in hits:
             ranks[query_id] = ranks.get(query_id, 0) + 1
-            file.write(f"{query_id} Q0 {doc_id} {ranks[query_id]} {score:.6f} {tag}\n")
+            file.write(f"{query_id} Q0 {doc_id} {ranks[query_id]} {score:{RUN_SCORE}} {tag}\n")

@@ -21,7 +21,7 @@ def read_lines(paths: Sequence[str], desc: str | None = None) -> Iterator[tuple[
         desc: Label of a progress bar over the bytes of all files, or None for no bar.
 
     Raises:
-        InputError: A path is a folder, or its gzip data is damaged.
+        InputError: A path is a folder, its gzip data is damaged, or its text is UTF-16.
     """
     from tqdm import tqdm
 
@@ -39,6 +39,8 @@ def read_lines(paths: Sequence[str], desc: str | None = None) -> Iterator[tuple[
                 try:
                     for number, line in enumerate(lines, 1):
                         if number == 1:
+                            if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line[:4]:
+                                raise InputError(f"{path}: UTF-16 text. Save the file as UTF-8.")
                             line = line.removeprefix(b"\xef\xbb\xbf")
                         elif number % 4096 == 0:
                             bar.update(before + raw.tell() - bar.n)

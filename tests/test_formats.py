@@ -113,6 +113,51 @@ def test_topics_of_beir_and_msmarco(tmp_path: Path) -> None:
     assert formats.read_topics(str(tsv)) == formats.read_topics(str(jsonl)) == {"01": "what is x", "2": "why"}
 
 
+def test_other_usual_field_names(tmp_path: Path) -> None:
+    data = [{"docid": "1", "title": "t", "text": "x"}, {"pid": "2", "passage": "y"}, {"qid": "3", "query": "z"}]
+    path = write_rows(tmp_path / "c.jsonl", [*data, {"id": "4", "body": "b"}, {"_id": "5", "segment": "s"}])
+    assert list(formats.read_texts(str(path), set("12345")).values()) == ["t x", "y", "z", "b", "s"]
+
+
+def test_objects_without_a_text_are_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "c.jsonl", [{"id": "1", "abstract": "x"}, {"doc_id": "2", "question": "q"}])
+    with pytest.raises(InputError, match="no usable line"):
+        list(formats.read_collection(str(path)))
+
+
+def test_a_header_line_is_no_document(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "c.tsv").write_text("pid\tpassage\n1\tone\n")
+    assert [doc.doc_id for doc in formats.read_collection(str(tmp_path / "c.tsv"))] == ["1"]
+    assert "line 1: a header line" in capsys.readouterr().err
+
+
+def test_utf16_is_refused(tmp_path: Path) -> None:
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        (tmp_path / "t.tsv").write_text("1\twhat is x\n", encoding=encoding)
+        with pytest.raises(InputError, match="UTF-16"):
+            formats.read_topics(str(tmp_path / "t.tsv"))
+
+
+def test_scores_in_the_column_of_ranks_are_refused(tmp_path: Path) -> None:
+    run = tmp_path / "r.tsv"
+    for text in ("1\ta\t30\n1\tb\t20\n", "1\ta\t0\n", "1\ta\t5\n1\tb\t5\n"):
+        run.write_text(text)
+        with pytest.raises(InputError, match="is not a rank"):
+            formats.read_run(str(run))
+    run.write_text("1\ta\t2\n1\tb\t1\n1\tc\t3\n")
+    assert [hit.doc_id for hit in formats.read_run(str(run))["1"]] == ["b", "a", "c"]
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "docs.jsonl", [{"id": "1", "contents": "x"}])
+    for name in ("topics.tsv", "queries.jsonl", "synthetic_queries.jsonl", "dev.queries.tsv"):
+        (tmp_path / name).write_text("1\tx\n")
+        with pytest.raises(InputError, match=f"also has {name}"):
+            list(formats.read_collection(str(tmp_path)))
+        (tmp_path / name).unlink()
+    assert len(list(formats.read_collection(str(tmp_path)))) == 1
+
+
 def test_qrels_of_trec_and_beir(tmp_path: Path) -> None:
     trec, beir = tmp_path / "q.txt", tmp_path / "q.tsv"
     trec.write_text("1 0 a 2\n1\t0\tb\t0\n")
@@ -249,7 +294,7 @@ def test_any_judgements_and_any_run_are_read_back(pairs: dict[tuple[str, str], t
         qrels = [Qrel(*pair, grade) for pair, (grade, _) in pairs.items()]
         formats.write_qrels(f"{folder}/qrels", qrels)
         assert list(formats.read_qrels(f"{folder}/qrels")) == qrels
-        hits = [ScoredDoc(*pair, round(score, 6)) for pair, (_, score) in pairs.items()]
+        hits = [ScoredDoc(*pair, float(f"{score:.9g}")) for pair, (_, score) in pairs.items()]
         hits.sort(key=lambda hit: (hit.query_id, -hit.score))
         formats.write_run(f"{folder}/run", hits, "tag")
         read = [hit for ranked in formats.read_run(f"{folder}/run").values() for hit in ranked]
