@@ -11,12 +11,13 @@ Writes  OUTPUT, the reranked run (TREC); with --index also the first stage, OUTP
     torchrun --nproc_per_node=4 -- rerank.py ...        # on 4 GPUs: the same run, byte for byte
 
 Hits below the first --top_k keep their order, below the reranked ones. Scores are saved as they are computed, in
-OUTPUT.scores.*.jsonl. After a kill, run the same command again to resume.
+OUTPUT.scores. After a kill, run the same command again to resume.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 
 from inpars_lib import bm25
@@ -24,6 +25,7 @@ from inpars_lib.cli import InputError, at_least, between, run_script, script_par
 from inpars_lib.dev_set import HeldOutQueries, read_held_out_queries
 from inpars_lib.evaluation import (
     best_weight,
+    check_threshold,
     comparison_table,
     evaluate_per_query,
     interpolate,
@@ -42,6 +44,7 @@ from inpars_lib.scoring import (
     score_blocks,
     scores_by_query,
 )
+from inpars_lib.storage import exclusive
 
 FIRST_STAGE_HITS = 1000  # BM25 hits per query with --index; those below --top_k keep their order
 
@@ -140,12 +143,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Retrieve, score, interpolate, write the run, evaluate."""
     args = parse_args(argv)
     group = ProcessGroup.from_environment()
+    writes = group.rank == 0 and not args.dry_run
+    with exclusive(args.output) if writes else nullcontext():
+        rerank(args, group)
 
+
+def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
+    """Do the work of `main` while no other process writes the output."""
     # 1. The topics and their first stage
     topics = read_topics(args.queries)
     qrels = [qrel for qrel in read_qrels(args.qrels) if qrel.query_id in topics] if args.qrels else []
     if args.qrels and not qrels:
         raise InputError(f"{args.qrels}: no query of {args.queries} is judged here. Use files of one collection.")
+    if qrels and group.rank == 0:
+        check_threshold(qrels, args.relevance_threshold, args.qrels)
     run = first_stage(args, topics, group)
     held_out = HeldOutQueries({}, {}, [])
     if args.interpolation_weight is None:
@@ -153,13 +164,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         held_out = read_held_out_queries(args.holdout, args.index, args.corpus, config, args.top_k)
 
     # 2. The model's scores, of the held-out queries first
-    from inpars_lib.rerankers import default_device, load_reranker
+    from inpars_lib.rerankers import choose_dtype, default_device, load_reranker
 
+    device = args.device or default_device(group.local_rank)
     reranker = load_reranker(
         args.model,
         max_length=args.max_length,
-        device=args.device or default_device(group.local_rank),
-        dtype=args.dtype,
+        device=device,
+        dtype=group.broadcast(choose_dtype(args.dtype, device)),  # one precision for the whole run
         targets=(args.token_true, args.token_false) if args.token_true else None,
     )
     reranker.batch_tokens = args.batch_tokens
@@ -176,11 +188,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "batch_tokens": args.batch_tokens,
         "targets": [args.token_true, args.token_false],
     }
-    store = ScoreStore(args.output, settings, group.rank)
+    store = ScoreStore(args.output, settings)
+    if group.rank == 0:
+        store.open()
+    group.barrier()
     score_blocks(reranker, blocks, args.corpus, store, group)
     if group.rank > 0:
         return
-    scored = (pair for i, values in sorted(store.read().items()) for pair in scores_by_query(blocks[i], values))
+    store.check_complete(len(blocks))
+    scored = (pair for i in range(len(blocks)) for pair in scores_by_query(blocks[i], store.read(i)))
 
     # 3. The interpolation weight
     weight = args.interpolation_weight
@@ -188,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if weight is None:
         curve = interpolation_curve(held_out.run, held_out_scores, held_out.qrels)
         weight = best_weight(curve)
+        if len(set(curve.values())) == 1:
+            warn(f"{args.holdout}: nDCG@10 is equal for all weights. Weight 0, the first stage alone, is used.")
         listed = ", ".join(f"{w:g}: {value:.4f}" for w, value in curve.items())
         print(
             f"nDCG@10 on {len(held_out.qrels):,} held-out synthetic queries by interpolation weight: {listed}",

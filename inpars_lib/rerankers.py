@@ -6,11 +6,12 @@
 A higher score means more relevant. benchmarks/NOTES.md has the measurements behind what makes scoring fast.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from inpars_lib.cli import InputError, shorten
+from inpars_lib.cli import InputError, shorten, warn
 
 if TYPE_CHECKING:
     import numpy
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # Target words of T5-like rerankers, the usual pair first. T5 and Flan-T5 have "true" and "false" as one token each,
 # mT5 has only "yes" and "no".
 TARGET_WORDS = [("true", "false"), ("yes", "no")]
+T5_TYPES = ("t5", "mt5", "umt5")  # sequence-to-sequence models whose tokens never cross a space
 CPU_BATCH_TOKENS = 2048  # tokens per batch on a CPU; larger batches no longer fit its caches
 GPU_BATCH_TOKENS = 65536  # upper bound of tokens per batch on a GPU
 
@@ -36,8 +38,15 @@ class Reranker:
     def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.max_length = min(max_length, tokenizer.model_max_length)
+        self.max_length = max_length
         self.batch_tokens: int | None = None
+
+    def _check_max_length(self, added_tokens: int) -> None:
+        if self.max_length < added_tokens + 2:
+            raise InputError(
+                f"--max_length {self.max_length}: too short for {added_tokens} special tokens and a token of query "
+                f"and document each. Use at least {added_tokens + 2}."
+            )
 
     # ------------------------------------------------------------------------------------------------------ tokens
 
@@ -138,6 +147,12 @@ class Reranker:
                         raise
                     self.batch_tokens = max(1, self.batch_tokens // 2)
                     continue
+                if not torch.isfinite(scored).all():
+                    ids = inputs[chosen[int(torch.isfinite(scored).int().argmin())]][0]
+                    raise InputError(
+                        f"{self.model.config.name_or_path}: the score of {self.tokenizer.decode(ids)[:200]!r} is not a "
+                        "finite number. Use --dtype float32, or another model."
+                    )
                 scores[chosen] = scored
                 start += len(chosen)
         self.model.train(training)
@@ -174,14 +189,23 @@ class MonoT5(Reranker):
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int, targets: tuple[str, str] | None = None) -> None:
         import numpy
+        import torch
+
+        from inpars_lib.t5_forward import use_fused_norms
 
         super().__init__(model, tokenizer, max_length)
+        # mT5 and UMT5 scale and bias differently, and float16 needs transformers' mixed precision: the fast forward
+        # pass is for T5 in float32 and bfloat16 only.
+        self.is_fast = model.config.model_type == "t5" and model.dtype != torch.float16
+        if self.is_fast:
+            use_fused_norms(model)
         if getattr(model.config, "decoder_start_token_id", None) is None:  # T5 starts with padding, often implicitly
             model.config.decoder_start_token_id = model.config.pad_token_id
         self.target_ids = self._find_targets(targets or getattr(model.config, "answers", None))
         model.config.answers = tokenizer.convert_ids_to_tokens(self.target_ids)  # saved with the model
         self._separator = numpy.array(self._ids("Document:"), dtype=numpy.int32)
         self._suffix = numpy.array([*self._ids("Relevant:"), tokenizer.eos_token_id], dtype=numpy.int32)
+        self._check_max_length(len(self._separator) + len(self._suffix))  # positions are relative: no upper limit
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -216,11 +240,18 @@ class MonoT5(Reranker):
 
     def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
         """Return the log softmax of the first target word."""
-        from inpars_lib.t5_forward import first_token_logits
+        import torch
 
-        mask = batch["attention_mask"].bool()
-        logits = first_token_logits(self.model, batch["input_ids"], mask, self.target_ids)
-        return logits.float().log_softmax(dim=-1)[:, 0]
+        if self.is_fast:
+            from inpars_lib.t5_forward import first_token_logits
+
+            mask = batch["attention_mask"].bool()
+            logits = first_token_logits(self.model, batch["input_ids"], mask, self.target_ids).float()
+            margins = logits[:, 0] - logits[:, 1]
+        else:
+            margins = self.relevance_logits(self.model, batch)
+        # Equal to log_softmax(...)[:, 0], but precise for large margins, where log_softmax rounds to ties.
+        return torch.nn.functional.logsigmoid(margins.float())
 
     def labels(self, relevant: list[bool]) -> "torch.Tensor":
         """Return the target word and the end of the sequence, shape (pairs, 2)."""
@@ -233,7 +264,7 @@ class MonoT5(Reranker):
         """Return the logit of the first target word minus that of the second."""
         ids = batch["input_ids"]
         start = ids.new_full((len(ids), 1), self.model.config.decoder_start_token_id)
-        logits = model(**batch, decoder_input_ids=start).logits[:, 0, self.target_ids]
+        logits = model(**batch, decoder_input_ids=start).logits[:, 0, self.target_ids].float()
         return logits[:, 0] - logits[:, 1]
 
 
@@ -254,6 +285,11 @@ class CrossEncoder(Reranker):
         ids = numpy.array(pair.input_ids, dtype=numpy.int32)
         self._prefix, self._separator = ids[: first[0]], ids[first[-1] + 1 : second[0]]
         self._suffix = ids[second[-1] + 1 :]
+        limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
+        if max_length > limit:
+            warn(f"{model.config.name_or_path}: reads at most {limit} tokens, so --max_length {max_length} is reduced.")
+            self.max_length = int(limit)
+        self._check_max_length(len(self._prefix) + len(self._separator) + len(self._suffix))
 
     def build_input(self, query: "numpy.ndarray", text: "numpy.ndarray") -> tuple["numpy.ndarray", int]:
         """Return the tokens of both segments with this tokenizer's special tokens."""
@@ -290,6 +326,13 @@ def has_fast_bfloat16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """Return `dtype`, or for `auto` bfloat16 where this device is fast at it and float32 elsewhere."""
+    if dtype == "auto":
+        return "bfloat16" if has_fast_bfloat16(device) else "float32"
+    return dtype
 
 
 def checkpoint_name(name: str) -> str:
@@ -339,17 +382,16 @@ def load_reranker(
     except (RuntimeError, AssertionError) as error:
         problem = shorten(str(error).splitlines()[0])
         raise InputError(f"--device {device}: {problem}. Choose cpu, or cuda:N with a GPU that exists.") from None
-    if dtype == "auto":
-        dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    dtype = choose_dtype(dtype, device)
     name = checkpoint if os.path.isdir(checkpoint) else checkpoint_name(checkpoint)
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if config.is_encoder_decoder:
-            from inpars_lib.t5_forward import use_fused_norms
-
+            if config.model_type not in T5_TYPES:
+                known = ", ".join(T5_TYPES)
+                raise InputError(f"{name}: models of type {config.model_type} are not supported. Use one of {known}.")
             model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=getattr(torch, dtype))
-            use_fused_norms(model)
             return MonoT5(model.to(device), tokenizer, max_length, targets)
         trained = any("ForSequenceClassification" in architecture for architecture in config.architectures or [])
         if trained and config.num_labels != 1:

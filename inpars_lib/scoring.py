@@ -1,25 +1,29 @@
 """Scoring of many pairs: blocks of whole queries, scores on disk to resume from, processes of torchrun."""
 
 import array
-import glob
 import hashlib
+import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from inpars_lib.cli import InputError, warn
 from inpars_lib.formats import collection_files, conflicting_texts, missing_documents, read_collection
 from inpars_lib.records import ScoredDoc
-from inpars_lib.storage import ResumeLog
+from inpars_lib.storage import FORMAT_VERSION, atomic_write
 
 if TYPE_CHECKING:
     import numpy
 
     from inpars_lib.rerankers import Reranker
+
+T = TypeVar("T")
 
 BLOCK_PAIRS = 256  # pairs scored at a time, of whole queries: enough to batch pairs of similar length
 TOKENIZER_BATCH = 1024  # documents tokenized at a time
@@ -40,13 +44,20 @@ class ProcessGroup:
 
     def barrier(self) -> None:
         """Wait until every rank gets here."""
+        self.broadcast(None)
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value on every rank, once every rank gets here."""
         if self.size == 1:
-            return
+            return value
         import torch.distributed as distributed
 
         if not distributed.is_initialized():  # one rank may have much more work than another
             distributed.init_process_group("gloo", timeout=timedelta(days=30))
         distributed.barrier()
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
 
 class PairBlocks:
@@ -101,33 +112,53 @@ def files_fingerprint(model: str, corpus: str) -> str:
 
 
 class ScoreStore:
-    """The scores of finished blocks on disk: OUTPUT.scores.RANK.jsonl, one log per process. Each process reads all.
+    """Scores of finished blocks on disk: OUTPUT.scores/HASH/BLOCK.json, one file per block, written atomically.
+
+    HASH stands for the settings, so scores of other settings are never mixed in or overwritten.
 
     Args:
         output: The run that is being made.
-        settings: Everything that scores depend on. Logs with other settings are ignored.
-        rank: Rank of this process.
+        settings: Everything that scores depend on.
     """
 
-    def __init__(self, output: str, settings: Mapping[str, Any], rank: int) -> None:
-        self.output, self.settings = output, settings
-        self.log = ResumeLog(f"{output}.scores.{rank}.jsonl", settings)
+    def __init__(self, output: str, settings: Mapping[str, Any]) -> None:
+        self.output, self.root = output, Path(f"{output}.scores")
+        self.settings = json.dumps({"format_version": FORMAT_VERSION, **settings}, sort_keys=True, indent=2)
+        self.folder = self.root / hashlib.sha256(self.settings.encode()).hexdigest()[:16]
 
-    def read(self) -> dict[int, "array.array[float]"]:
-        """Return the scores of all finished blocks, by block number."""
-        rows = (row for path in self.files() for row in ResumeLog(str(path), self.settings).rows())
-        return {row["block"]: array.array("d", row["scores"]) for row in rows}
+    def open(self) -> None:
+        """Create the folder. Warn if there are scores of other settings."""
+        if self.root.exists() and not self.folder.exists():
+            warn(f"{self.root}: has scores of other settings. Repeat the earlier flags to resume from these.")
+        with atomic_write(str(self.folder / "settings.json")) as file:
+            file.write(self.settings + "\n")
 
-    def files(self) -> list[Path]:
-        """Return the logs of all processes."""
-        output = Path(self.output)
-        return list(output.parent.glob(f"{glob.escape(output.name)}.scores.*.jsonl"))
+    def finished(self) -> set[int]:
+        """Return the numbers of all finished blocks."""
+        return {int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit()}
+
+    def write(self, block: int, scores: Sequence[float]) -> None:
+        """Write the scores of a block."""
+        with atomic_write(str(self.folder / f"{block}.json")) as file:
+            json.dump(scores, file)
+
+    def read(self, block: int) -> list[float]:
+        """Return the scores of a finished block."""
+        scores: list[float] = json.loads((self.folder / f"{block}.json").read_text())
+        return scores
+
+    def check_complete(self, blocks: int) -> None:
+        """Check that all blocks are finished.
+
+        Raises:
+            InputError: Some are not, because a process failed.
+        """
+        if missing := blocks - len(self.finished()):
+            raise InputError(f"{self.root}: {missing:,} of {blocks:,} blocks are missing. Run the same command again.")
 
     def delete(self) -> None:
-        """Delete the logs of all processes."""
-        self.log.close()
-        for path in self.files():
-            path.unlink()
+        """Delete all scores of this output."""
+        shutil.rmtree(self.root)
 
 
 class TokenFile:
@@ -202,12 +233,10 @@ def score_blocks(reranker: "Reranker", blocks: PairBlocks, corpus: str, store: S
     """
     from tqdm import tqdm
 
-    finished = store.read()
-    group.barrier()  # every rank has read the logs before any rank may discard its own
-    store.log.open()
+    finished = store.finished()
+    group.barrier()  # every rank has listed the finished blocks before any rank finishes another one
     mine = [i for i in range(len(blocks)) if i % group.size == group.rank]
     todo = [i for i in mine if i not in finished]
-    del finished
     documents = tokenize_documents(reranker, corpus, blocks.doc_ids(todo), os.path.dirname(store.output) or ".")
     total, left = (sum(blocks.sizes[i] for i in chosen) for chosen in (mine, todo))
     with tqdm(desc="Reranking", total=total, initial=total - left, unit=" pairs", disable=group.rank > 0) as bar:
@@ -216,7 +245,7 @@ def score_blocks(reranker: "Reranker", blocks: PairBlocks, corpus: str, store: S
             texts = [blocks.topics[query_id] for query_id in ids]
             queries = dict(zip(ids, reranker.tokenize_queries(texts), strict=True))
             scores = reranker.score_tokens([(queries[hit.query_id], documents[hit.doc_id]) for hit in blocks[i]])
-            store.log.write({"block": i, "scores": scores.tolist()})
+            store.write(i, scores.tolist())
             bar.update(blocks.sizes[i])
     group.barrier()
 

@@ -52,6 +52,29 @@ def lock(file: IO[Any], path: str) -> None:
         raise InputError(f"{path}: another process is writing to this file. Wait for it or stop it.") from None
 
 
+@contextmanager
+def exclusive(path: str) -> Iterator[None]:
+    """Let one process at a time write the output `path`, with a lock on PATH.lock.
+
+    Raises:
+        InputError: Another process holds the lock.
+    """
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    lock_path = f"{path}.lock"
+    while True:
+        file = open(lock_path, "ab")
+        lock(file, path)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
+                break
+        file.close()  # the process that held the lock has just deleted this file
+    try:
+        yield
+    finally:
+        os.remove(lock_path)
+        file.close()
+
+
 def json_line(row: Mapping[str, Any]) -> str:
     """Return a row as one line of JSONL, newline included."""
     return json.dumps(row, ensure_ascii=False) + "\n"

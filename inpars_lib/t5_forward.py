@@ -32,7 +32,7 @@ def first_token_logits(
       q · (W_k h) = (W_k^T q) · h, and the sum of p W_v h is W_v times the sum of p h.
 
     Args:
-        model: A `T5ForConditionalGeneration` after `use_fused_norms`.
+        model: A `T5ForConditionalGeneration` in float32 or bfloat16, after `use_fused_norms`.
         input_ids: Shape (pairs, tokens).
         mask: Shape (pairs, tokens), True where a token is not padding.
         token_ids: Vocabulary ids.
@@ -58,11 +58,6 @@ def first_token_logits(
     def norm(hidden: torch.Tensor, layer: Any) -> torch.Tensor:
         return rms_norm(hidden, layer.normalized_shape, layer.weight.to(hidden.dtype), layer.eps)
 
-    def add_residual(hidden: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        hidden = hidden.add_(change)
-        # T5 was trained in bfloat16. Its activations exceed the range of float16.
-        return hidden.clamp_(-64000, 64000) if hidden.dtype == torch.float16 else hidden
-
     pairs, length = input_ids.shape
     config, encoder, decoder = model.config, model.encoder, model.decoder
     heads, width = config.num_heads, config.d_kv
@@ -82,8 +77,8 @@ def first_token_logits(
         )
         q, k, v = qkv.view(pairs, length, 3, heads, width).permute(2, 0, 3, 1, 4).contiguous()
         mixed = attention(q, k, v, bias, buffers)
-        hidden = add_residual(hidden, weights.o(mixed.transpose(1, 2).reshape(pairs, length, heads * width)))
-        hidden = add_residual(hidden, feed_forward.DenseReluDense(norm(hidden, feed_forward.layer_norm)))
+        hidden = hidden.add_(weights.o(mixed.transpose(1, 2).reshape(pairs, length, heads * width)))
+        hidden = hidden.add_(feed_forward.DenseReluDense(norm(hidden, feed_forward.layer_norm)))
     states = norm(hidden, encoder.final_layer_norm)
 
     start = input_ids.new_full((pairs,), config.decoder_start_token_id)
@@ -92,7 +87,7 @@ def first_token_logits(
     for block in decoder.block:
         self_layer, cross_layer, feed_forward = block.layer
         own = self_layer.SelfAttention
-        hidden = add_residual(hidden, own.o(own.v(norm(hidden, self_layer.layer_norm))))
+        hidden = hidden.add_(own.o(own.v(norm(hidden, self_layer.layer_norm))))
         weights = cross_layer.EncDecAttention
         q = weights.q(norm(hidden, cross_layer.layer_norm)).view(pairs, heads, width)
         keys, values = (w.weight.view(heads, width, -1).to(q.dtype) for w in (weights.k, weights.v))
@@ -100,8 +95,8 @@ def first_token_logits(
         scores = torch.bmm(projected, states.transpose(1, 2).to(q.dtype)).float() + padding_bias
         probabilities = scores.softmax(-1).to(q.dtype)
         mixed = torch.einsum("phd,hwd->phw", torch.bmm(probabilities, states.to(q.dtype)), values)
-        hidden = add_residual(hidden, weights.o(mixed.reshape(pairs, heads * width)))
-        hidden = add_residual(hidden, feed_forward.DenseReluDense(norm(hidden, feed_forward.layer_norm)))
+        hidden = hidden.add_(weights.o(mixed.reshape(pairs, heads * width)))
+        hidden = hidden.add_(feed_forward.DenseReluDense(norm(hidden, feed_forward.layer_norm)))
     hidden = norm(hidden, decoder.final_layer_norm)
     if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
         hidden = hidden * config.d_model**-0.5

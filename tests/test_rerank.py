@@ -14,6 +14,8 @@ from conftest import ROOT, SUBJECTS, command_of, error_line, ok, rows, run, save
 from training_helpers import dev, dev_but, train
 
 from inpars_lib.rerankers import load_reranker
+from inpars_lib.scoring import ScoreStore
+from inpars_lib.storage import exclusive
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,9 @@ def test_the_table_agrees_with_ir_measures(trained: Path, separable: Path, tmp_p
     args = ["--model", trained, *dev(separable), "--output", output, "--relevance_threshold", 2, "--max_length", 64]
     said = ok(run("rerank.py", *args)).stdout
     table = {line.split()[0]: line.split()[2] for line in said.splitlines() if "@" in line or "MAP" in line}
+    # ir-measures computes RR@10 with another order of ties, and RR with trec_eval. All first hits are in the top 10.
     qrels = list(ir_measures.read_trec_qrels(str(separable / "qrels.txt")))
-    measures = {"nDCG@10": nDCG @ 10, "MRR@10": RR(rel=2) @ 10, "MAP": AP(rel=2)}
+    measures = {"nDCG@10": nDCG @ 10, "MRR@10": RR(rel=2), "MAP": AP(rel=2)}
     values = ir_measures.calc_aggregate(list(measures.values()), qrels, ir_measures.read_trec_run(str(output)))
     for name, measure in measures.items():
         assert float(table[name]) == pytest.approx(values[measure], abs=1e-4)
@@ -84,14 +87,15 @@ def long_run(separable: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return [*files, "--corpus", separable / "collection.tsv", "--max_length", 64]
 
 
-def blocks(scores: Path) -> int:
-    return max(0, scores.read_bytes().count(b"\n") - 1) if scores.exists() else 0
+def blocks(output: Path) -> int:
+    """Return the number of finished blocks of a run."""
+    return sum(path.stem.isdigit() for path in output.parent.glob(f"{output.name}.scores/*/*.json"))
 
 
-def kill_after(command: list[str], scores: Path, finished: int) -> None:
-    """Start a run and kill it when so many of its blocks are in the log."""
+def kill_after(command: list[str], output: Path, finished: int) -> None:
+    """Start a run and kill it when so many of its blocks are finished."""
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and blocks(scores) < finished:
+    while process.poll() is None and blocks(output) < finished:
         pass
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -101,18 +105,15 @@ def kill_after(command: list[str], scores: Path, finished: int) -> None:
 def test_kills_do_not_change_a_run(long_run: list[object], tiny_t5: Path, tmp_path: Path) -> None:
     """SIGKILL after one block more, several times. `KILLS=20 bash run_tests.sh -k kills` kills more often."""
     ok(run("rerank.py", "--model", tiny_t5, *long_run, "--output", tmp_path / "whole.txt"))
-    scores = tmp_path / "run.txt.scores.0.jsonl"
+    output = tmp_path / "run.txt"
     args = ["--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"]
-    for kill in range(int(os.environ.get("KILLS", 2))):
-        kill_after(command_of("rerank.py", *args), scores, blocks(scores) + 1)
+    for _ in range(int(os.environ.get("KILLS", 2))):
+        kill_after(command_of("rerank.py", *args), output, blocks(output) + 1)
         assert not (tmp_path / "run.txt").exists()
-        if kill % 2:
-            with scores.open("a") as file:
-                file.write('{"block": 99, "scor')  # torn
-    finished = blocks(scores)
+    finished = blocks(output)
     done = ok(run("rerank.py", *args))
     assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
-    assert not scores.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.txt", "whole.txt"]
     percent = int(re.search(r"Reranking: +([0-9]+)%", done.stderr)[1])  # where the bar began
     assert percent >= int(100 * finished / 25) > 0
 
@@ -126,9 +127,34 @@ def test_scores_of_another_model_are_discarded(
         ok(run("rerank.py", "--model", model, *long_run, "--output", tmp_path / name))
     assert (tmp_path / "one.txt").read_bytes() != (tmp_path / "two.txt").read_bytes()
     command = command_of("rerank.py", "--model", other, *long_run, "--output", tmp_path / "run.txt")
-    kill_after(command, tmp_path / "run.txt.scores.0.jsonl", 5)
+    kill_after(command, tmp_path / "run.txt", 5)
     ok(run("rerank.py", "--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"))
     assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "one.txt").read_bytes()
+
+
+def test_an_incomplete_set_of_scores_is_refused(
+    long_run: list[object], tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank may have died, or written scores of other settings."""
+    write = ScoreStore.write
+    monkeypatch.setattr(ScoreStore, "write", lambda store, i, scores: i == 3 or write(store, i, scores))
+    args = ["--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"]
+    assert "run.txt.scores: 1 of 24 blocks are missing" in error_line(run("rerank.py", *args))
+    assert not (tmp_path / "run.txt").exists()
+    assert blocks(tmp_path / "run.txt") == 23
+    # Other flags start over, and the finished scores stay for the flags that they belong to.
+    done = run("rerank.py", *args, "--batch_tokens", 999)
+    assert "has scores of other settings" in done.stderr
+    assert blocks(tmp_path / "run.txt") == 46
+    monkeypatch.undo()
+    assert "Reranking:  9" in ok(run("rerank.py", *args)).stderr  # it resumes at 96 %
+
+
+def test_two_runs_on_one_output_are_refused(long_run: list[object], tiny_t5: Path, tmp_path: Path) -> None:
+    with exclusive(str(tmp_path / "run.txt")):
+        second = run("rerank.py", "--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt")
+        assert "run.txt: another process is writing" in error_line(second)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -189,13 +215,17 @@ def test_auto_interpolation_uses_the_queries_held_out(separable: Path, tiny_t5: 
     assert first[0].split()[5] == "bm25"
 
     # The same queries choose a checkpoint.
+    # The grade of a source document is 1, whatever the threshold.
     selecting = ["--holdout", tmp_path / "t.tsv.holdout.jsonl", *index, "--select_by", "nDCG@10", "--eval_steps", 1]
+    selecting += ["--relevance_threshold", 2]
     quick = ["--max_steps", 3, "--gradient_accumulation_steps", 1, "--learning_rate", 1e-2]
     said = ok(train(separable, tiny_t5, tmp_path / "model", *selecting, *quick)).stderr
     first_stage = re.search(r"by interpolation weight: 0: ([0-9.]+)", done.stderr)[1]  # BM25 alone on these queries
     assert f"first stage: nDCG@10 {first_stage}" in said
     with (tmp_path / "model/results.csv").open() as file:
-        values = [float(row["nDCG@10"]) for row in csv.DictReader(file)]
+        results = list(csv.DictReader(file))
+    values = [float(row["nDCG@10"]) for row in results]
+    assert all(float(row["MRR@10"]) > 0 for row in results)
     assert len(values) == 3
     assert f"model: model of step {1 + values.index(max(values))}" in said
     card = (tmp_path / "model/README.md").read_text()

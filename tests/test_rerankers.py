@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import transformers
 from conftest import save_t5
 
 from inpars_lib import evaluation, rerankers
@@ -139,8 +140,8 @@ def test_the_papers_name_of_t5() -> None:
 
 def test_ties_in_a_ranking() -> None:
     hits = [ScoredDoc("q", doc_id, 10.0 - i) for i, doc_id in enumerate("abcde")]
-    ranked = evaluation.rerank_hits(hits, {"a": -0.5, "b": -0.1, "c": -0.50000001})
-    # c and a tie as written, and trec_eval puts the greater id first; d and e were not reranked.
+    ranked = evaluation.rerank_hits(hits, {"a": -0.5, "b": -0.1, "c": -0.5000000001})
+    # c and a tie in the digits of a run, and trec_eval puts the greater id first; d and e were not reranked.
     assert [(hit.doc_id, hit.score) for hit in ranked] == [
         ("b", -0.1),
         ("c", -0.5),
@@ -166,6 +167,26 @@ def test_measures() -> None:
     assert list(one) == ["nDCG@10", "nDCG@20", "MRR@10", "MAP", "P@20", "R@1000"]
 
 
+def test_ties_are_broken_like_trec_eval_in_every_measure() -> None:
+    run = {"1": [ScoredDoc("1", "a", 1.0), ScoredDoc("1", "b", 1.0)]}
+    values = evaluation.evaluate_per_query([Qrel("1", "a", 1)], run, 1)
+    assert values["MRR@10"]["1"] == values["MAP"]["1"] == 0.5  # b precedes a
+
+
+def test_a_threshold_that_no_judgement_reaches(capsys: pytest.CaptureFixture) -> None:
+    qrels, run = [Qrel("1", "a", 1)], {"1": [ScoredDoc("1", "a", 1.0)]}
+    values = evaluation.evaluate_per_query(qrels, run, 2)
+    assert values["nDCG@10"]["1"] == 1.0
+    table = evaluation.comparison_table(values, values)
+    assert [line.split()[1] for line in table.splitlines()[1:]] == ["1.0000", "1.0000", "n/a", "n/a", "n/a", "n/a"]
+    evaluation.check_threshold(qrels, 1, "qrels.txt")
+    assert capsys.readouterr().err == ""
+    evaluation.check_threshold(qrels, 2, "qrels.txt", "nDCG@10")
+    assert "--relevance_threshold 2. The highest grade is 1." in capsys.readouterr().err
+    with pytest.raises(InputError, match="select by nDCG@10"):
+        evaluation.check_threshold(qrels, 2, "qrels.txt", "MRR@10")
+
+
 # -------------------------------------------------------------------------------------------------------- interpolation
 
 
@@ -185,3 +206,89 @@ def test_the_weight_is_chosen_where_the_source_documents_come_first() -> None:
     source = [Qrel("1", "a", 1), Qrel("2", "a", 1)]
     assert best_weight(interpolation_curve(run, against, source)) == 0.4  # up to here the first stage's order holds
     assert best_weight(interpolation_curve(run, against, [Qrel("1", "c", 1), Qrel("2", "c", 1)])) == 1.0
+    same = {q: {"a": 3.0, "b": 2.0, "c": 1.0} for q in run}
+    assert best_weight(interpolation_curve(run, same, source)) == 0.0  # no weight matters: the first stage alone
+
+
+# ---------------------------------------------------------------------------------------------------- model families
+
+
+def save_seq2seq(folder: Path, tiny_t5: Path, config: transformers.PreTrainedConfig, scale: float = 1.0) -> Path:
+    """Save a random model of any sequence-to-sequence type with the vocabulary of `tiny_t5`."""
+    torch.manual_seed(1)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(0, 0.2 if "relative" in name else 0.3)
+            if name.endswith("wo.weight"):
+                weight.mul_(scale)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(folder)
+    return folder
+
+
+SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+FAMILIES = {
+    "t5": transformers.T5Config(**SIZES),
+    "t5 1.1": transformers.T5Config(**SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "mt5": transformers.MT5Config(**SIZES),
+    "umt5": transformers.UMT5Config(**SIZES),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_transformers(tiny_t5: Path, tmp_path: Path, family: str, dtype: str) -> None:
+    """Large activations overflow in float16 unless the residual stays in float32."""
+    config = FAMILIES[family]
+    config.vocab_size = len(transformers.AutoTokenizer.from_pretrained(tiny_t5))
+    scale = 3000.0 if dtype == "float16" else 1.0
+    folder = str(save_seq2seq(tmp_path / "model", tiny_t5, config, scale))
+    reranker = rerankers.load_reranker(folder, dtype=dtype, device="cpu", targets=("true", "false"))
+    assert reranker.is_fast == (family.startswith("t5") and dtype != "float16")
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="float32")
+    pairs = [("what are tides", "the study of tides"), ("why", "bread rises in the oven when bees make honey")]
+    expected = []
+    for pair in pairs:
+        ids = torch.tensor([reranker.encode(*pair)[0].tolist()])
+        logits = model(input_ids=ids, decoder_input_ids=torch.zeros(1, 1, dtype=torch.long)).logits[0, 0]
+        expected.append(logits[reranker.target_ids].log_softmax(-1)[0].item())
+    tolerance = 1e-4 if dtype == "float32" else 0.05 * max(1.0, *map(abs, expected))
+    assert reranker.score(pairs).tolist() == pytest.approx(expected, abs=tolerance)
+
+
+def test_unsupported_types_are_refused_before_training(tiny_t5: Path, tmp_path: Path) -> None:
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    bart = transformers.BartConfig(**size, encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=400)
+    folder = save_seq2seq(tmp_path / "bart", tiny_t5, bart)
+    with pytest.raises(InputError, match="models of type bart are not supported"):
+        rerankers.load_reranker(str(folder), new_head=True)
+
+
+def test_large_margins_are_no_ties() -> None:
+    """In float32 the log softmax of 9.0001 to 9.001 rounds to a few values; the log sigmoid does not."""
+    margins = 9 + torch.arange(1, 11) / 10_000
+    logits = torch.stack([margins + 20, torch.full_like(margins, 20.0)], dim=1)
+    assert len(set(logits.log_softmax(-1)[:, 0].tolist())) < 10
+    scores = torch.nn.functional.logsigmoid(logits[:, 0] - logits[:, 1]).tolist()
+    hits = [ScoredDoc("q", str(i), 1.0) for i in range(10)]
+    ranked = evaluation.rerank_hits(hits, {str(i): score for i, score in enumerate(scores)})
+    assert [hit.doc_id for hit in ranked] == [str(i) for i in range(9, -1, -1)]
+    assert len({f"{hit.score:.9g}" for hit in ranked}) == 10
+
+
+def test_scores_that_are_not_numbers_are_refused(tiny_t5: Path) -> None:
+    reranker = rerankers.load_reranker(str(tiny_t5), dtype="float32", device="cpu")
+    reranker.model.shared.weight.data[reranker.tokenizer("bees").input_ids[0]] = float("nan")
+    reranker.score([("what are tides", "the study of tides")])
+    with pytest.raises(InputError, match=r"the score of 'Query: what.*Document: bees.*is not a finite number"):
+        reranker.score([("what are tides", "the study of tides"), ("what", "bees")])
+
+
+def test_lengths_that_a_model_cannot_read(tiny_t5: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(InputError, match="--max_length 3: too short"):
+        rerankers.load_reranker(str(tiny_t5), max_length=3)
+    encoder = rerankers.load_reranker(str(tiny_encoder), max_length=1024, new_head=True)
+    assert encoder.max_length == 512
+    assert "reads at most 512 tokens, so --max_length 1024 is reduced" in capsys.readouterr().err
+    assert rerankers.load_reranker(str(tiny_t5), max_length=1024).max_length == 1024  # relative positions
