@@ -33,10 +33,27 @@ from typing import Any
 
 from inpars_lib.cli import InputError, at_least, run_script, script_parser
 from inpars_lib.dev_set import DevSet, read_dev_set, read_held_out_dev_set
-from inpars_lib.evaluation import MEASURES
+from inpars_lib.evaluation import MEASURES, check_threshold, format_value
 from inpars_lib.formats import TripleFile
 
 LOSSES = ("pointwise", "pairwise")
+PUBLISH = "publish the model after training: hf upload YOU/NAME MODEL --exclude 'checkpoint-*/*'"
+REFUSED_FLAGS = {  # of transformers.TrainingArguments
+    "num_train_epochs": "use --epochs",
+    "save_steps": "use --save_every_n_steps",
+    "label_smoothing_factor": "the loss is --loss",
+    "load_best_model_at_end": "use --select_by",
+    "metric_for_best_model": "use --select_by",
+    "greater_is_better": "use --select_by",
+    "eval_strategy": "evaluation is on with --queries or --holdout",
+    "remove_unused_columns": "examples have no columns",
+    "push_to_hub": PUBLISH,
+    "hub_model_id": PUBLISH,
+    "hub_token": PUBLISH,
+}
+# Flags that decide the weights. A training that is resumed must repeat them.
+DECISIVE = ("base_model", "per_device_train_batch_size", "loss", "learning_rate", "warmup_steps", "weight_decay",
+            "max_length", "bf16", "seed", "token_true", "token_false", "select_by")  # fmt: skip
 CARD_SETTINGS = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
                  "lr_scheduler_type", "warmup_steps", "weight_decay", "bf16", "seed")  # fmt: skip
 
@@ -92,8 +109,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
     """Parse the flags, check how they combine, and return them with those of transformers.TrainingArguments."""
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
-    if any(flag.startswith(("--push_to_hub", "--hub_")) for flag in others):
-        parser.error("models are published after training: hf upload YOU/NAME MODEL --exclude 'checkpoint-*/*'")
+    for flag in others:
+        name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+        if flag.startswith("--") and name in REFUSED_FLAGS:
+            parser.error(f"{flag.partition('=')[0]} is not supported: {REFUSED_FLAGS[name]}")
     trainer_flags: dict[str, Any] = {}
     if others:
         from inpars_lib.training import parse_trainer_flags
@@ -125,7 +144,9 @@ def read_dev(args: argparse.Namespace) -> DevSet | None:
     if args.holdout:
         return read_held_out_dev_set(args.holdout, args.index, args.corpus, *limits)
     if args.queries:
-        return read_dev_set(args.queries, args.qrels, args.run, args.corpus, *limits)
+        dev = read_dev_set(args.queries, args.qrels, args.run, args.corpus, *limits)
+        check_threshold(dev.qrels, args.relevance_threshold, args.qrels, args.select_by)
+        return dev
     return None
 
 
@@ -148,21 +169,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     from inpars_lib.model_card import CardInfo, model_card
     from inpars_lib.rerankers import load_reranker
 
+    main_process = int(os.environ.get("RANK", 0)) == 0
+
     # 1. The data
     checkpoint = training.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     dev = read_dev(args)
     examples = training.TrainingExamples(TripleFile(args.triples_train))
+    examples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * len(examples) / examples_per_step))
+    decisive = {name: getattr(args, name) for name in DECISIVE} | {"steps": steps, **trainer_flags}
+    decisive |= {"examples_per_step": examples_per_step, "triples": training.file_sha256(args.triples_train)}
+    record = training.TrainingRecord(args.output_dir, decisive)
+    if checkpoint and (finished := record.check()) is not None:
+        if main_process:
+            print(f"{args.output_dir}: training is finished, model of step {finished:,}", file=sys.stderr)
+        return
+    if checkpoint is None and main_process:
+        record.write()
+    last_state = training.read_state(checkpoint) if checkpoint else None
+    trained = last_state is not None and last_state.global_step >= steps  # a kill came before the model was saved
 
     # 2. The model
     set_seed(args.seed)  # before a new output layer is initialized
     targets = (args.token_true, args.token_false) if args.token_true else None
+    start = args.base_model
+    if trained:
+        start = (args.select_by and last_state.best_model_checkpoint) or checkpoint
     reranker = load_reranker(
-        args.base_model, max_length=args.max_length, device="cpu", dtype="float32", targets=targets, new_head=True
+        start, max_length=args.max_length, device="cpu", dtype="float32", targets=targets, new_head=True
     )
 
     # 3. The recipe
-    examples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * len(examples) / examples_per_step))
     settings = {
         "output_dir": args.output_dir,
         "max_steps": steps,
@@ -194,11 +231,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"transformers.TrainingArguments refuses these flags: {error}") from None
 
     # 4. Training
-    config = training.TrainingConfig(args.loss, examples_per_step, args.seed, args.relevance_threshold)
+    threshold = 1 if args.holdout else args.relevance_threshold  # source documents of held-out queries have grade 1
+    config = training.TrainingConfig(args.loss, examples_per_step, args.seed, threshold)
     trainer = training.RerankerTrainer(reranker, examples, config, arguments, dev)
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-    main_process = trainer.is_world_process_zero()
     family = type(reranker).__name__
     if main_process:
         print(
@@ -207,9 +244,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         if dev:
-            measures = ", ".join(f"{name} {value:.4f}" for name, value in trainer.first_stage.items())
+            measures = ", ".join(f"{name} {format_value(value)}" for name, value in trainer.first_stage.items())
             print(f"first stage: {measures}", file=sys.stderr)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if trained:
+        trainer.state = last_state
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
 
     # 5. The model and its card
     unfinished = os.path.join(args.output_dir, "unfinished")
@@ -224,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output_dir=args.output_dir,
         base_model=args.base_model,
         family=family,
-        max_length=args.max_length,
+        max_length=reranker.max_length,
         settings=shown,
         data={name: getattr(args, name) for name in ("triples_train", "holdout", "queries", "qrels", "run")},
         step=step,
@@ -237,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     Path(unfinished, "README.md").write_text(model_card(info), encoding="utf-8")
     training.move_model(unfinished, args.output_dir)
+    record.write(finished=step)
     print(f"{args.output_dir}: model of step {step:,}", file=sys.stderr)
 
 

@@ -1,11 +1,14 @@
 """The card of a trained model (README.md): its settings, its data, its results and how to load it."""
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from inpars_lib.evaluation import format_value
 
 LOADING = {
     "MonoT5": """rerankers.Reranker("MODEL", model_type="t5")
@@ -133,6 +136,9 @@ def _results(info: CardInfo) -> str:
         "",
         "| | first stage | reranked |",
         "|---|---:|---:|",
-        *(f"| {name} | {old:.4f} | {evaluation[f'eval_{name}']:.4f} |" for name, old in info.first_stage.items()),
+        *(
+            f"| {name} | {format_value(old)} | {format_value(evaluation.get(f'eval_{name}', math.nan))} |"
+            for name, old in info.first_stage.items()
+        ),
     ]
     return "\n".join(lines)

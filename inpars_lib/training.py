@@ -1,7 +1,9 @@
 """Training: examples, sampler, the Trainer that evaluates by reranking, checkpoints, results."""
 
 import csv
+import hashlib
 import json
+import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +13,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from inpars_lib.cli import InputError
+from inpars_lib.cli import InputError, warn
 from inpars_lib.dev_set import DevSet
 from inpars_lib.evaluation import MEASURES, evaluate_per_query, mean_values, rerank_hits
 from inpars_lib.records import Triple
 from inpars_lib.rerankers import Reranker
-from inpars_lib.storage import atomic_write
+from inpars_lib.storage import FORMAT_VERSION, atomic_write
 
 PLOTTED = (("nDCG@10", "tab:blue"), ("MRR@10", "tab:orange"))
 
@@ -160,7 +162,7 @@ class RerankerTrainer(Trainer):
             scores.setdefault(query_id, {})[doc_id] = value
         run = {query_id: rerank_hits(hits, scores[query_id]) for query_id, hits in dev.run.items()}
         means = mean_values(evaluate_per_query(dev.qrels, run, self.config.relevance_threshold))
-        metrics = {f"eval_{name}": value for name, value in means.items()}
+        metrics = {f"eval_{name}": value for name, value in means.items() if not math.isnan(value)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.write_results()
@@ -199,7 +201,7 @@ def parse_trainer_flags(flags: Sequence[str]) -> tuple[dict[str, Any], list[str]
     )
     if unknown:
         return {}, unknown
-    names = [flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")]
+    names = [flag.removeprefix("--").partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
     return {name: getattr(known, name) for name in names}, []
 
 
@@ -236,6 +238,59 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
     return complete[max(complete)] if complete else None
 
 
+def read_state(checkpoint: str) -> TrainerState:
+    """Return the Trainer's state at a checkpoint."""
+    return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+
+
+def file_sha256(path: str) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class TrainingRecord:
+    """OUTPUT_DIR/training.json: the settings that decide the weights, and the step of the finished model.
+
+    Args:
+        output_dir: Folder of the training.
+        settings: The settings, as JSON values.
+    """
+
+    def __init__(self, output_dir: str, settings: Mapping[str, Any]) -> None:
+        self.path, self.settings = (
+            os.path.join(output_dir, "training.json"),
+            json.loads(json.dumps(settings, default=str)),
+        )
+
+    def write(self, finished: int | None = None) -> None:
+        """Write the file. `finished` is the step of the saved model."""
+        record = {"format_version": FORMAT_VERSION, "settings": self.settings, "finished": finished}
+        with atomic_write(self.path) as file:
+            json.dump(record, file, indent=2)
+
+    def check(self) -> int | None:
+        """Return the step of the finished model, or None if the training is not finished.
+
+        Raises:
+            InputError: The file has other settings.
+        """
+        if not os.path.exists(self.path):
+            warn(f"{self.path}: this file is missing, so the settings of the checkpoints cannot be checked.")
+            return None
+        with open(self.path, encoding="utf-8") as file:
+            record = json.load(file)
+        before = record["settings"]
+        names = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
+        if names:
+            listed = ", ".join(f"{name} {before.get(name)}, now {self.settings.get(name)}" for name in names)
+            raise InputError(
+                f"{self.path}: trained with other settings ({listed}). Repeat those, or choose another --output_dir."
+            )
+        finished: int | None = record["finished"]
+        return finished
+
+
 def write_results(output_dir: str, history: Sequence[Mapping[str, Any]], first_stage: Mapping[str, float]) -> None:
     """Write results.csv and learning_curve.png from the log that checkpoints carry.
 
@@ -251,7 +306,7 @@ def write_results(output_dir: str, history: Sequence[Mapping[str, Any]], first_s
     for entry in history:
         loss = entry.get("loss", loss)
         if "eval_nDCG@10" in entry:
-            values = {name: entry[f"eval_{name}"] for name in MEASURES}
+            values = {name: entry.get(f"eval_{name}") for name in MEASURES}
             rows.append({"step": entry["step"], "epoch": round(entry["epoch"], 3), "loss": loss, **values})
     if rows:
         with atomic_write(os.path.join(output_dir, "results.csv")) as file:
@@ -266,6 +321,8 @@ def write_results(output_dir: str, history: Sequence[Mapping[str, Any]], first_s
     panels[0].plot(*zip(*losses, strict=True))
     panels[0].set(xlabel="step", ylabel="training loss")
     for name, color in PLOTTED if rows else ():
+        if rows[-1][name] is None:
+            continue
         panels[1].plot([row["step"] for row in rows], [row[name] for row in rows], "o-", color=color, label=name)
         panels[1].axhline(first_stage[name], linestyle=":", color=color, label=f"{name}, first stage")
         panels[1].set(xlabel="step")

@@ -122,16 +122,52 @@ def test_a_kill_and_a_resumed_training(separable: Path, tiny_t5: Path, tmp_path:
 
 
 def test_other_flags_are_passed_to_the_trainer(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
-    more = ["--optim", "adafactor", "--gradient_checkpointing", "True", "--save_total_limit=1", "--save_steps", 1]
+    more = ["--optim", "adafactor", "--gradient_checkpointing", "True", "--save_total_limit=1"]
+    more += ["--max-grad-norm", 0.5, "--save_every_n_steps", 1]
     ok(train(separable, tiny_t5, tmp_path / "model", *QUICK, *more))
     [checkpoint] = (tmp_path / "model").glob("checkpoint-*")  # of two, as the flag asks
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     assert any("exp_avg_sq_row" in values for values in state["state"].values())  # only Adafactor has these
     unknown = train(separable, tiny_t5, tmp_path / "none", *QUICK, "--learning_rat", 1)
     assert "--learning_rat is neither a flag of this script nor of" in error_line(unknown, 2)
-    selecting = ["--select_by", "MAP", "--eval_steps", 2, "--save_steps", 3]
-    refused = train(separable, tiny_t5, tmp_path / "none", *QUICK, *dev(separable), *selecting)
-    assert "refuses these flags: --load_best_model_at_end requires" in error_line(refused)
+    refused = train(separable, tiny_t5, tmp_path / "none", *QUICK, "--fp16", "True", "--bf16")
+    assert "transformers.TrainingArguments refuses these flags" in error_line(refused)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--num_train_epochs=3", "--num-train-epochs=3", "--label_smoothing_factor=0.1", "--save_steps=1",
+             "--load_best_model_at_end=True", "--gradient_accumulation_steps=0"]
+)  # fmt: skip
+def test_flags_that_would_be_ignored_are_refused(separable: Path, tiny_t5: Path, tmp_path: Path, flag: str) -> None:
+    refused = error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK, flag), 2)
+    assert "is not supported: " in refused or "expected a whole number of at least 1" in refused
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_finished_training_stays_as_it_is(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    output, resume = tmp_path / "model", "--resume_from_checkpoint"
+    ok(train(separable, tiny_t5, output, *QUICK, resume))
+    weights, card = (output / "model.safetensors").read_bytes(), (output / "README.md").read_bytes()
+    done = ok(train(separable, tiny_t5, output, *QUICK, resume))
+    assert "model: training is finished, model of step 2" in done.stderr
+    # A kill after the last step and before the model was saved.
+    record = output / "training.json"
+    record.write_text(record.read_text().replace('"finished": 2', '"finished": null'))
+    (output / "config.json").unlink()
+    (output / "model.safetensors").unlink()
+    ok(train(separable, tiny_t5, output, *QUICK, resume))
+    assert (output / "model.safetensors").read_bytes() == weights
+    assert (output / "README.md").read_bytes() == card
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("change", [["--loss", "pairwise"], ["--learning_rate", 1], ["--max_steps", 4]])
+def test_a_training_is_not_resumed_with_other_settings(
+    separable: Path, tiny_t5: Path, tmp_path: Path, change: list[object]
+) -> None:
+    ok(train(separable, tiny_t5, tmp_path / "model", *QUICK, "--save_every_n_steps", 1))
+    refused = error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK, *change, "--resume_from_checkpoint"))
+    assert f"trained with other settings ({str(change[0])[2:].replace('max_steps', 'steps')} " in refused
 
 
 def test_publishing_is_one_command_of_the_hub(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
