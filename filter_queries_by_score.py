@@ -15,13 +15,15 @@ Scoring functions of the log-probabilities of a query's tokens:
 Two scoring functions need no log-probabilities: `monot5` scores query and document with a trained reranker (InPars-v2,
 arXiv 2301.01820), and `consistency` is 1 / the rank at which BM25 retrieves the source document. With any of them,
 --consistency_k 20 --index INDEX drops queries whose source document is not among the first 20 hits (after
-Promptagator, arXiv 2209.11755). Memory grows with --top_k, not with the input. Ties are broken by doc_id.
+Promptagator, arXiv 2209.11755). Ties are broken by mean log-probability, then by a hash of doc_id. Memory grows with
+--top_k, not with the input.
 """
 
 import argparse
 import heapq
 import math
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -131,6 +133,13 @@ def score_queries(
             yield from zip(block, map(float, scores), strict=True)
 
 
+def rank_key(scored: tuple[SyntheticQuery, float]) -> tuple[float, float, int, str]:
+    """Return the sort key of a scored query, best first. The hash keeps ties from favouring ids of the same kind."""
+    query, score = scored
+    mean = sum(query.log_probs) / len(query.log_probs) if query.log_probs else -math.inf
+    return -score, -mean, zlib.crc32(query.doc_id.encode(errors="replace")), query.doc_id
+
+
 def plot_histogram(
     path: str, all_bins: Counter[int], kept: Counter[int], width: float, cutoff: float, name: str
 ) -> None:
@@ -183,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             yield query, score
 
     # 1. The best queries, in a heap that never holds more than top_k rows
-    best = heapq.nsmallest(args.top_k, scored(), key=lambda pair: (-pair[1], pair[0].doc_id))
+    best = heapq.nsmallest(args.top_k, scored(), key=rank_key)
     hint = " Rows without log-probabilities can be scored with --scoring_function monot5 --model NAME."
     hint = hint if dropped[NO_LOG_PROBS] else ""
     if not best:

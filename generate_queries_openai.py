@@ -184,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     batching = (args.batch or args.batch_cancel) and not args.dry_run
     if batches.open and not batching and not args.dry_run:
         raise InputError(
-            f"{args.output}: {len(batches.open)} batches are in progress. Add --batch to wait for them or --batch_cancel "
-            "to cancel them."
+            f"{args.output}: {len(batches.open)} batches are in progress. Add --batch to wait for them or "
+            "--batch_cancel to cancel them."
         )
 
     # 2. The model

@@ -25,7 +25,7 @@ from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
 from inpars_lib.formats import read_synthetic_queries, read_texts, tsv_line
 from inpars_lib.negatives import NegativesConfig, sample_negatives
 from inpars_lib.records import SyntheticQuery
-from inpars_lib.storage import atomic_write, json_line
+from inpars_lib.storage import atomic_write, exclusive, json_line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,6 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
 
+    with exclusive(args.output):
+        write_triples(args)
+
+
+def write_triples(args: argparse.Namespace) -> None:
+    """Do the work of `main` while no other process writes the output."""
     # 1. The queries
     queries = read_queries(args.input)
     if args.holdout:

@@ -13,16 +13,17 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inpars_lib.cli import InputError, at_least, between, run_script, script_parser
+from inpars_lib.cli import InputError, at_least, between, run_script, script_parser, warn
 from inpars_lib.formats import read_collection, read_topics, write_run
 from inpars_lib.lucene import quiet_lucene, start_lucene
 from inpars_lib.records import ScoredDoc
-from inpars_lib.storage import FORMAT_VERSION, json_line
+from inpars_lib.storage import FORMAT_VERSION, exclusive, json_line
 
 if TYPE_CHECKING:
     import argparse
@@ -88,16 +89,24 @@ def build_index(corpus: str, index: str, threads: int, language: str = "en") -> 
     Raises:
         InputError: The folder exists, no line is usable, an id is on two lines, or the language is unknown.
     """
-    if os.path.exists(index) and not (os.path.isdir(index) and not os.listdir(index)):
-        raise InputError(f"{index}: the index exists. Delete the folder to rebuild the index, or name another path.")
-    start_lucene()
-    _check_language(language)
+    index = index.rstrip("/")
+    with exclusive(index):
+        if os.path.exists(index) and not (os.path.isdir(index) and not os.listdir(index)):
+            raise InputError(f"{index}: the index exists. Delete the folder to rebuild it, or name another path.")
+        start_lucene()
+        _check_language(language)
+        _build_index(corpus, index, threads, language)
+
+
+def _build_index(corpus: str, index: str, threads: int, language: str) -> None:
     from pyserini.index.lucene import LuceneIndexer
+    from pyserini.search.lucene import LuceneSearcher
 
     print(f"Indexing {corpus} into {index} ...", file=sys.stderr)
     docs = read_collection(corpus, desc="Indexing")
     hashes = array.array("q")  # 8 bytes a document, where a set of ids would take 100
-    unfinished = f"{index.rstrip('/')}.unfinished"
+    empty = 0  # documents without a text, which Anserini skips
+    unfinished = f"{index}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
     try:
@@ -108,11 +117,24 @@ def build_index(corpus: str, index: str, threads: int, language: str = "en") -> 
             )
         while batch := [{"id": doc.doc_id, "contents": doc.text} for doc in islice(docs, INDEX_BATCH)]:
             hashes.extend(hash(doc["id"]) for doc in batch)
+            empty += sum(not doc["contents"] for doc in batch)
             with quiet_lucene():
                 indexer.add_batch_dict(batch)
         with quiet_lucene():
             indexer.close()
         _check_unique_ids(hashes, corpus)
+        if empty == len(hashes):
+            raise InputError(f"{corpus}: no document has a text. Check the format of the collection.")
+        # Anserini only logs errors of writing, such as a full disk, so the documents in the index are counted.
+        indexed = 0
+        with suppress(InputError), quiet_lucene():
+            indexed = LuceneSearcher(os.path.abspath(unfinished)).num_docs
+        if indexed != len(hashes) - empty:
+            raise InputError(
+                f"{index}: {indexed:,} of {len(hashes) - empty:,} documents were indexed. Check the free disk space."
+            )
+        if empty:
+            warn(f"{corpus}: {empty:,} documents without a text are not in the index.")
         settings = {"format_version": FORMAT_VERSION, "language": language}
         Path(unfinished, SETTINGS_FILE).write_text(json_line(settings))
         os.replace(unfinished, index)

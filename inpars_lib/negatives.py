@@ -81,10 +81,9 @@ def sample_negatives(
     log = ResumeLog(log_path, {**settings, "queries": fingerprint.hexdigest()})
     if not resume and os.path.exists(log_path):
         os.remove(log_path)
-    sampled = [SampledHits(**row) for row in islice(log.rows(), len(queries))]
+    sampled = {row.pop("line"): SampledHits(**row) for row in log.rows() if "line" in row}
     log.open()
-    if len(sampled) < len(queries):
-        rest = queries[len(sampled) :]
+    if rest := [query for query in queries if query.line not in sampled]:
 
         def random_ranks(number: int, hits: int) -> Iterator[int]:
             generator, left = random.Random(f"{config.seed} {rest[number].line}"), list(range(hits))
@@ -93,11 +92,12 @@ def sample_negatives(
 
         pairs = [(query.question, query.doc_id) for query in rest]
         found = sample_hits(searcher, pairs, config.max_hits, config.n_samples, random_ranks, config.bm25.threads)
-        for hits in tqdm(found, desc="BM25", total=len(queries), initial=len(sampled), unit=" queries"):
-            sampled.append(hits)
-            log.write(hits._asdict())
+        bar = tqdm(found, desc="BM25", total=len(queries), initial=len(sampled), unit=" queries")
+        for query, hits in zip(rest, bar, strict=True):
+            sampled[query.line] = hits
+            log.write({"line": query.line, **hits._asdict()})
     log.close()
-    return sampled
+    return [sampled[query.line] for query in queries]
 
 
 def sample_hits(

@@ -14,6 +14,7 @@ from conftest import ROOT, command_of, error_line, ok, rows, run, write_rows
 from inpars_lib import bm25, formats
 from inpars_lib.cli import InputError
 from inpars_lib.negatives import sample_hits
+from inpars_lib.storage import exclusive
 
 
 def test_a_first_stage_run(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
@@ -150,6 +151,54 @@ def test_a_folder_of_parts_gives_the_same_triples(demo_index: Path, demo_data: P
     assert (tmp_path / "parts.tsv").read_bytes() == (tmp_path / "t.tsv").read_bytes()
 
 
+def test_two_runs_on_one_output_are_refused(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
+    ask_first_words(tmp_path, demo_data / "collection.tsv")
+    with exclusive(str(tmp_path / "t.tsv")):
+        second = run("generate_triples_train.py", *mining(tmp_path, demo_data / "collection.tsv", demo_index))
+        assert "t.tsv: another process is writing" in error_line(second)
+    with exclusive(str(tmp_path / "index")):
+        second = run(
+            "inpars_lib.bm25", "index", "--corpus", demo_data / "collection.tsv", "--index", tmp_path / "index/"
+        )
+        assert "index: another process is writing" in error_line(second)
+
+
+def test_rows_of_a_log_belong_to_lines(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
+    """Two runs at once used to shift the rows of the log against the queries."""
+    data = ask_first_words(tmp_path, demo_data / "collection.tsv")[:20]
+    write_rows(tmp_path / "q.jsonl", data)
+    args = mining(tmp_path, demo_data / "collection.tsv", demo_index)
+    journal, kept = tmp_path / "t.tsv.negatives.jsonl", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.remove", lambda path: kept.append(path) if "negatives" in str(path) else os.unlink(path))
+        ok(run("generate_triples_train.py", *args))
+    expected = (tmp_path / "t.tsv").read_bytes()
+    settings, *finished = rows(journal)
+    write_rows(journal, [settings, *finished[5:10], *finished[5:7]])
+    ok(run("generate_triples_train.py", *args))
+    assert (tmp_path / "t.tsv").read_bytes() == expected
+
+
+def test_an_index_without_all_documents_is_refused(
+    demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anserini's indexer hides errors of writing. Here two documents never reach it."""
+    bm25.start_lucene()
+    from pyserini.index.lucene import LuceneIndexer
+
+    add = LuceneIndexer.add_batch_dict
+    monkeypatch.setattr(LuceneIndexer, "add_batch_dict", lambda self, docs: add(self, docs[2:]))
+    index = run("inpars_lib.bm25", "index", "--corpus", demo_data / "collection.tsv", "--index", tmp_path / "index")
+    assert "index: 398 of 400 documents were indexed" in error_line(index)
+    assert not list(tmp_path.iterdir())
+
+
+def test_documents_without_a_text_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "c.tsv").write_text("1\tsome text\n2\t\n3\t \n")
+    args = ["--corpus", tmp_path / "c.tsv", "--index", tmp_path / "index"]
+    assert "2 documents without a text are not in the index" in ok(run("inpars_lib.bm25", "index", *args)).stderr
+
+
 @pytest.mark.slow
 def test_sampling_resumes_after_kills(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
     data = ask_first_words(tmp_path, demo_data / "collection.tsv")
@@ -184,7 +233,7 @@ def test_sampling_resumes_after_kills(demo_index: Path, demo_data: Path, tmp_pat
     for more in ([], ["--no-resume"], ["--threads", 1]):
         shutil.copy(tmp_path / "kept", journal)
         with journal.open("a") as file:
-            file.write('{"doc_ids": ["x"], "ra')
+            file.write('{"line": 0, "doc_ids": ["x"], "ra')
         if "--threads" in more:
             [segments] = demo_index.glob("segments_*")
             os.utime(segments)
@@ -215,6 +264,10 @@ def test_consistent_questions_are_kept(demo_index: Path, demo_data: Path, tmp_pa
     ]
     lost = sum(rank != 1 for rank in ranks)
     assert f"dropped {lost} rows whose source document is not among the first 1 hits." in done.stderr
+    # By consistency all of these tie, so the mean log-probability decides.
+    best = [row["doc_id"] for row in rows(tmp_path / "f.jsonl")]
+    ok(run("filter_queries_by_score.py", *args, "--consistency_k", 1, "--scoring_function", "consistency"))
+    assert [row["doc_id"] for row in rows(tmp_path / "f.jsonl")] == best
     for row in data:
         del row["log_probs"]
     write_rows(tmp_path / "q.jsonl", data)
