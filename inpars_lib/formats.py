@@ -79,7 +79,7 @@ def _id_and_text(line: str) -> tuple[str, str]:
         record_id, tab, text = line.partition("\t")
         if not tab:
             raise ValueError("no tab between id and text")
-        if record_id.lower() in ID_FIELDS:
+        if record_id.lower() in ID_FIELDS and text.strip().lower() in TEXT_FIELDS:
             raise ValueError("a header line")
         return parse_id(record_id), single_line(text)
     row = _json_object(line)
