@@ -164,7 +164,8 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
         held_out = read_held_out_queries(args.holdout, args.index, args.corpus, config, args.top_k)
 
     # 2. The model's scores, of the held-out queries first
-    from inpars_lib.rerankers import choose_dtype, default_device, load_reranker
+    from inpars_lib.devices import choose_dtype, default_device
+    from inpars_lib.rerankers import load_reranker
 
     device = args.device or default_device(group.local_rank)
     reranker = load_reranker(

@@ -37,20 +37,6 @@ from inpars_lib.evaluation import MEASURES, check_threshold, format_value
 from inpars_lib.formats import TripleFile
 
 LOSSES = ("pointwise", "pairwise")
-PUBLISH = "publish the model after training: hf upload YOU/NAME MODEL --exclude 'checkpoint-*/*'"
-REFUSED_FLAGS = {  # of transformers.TrainingArguments
-    "num_train_epochs": "use --epochs",
-    "save_steps": "use --save_every_n_steps",
-    "label_smoothing_factor": "the loss is --loss",
-    "load_best_model_at_end": "use --select_by",
-    "metric_for_best_model": "use --select_by",
-    "greater_is_better": "use --select_by",
-    "eval_strategy": "evaluation is on with --queries or --holdout",
-    "remove_unused_columns": "examples have no columns",
-    "push_to_hub": PUBLISH,
-    "hub_model_id": PUBLISH,
-    "hub_token": PUBLISH,
-}
 # Flags that decide the weights. A training that is resumed must repeat them.
 DECISIVE = ("base_model", "per_device_train_batch_size", "loss", "learning_rate", "warmup_steps", "weight_decay",
             "max_length", "bf16", "seed", "token_true", "token_false", "select_by")  # fmt: skip
@@ -109,17 +95,14 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
     """Parse the flags, check how they combine, and return them with those of transformers.TrainingArguments."""
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
-    for flag in others:
-        name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
-        if flag.startswith("--") and name in REFUSED_FLAGS:
-            parser.error(f"{flag.partition('=')[0]} is not supported: {REFUSED_FLAGS[name]}")
     trainer_flags: dict[str, Any] = {}
     if others:
         from inpars_lib.training import parse_trainer_flags
 
-        trainer_flags, unknown = parse_trainer_flags(others)
-        if unknown:
-            parser.error(f"{unknown[0]} is neither a flag of this script nor of transformers.TrainingArguments")
+        try:
+            trainer_flags = parse_trainer_flags(others)
+        except ValueError as error:
+            parser.error(str(error))
     judged, held_out = [args.queries, args.qrels, args.run], [args.holdout, args.index]
     if any(judged) and not (all(judged) and args.corpus):
         parser.error("an evaluation needs all of --queries, --qrels, --run and --corpus")

@@ -204,8 +204,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
     args = parser.parse_args()
 
+    from inpars_lib.devices import has_fast_bfloat16
     from inpars_lib.formats import read_collection, read_topics
-    from inpars_lib.rerankers import has_fast_bfloat16, load_reranker
+    from inpars_lib.rerankers import load_reranker
 
     texts = [doc.text for doc in read_collection(args.corpus) if doc.text]
     generator = random.Random(0)

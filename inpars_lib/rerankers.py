@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from inpars_lib.cli import InputError, shorten, warn
+from inpars_lib.devices import choose_dtype, default_device
 
 if TYPE_CHECKING:
     import numpy
@@ -318,34 +319,10 @@ class CrossEncoder(Reranker):
 # ----------------------------------------------------------------------------------------------------------- loading
 
 
-def has_fast_bfloat16(device: str) -> bool:
-    """Return whether bfloat16 beats float32 on this device: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
-    import torch
-
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = torch.cpu.get_capabilities()
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
-
-
-def choose_dtype(dtype: str, device: str) -> str:
-    """Return `dtype`, or for `auto` bfloat16 where this device is fast at it and float32 elsewhere."""
-    if dtype == "auto":
-        return "bfloat16" if has_fast_bfloat16(device) else "float32"
-    return dtype
-
-
 def checkpoint_name(name: str) -> str:
     """Return a checkpoint's name on the hub: the paper's `t5_base` is `google-t5/t5-base`."""
     size = name.removeprefix("t5_").removeprefix("t5-")
     return f"google-t5/t5-{size}" if name != size and size in ("small", "base", "large", "3b", "11b") else name
-
-
-def default_device(local_rank: int = 0) -> str:
-    """Return the GPU of this process, or `cpu` if there is none."""
-    import torch
-
-    return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def load_reranker(

@@ -22,6 +22,20 @@ from inpars_lib.records import Triple
 from inpars_lib.rerankers import Reranker
 from inpars_lib.storage import FORMAT_VERSION, atomic_write
 
+PUBLISH = "publish the model after training: hf upload YOU/NAME MODEL --exclude 'checkpoint-*/*'"
+REFUSED_FLAGS = {  # of transformers.TrainingArguments
+    "num_train_epochs": "use --epochs",
+    "save_steps": "use --save_every_n_steps",
+    "label_smoothing_factor": "the loss is --loss",
+    "load_best_model_at_end": "use --select_by",
+    "metric_for_best_model": "use --select_by",
+    "greater_is_better": "use --select_by",
+    "eval_strategy": "evaluation is on with --queries or --holdout",
+    "remove_unused_columns": "examples have no columns",
+    "push_to_hub": PUBLISH,
+    "hub_model_id": PUBLISH,
+    "hub_token": PUBLISH,
+}
 PLOTTED = (("nDCG@10", "tab:blue"), ("MRR@10", "tab:orange"))
 
 
@@ -186,23 +200,26 @@ class EvaluateAtEnd(TrainerCallback):
         control.should_log |= control.should_save
 
 
-def parse_trainer_flags(flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Parse flags of `transformers.TrainingArguments`.
+def parse_trainer_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """Return the values of flags of `transformers.TrainingArguments` by name.
 
     Args:
         flags: Command-line words such as `--optim adafactor`.
 
-    Returns:
-        The values by name, and the words that are not such flags.
+    Raises:
+        ValueError: A flag is unknown, or is replaced by a flag of train_t5.py.
     """
+    names = [flag.removeprefix("--").partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
+    for name in names:
+        if name in REFUSED_FLAGS:
+            raise ValueError(f"--{name} is not supported: {REFUSED_FLAGS[name]}")
     arguments: Any = TrainingArguments
     known, unknown = HfArgumentParser(arguments, allow_abbrev=False).parse_args_into_dataclasses(
         ["--output_dir", "unused", *flags], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        return {}, unknown
-    names = [flag.removeprefix("--").partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
-    return {name: getattr(known, name) for name in names}, []
+        raise ValueError(f"{unknown[0]} is neither a flag of this script nor of transformers.TrainingArguments")
+    return {name: getattr(known, name) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------------------- files
