@@ -30,10 +30,11 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import islice
 
 from inpars_lib.cli import InputError, at_least, between, run_script, script_parser
-from inpars_lib.formats import read_collection
+from inpars_lib.formats import collection_fingerprint, conflicting_texts, read_collection
 from inpars_lib.llm.batch import BatchConfig, BatchRunner, BatchState
 from inpars_lib.llm.client import ClientConfig, GenerationClient
-from inpars_lib.llm.protocol import RESUME, SLOT, ModelApi, ModelConfig, retired_model_error
+from inpars_lib.llm.errors import RESUME, check_url, read_key, retired_model_error
+from inpars_lib.llm.protocol import SLOT, ModelApi, ModelConfig
 from inpars_lib.llm.query_store import QueryStore, summarize_queries
 from inpars_lib.records import Doc
 
@@ -94,6 +95,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--include_doc_probs needs log-probabilities and --api completions: chat cannot echo its prompt")
     if (args.batch or args.batch_cancel) and args.max_total_tokens:
         parser.error("--max_total_tokens cannot stop a batch; omit it and lower --max_examples")
+    if (args.batch or args.batch_cancel) and len(args.base_url or []) > 1:
+        parser.error("--batch uses one server; name one --base_url")
     return args
 
 
@@ -121,29 +124,33 @@ def sampling_key(seed: int) -> Callable[[str], bytes]:
 def sample_documents(args: argparse.Namespace) -> set[str]:
     """Return the ids of the documents to write queries for. Memory grows with their number only."""
     docs = read_collection(args.collection, desc="Sampling documents")
-    ids = (doc.doc_id for doc in docs if args.min_doc_chars <= len(doc.text) <= args.max_doc_chars)
+    usable = ((doc.doc_id, hash(doc.text)) for doc in docs if args.min_doc_chars <= len(doc.text) <= args.max_doc_chars)
     if args.sampling == "first":
-        sample = set(islice(ids, args.max_examples))
+        chosen = list(islice(usable, args.max_examples))
     else:
-        sample = set(heapq.nsmallest(args.max_examples, ids, key=sampling_key(args.seed)))
+        key = sampling_key(args.seed)
+        chosen = heapq.nsmallest(args.max_examples, usable, key=lambda document: key(document[0]))
+    sample: dict[str, int] = {}
+    for doc_id, text_hash in chosen:
+        if sample.setdefault(doc_id, text_hash) != text_hash:
+            raise conflicting_texts(args.collection, doc_id)
     if not sample:
         raise InputError(
             f"{args.collection}: no document of {args.min_doc_chars} to {args.max_doc_chars} characters. "
             "Lower --min_doc_chars or raise --max_doc_chars."
         )
-    return sample
+    return set(sample)
 
 
-def print_projection(store: QueryStore, total: int, seconds: float) -> None:
-    """Print what all documents would cost, projected from a dry run."""
+def print_projection(store: QueryStore, total: int, rate: float) -> None:
+    """Print what all documents would cost, projected from a dry run with this many answers per second."""
     count = len(store.done) + len(store.failed)
     means = [tokens / count for tokens in store.usage]
     print(f"{count:,} documents sent, {len(store.failed):,} of them without a query; nothing was written")
     print("per document: {:,.0f} tokens in ({:,.0f} of them cached), {:,.1f} out".format(*means))
     sums = [mean * total for mean in means]
     print("all {:,}: {:,.0f} tokens in ({:,.0f} of them cached), {:,.0f} out".format(total, *sums))
-    hours = total * seconds / count / 3600
-    print(f"about {hours:,.1f} hours at {count / seconds:,.2f} documents per second")
+    print(f"about {total / rate / 3600:,.1f} hours at {rate:,.2f} documents per second")
 
 
 def print_summary(store: QueryStore, sample: Set[str], output: str) -> None:
@@ -167,7 +174,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Sample documents, request a query for each, save the answers."""
     args = parse_args(argv)
     urls = args.base_url or [url for url in [os.environ.get("OPENAI_BASE_URL")] if url]
-    key = os.environ.get("API_KEY") or os.environ.get("OPENAI_API_KEY")
+    for url in urls:
+        check_url(url)
+    key = read_key(os.environ, urls)
     if not urls and (retired := retired_model_error(args.engine)):
         raise retired
     if not urls and not key:
@@ -179,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names += ("min_doc_chars", "max_doc_chars", "good_bad", "include_doc_probs", "no_log_probs")
     settings = {name: getattr(args, name) for name in names}
     settings["prompt_sha256"] = hashlib.sha256(template.encode()).hexdigest()
+    settings["collection"] = collection_fingerprint(args.collection)
     store = QueryStore(None if args.dry_run else args.output, settings, args.force)
     batches = BatchState(args.output)
     batching = (args.batch or args.batch_cancel) and not args.dry_run
@@ -213,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return read_collection(args.collection, doc_ids)
 
     # 4. The queries
-    started, stopped = time.monotonic(), None
+    started, stopped, rate = time.monotonic(), None, 0.0
     try:
         # A batch run sends one document directly, which shows the API and the parameters that the model takes.
         if not args.batch_cancel and (wanted - store.done - store.failed) and not (batching and store.request):
@@ -223,8 +233,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             docs = read_docs(wanted - store.done - store.failed)
             client = GenerationClient(servers, api, template, docs, store, len(wanted), finished, only_first=batching)
             asyncio.run(client.run())
+            rate = client.rate(time.monotonic() - started)
         if batching:
-            config = BatchConfig(urls[0] if urls else None, key, args.timeout, args.batch_size, args.batch_poll)
+            config = BatchConfig(urls[0] if urls else None, key, args.timeout, args.batch_size, args.batch_poll,
+                                 args.patience)  # fmt: skip
             runner = BatchRunner(config, api, template, batches, store, wanted, read_docs)
             runner.cancel() if args.batch_cancel else runner.run()
     except (InputError, KeyboardInterrupt) as error:
@@ -234,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.dry_run:
         print_summary(store, sample, args.output)
     elif not stopped:
-        print_projection(store, len(sample), time.monotonic() - started)
+        print_projection(store, len(sample), rate)
     store.close()
     if stopped:
         raise stopped

@@ -15,6 +15,7 @@ package is installed. Ids are strings and stay as written: "007" is not "7". Rea
 """
 
 import array
+import hashlib
 import json
 import math
 import os
@@ -148,6 +149,21 @@ def collection_files(path: str) -> list[str]:
     if not chosen:
         raise InputError(f"{path}: no .tsv, .jsonl or .json file in this folder, gzipped or not. Name a file.")
     return [os.path.join(path, name) for name in chosen]
+
+
+def collection_fingerprint(path: str) -> str:
+    """Return a hash of the sizes and of the first and last 64 KiB of a collection's files."""
+    digest = hashlib.sha256()
+    if path.startswith("ir_datasets:"):
+        digest.update(path.encode())
+        return digest.hexdigest()
+    for name in collection_files(path):
+        with open(name, "rb") as file:
+            size = os.path.getsize(name)
+            digest.update(f"{size}\n".encode() + file.read(1 << 16))
+            file.seek(max(0, size - (1 << 16)))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _read_docs(path: str, desc: str | None) -> Iterator[Doc]:

@@ -121,6 +121,7 @@ class QuietHandler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Serve HTTP on a free port of loopback inside the block. Yields the address."""
+    ThreadingHTTPServer.request_queue_size = 1024  # else connections beyond 5 wait for seconds
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds that a stop takes
     yield f"http://127.0.0.1:{server.server_port}"

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULTS = ("429", "429_wait", "500", "503", "cut", "broken", "no_logprobs", "refused")
@@ -98,6 +99,7 @@ class StandIn:
         self.lock = threading.RLock()
         self.down = threading.Event()
         self.step: Callable[[str], None] = lambda name: None  # before the answer to: upload, create, look, download
+        self.look_fails: Callable[[], bool] = lambda: False  # the status of a batch cannot be had now
         self.url = ""  # known when it is served
 
     # ------------------------------------------------------------------------------------------------- one request
@@ -129,6 +131,8 @@ class StandIn:
             return 0, body
         if fault == "hang":
             return -1, body
+        if fault == "drip":
+            return -2, body
         if fault == "broken":
             return 200, json.dumps(body).encode()[:-9]
         if fault == "no_logprobs":
@@ -231,6 +235,8 @@ class StandIn:
                     outer.most_under_way = max(outer.most_under_way, outer.under_way)
                 try:
                     status, body = outer.respond(request)
+                    if status == -2:
+                        return self.drip()
                     if status == -1:
                         outer.down.wait()
                         status = 0
@@ -246,12 +252,25 @@ class StandIn:
                     return self.give(200, {"object": "list", "data": newest_first, "has_more": False})
                 if path.startswith("/v1/batches/"):
                     outer.step("look")
+                    if outer.look_fails():
+                        return self.give(500, {"error": {"message": "try later"}})
                     with outer.lock:
                         return self.give(200, outer.look(outer.batches[path.rpartition("/")[2]]))
                 if path.startswith("/v1/files/"):
                     outer.step("download")
                     return self.give(200, outer.files[path.split("/")[3]])
                 self.give(404, {"error": {"message": "no such address"}})
+
+            def drip(self) -> None:
+                """Send an answer of which a byte arrives now and then."""
+                self.send_response(200)
+                self.send_header("Content-Length", "1000000")
+                self.end_headers()
+                with suppress(OSError):
+                    while not outer.down.wait(0.1):
+                        self.wfile.write(b" ")
+                        self.wfile.flush()
+                self.close_connection = True
 
             def give(self, status: int, body: object, headers: dict[str, str] | None = None) -> None:
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()

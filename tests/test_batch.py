@@ -187,6 +187,34 @@ def test_cancelling_keeps_the_answers(collection: Path, openai_server: StandIn) 
     assert set(asked(openai_server).values()) == {1}
 
 
+@pytest.mark.slow
+def test_answers_of_documents_that_are_no_longer_wanted_are_kept(collection: Path, openai_server: StandIn) -> None:
+    openai_server.batch_waits = 10**9
+    looked = threading.Event()
+    openai_server.step = lambda name: looked.set() if name == "look" else None
+    process = start(collection, openai_server.url, *QUICK)
+    assert looked.wait(60)
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    openai_server.batch_waits = 1
+    ok(generate(collection, openai_server.url, *QUICK, "--max_examples", 5))
+    assert set(written(collection)) == EVERY  # all were paid for
+    assert set(asked(openai_server).values()) == {1}
+
+
+def test_a_batch_run_waits_for_its_server(collection: Path, openai_server: StandIn) -> None:
+    failures = iter([True] * 12)
+    openai_server.look_fails = lambda: next(failures, False)
+    done = ok(generate(collection, openai_server.url, *QUICK))
+    assert "no status of the batch" in done.stderr
+    assert set(written(collection)) == EVERY
+
+
+def test_a_damaged_list_of_batches(collection: Path, openai_server: StandIn) -> None:
+    (collection.parent / "queries.jsonl.batches.json").write_text("{")
+    assert "batches.json: damaged" in error_line(generate(collection, openai_server.url, *QUICK))
+
+
 def test_fatal_errors_of_a_batch_run(collection: Path, openai_server: StandIn) -> None:
     openai_server.respond = lambda request: error(401, "wrong key sk-secret")
     done = generate(collection, openai_server.url, *QUICK, API_KEY="sk-secret")

@@ -4,17 +4,16 @@ import pytest
 from stand_in import chat, completion
 
 from inpars_lib.cli import InputError
-from inpars_lib.llm.protocol import (
+from inpars_lib.llm.errors import (
     Action,
-    AnswerError,
-    ModelApi,
-    ModelConfig,
-    NoLogProbs,
+    check_url,
     classify_error,
     public_url,
+    read_key,
     refused_parameter,
     retired_model_error,
 )
+from inpars_lib.llm.protocol import AnswerError, ModelApi, ModelConfig, NoLogProbs
 from inpars_lib.llm.server import Server
 from inpars_lib.llm.tokens import Usage, align, read_usage
 from inpars_lib.records import Doc
@@ -314,3 +313,73 @@ def test_an_unreachable_server_gets_one_request_at_a_time() -> None:
 def test_addresses_are_shown_without_secrets() -> None:
     assert public_url("https://user:sk-1@host:8000/v1?key=sk-2") == "https://host:8000/v1"
     assert public_url(None) == "OpenAI"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h:abc/v1", "http://::1:80/v1", "127.0.0.1:8000/v1", "ftp://h/v1", "http:///v1"]
+)
+def test_unusable_addresses(url: str) -> None:
+    with pytest.raises(InputError, match="this is no address of a server"):
+        check_url(url)
+    for good in ("http://[::1]:80/v1", "https://host/v1", "http://user:pw@host:8000/v1"):
+        check_url(good)
+
+
+def test_keys() -> None:
+    both = {"API_KEY": " sk-a\n", "OPENAI_API_KEY": "sk-o"}
+    assert read_key(both, []) == read_key(both, ["http://h/v1"]) == "sk-a"
+    assert read_key({"OPENAI_API_KEY": "sk-o"}, []) == "sk-o"
+    assert read_key({"OPENAI_API_KEY": "sk-o"}, ["https://api.openai.com/v1"]) == "sk-o"
+    assert read_key({"OPENAI_API_KEY": "sk-o"}, ["https://api.openai.com.evil.net/v1"]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("<think>The user wants\na query.</think>\n\nWhat is X?", "What is X?"),
+        ('Here is a relevant query:\n"What is X?"', "What is X?"),
+        ("Sure! Here's a question:\n\nWhat is X?", "What is X?"),
+        ("Relevant Query: What is X?", "What is X?"),
+        ("What does the error say: 404?", "What does the error say: 404?"),
+    ],
+)
+def test_reasoning_and_introductions_are_no_questions(text: str, question: str) -> None:
+    row = model("chat").read_answer(chat(text), "", DOC)
+    assert row["question"] == question
+    assert 0 < len(row["log_probs"]) <= len(question.split())
+
+
+@pytest.mark.parametrize(
+    "text", ["The answer to your question is:", "<think>I should", "Example 5:", "Here is a relevant query:\n"]
+)
+def test_answers_that_only_introduce_are_errors(text: str) -> None:
+    with pytest.raises(AnswerError, match="only"):
+        model("chat").read_answer(chat(text), "", DOC)
+
+
+@pytest.mark.parametrize(
+    "log_probs",
+    [
+        {"content": [{"token": "What", "logprob": float("-inf")}]},
+        {"content": [{"token": "What", "logprob": "-0.5"}]},
+        {"content": [{"token": None, "logprob": -0.5}]},
+        {"content": [{"token": "What"}]},
+        {"tokens": ["What"], "token_logprobs": None},
+        {"tokens": ["What"], "token_logprobs": [-0.5, -0.5]},
+        [1, 2],
+    ],
+)
+def test_malformed_log_probs_are_one_error(log_probs: object) -> None:
+    answer = {"choices": [{"message": {"content": "What"}, "logprobs": log_probs}]}
+    with pytest.raises(AnswerError, match="malformed"):
+        model("chat").read_answer(answer, "", DOC)
+
+
+def test_odd_answers() -> None:
+    parts = [{"type": "text", "text": "What "}, {"type": "text", "text": "is X?"}]
+    answer = {"choices": [{"message": {"content": parts}, "logprobs": None}]}
+    assert model("chat", log_probs=False).read_answer(answer, "", DOC)["question"] == "What is X?"
+    failed = {"choices": [{"message": {"content": "What"}, "finish_reason": "error"}]}
+    with pytest.raises(ValueError, match="stopped with an error"):
+        model("chat").read_answer(failed, "", DOC)
+    assert read_usage({"usage": {"prompt_tokens": 3, "prompt_tokens_details": [1]}}) == Usage(3, 0, 0)

@@ -15,18 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from inpars_lib.cli import InputError, shorten, warn
-from inpars_lib.llm.protocol import (
-    RESUME,
-    SLOT,
-    Action,
-    AnswerError,
-    ModelApi,
-    classify_error,
-    error_message,
-    public_url,
-    redact,
-)
+from inpars_lib.cli import InputError, report, shorten, warn
+from inpars_lib.llm.errors import RESUME, Action, classify_error, error_message, public_url, redact
+from inpars_lib.llm.protocol import SLOT, AnswerError, ModelApi
 from inpars_lib.llm.query_store import QueryStore
 from inpars_lib.llm.tokens import read_usage
 from inpars_lib.records import Doc
@@ -49,6 +40,7 @@ class BatchConfig:
         timeout: Seconds for one answer.
         batch_size: Requests per batch.
         poll_seconds: Seconds between two status requests.
+        patience: Seconds to wait for a server that cannot be reached.
     """
 
     url: str | None = None
@@ -56,6 +48,7 @@ class BatchConfig:
     timeout: float = 120.0
     batch_size: int = 50_000
     poll_seconds: float = 30.0
+    patience: float = 3600.0
 
 
 class BatchState:
@@ -74,9 +67,14 @@ class BatchState:
         self.open: list[Batch] = []
         self.number = 0
         if os.path.exists(self.path):
-            with open(self.path, encoding="utf-8") as file:
-                state = json.load(file)
-            self.open, self.number = state["open"], state["number"]
+            try:
+                with open(self.path, encoding="utf-8") as file:
+                    state = json.load(file)
+                self.open, self.number = state["open"], state["number"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"{self.path}: damaged. Cancel the batches that the server lists, and delete this file."
+                ) from None
 
     def save(self) -> None:
         """Write the file."""
@@ -257,7 +255,7 @@ class BatchRunner:
             while self.state.open:
                 counts, collected = 0, 0
                 for batch in list(self.state.open):
-                    status = self.client.batches.retrieve(batch["batch_id"])
+                    status = self._retrieve(batch["batch_id"])
                     if status.status in ENDED:
                         self._collect(batch, status, reasons)
                         ended += len(batch["doc_ids"])
@@ -270,6 +268,22 @@ class BatchRunner:
                     time.sleep(self.config.poll_seconds)
         return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items()) or "no reason given"
 
+    def _retrieve(self, batch_id: str) -> Any:
+        """Return the status of a batch, after waiting up to --patience for a server that cannot answer."""
+        import openai
+
+        started, client = time.monotonic(), self.client.with_options(max_retries=0)
+        while True:
+            try:
+                return client.batches.retrieve(batch_id)
+            except (openai.APIConnectionError, openai.InternalServerError) as error:
+                if time.monotonic() - started > self.config.patience:
+                    raise
+                report(
+                    f"{self.server}: no status of the batch ({redact(shorten(error), self.config.key)}). Waiting ..."
+                )
+                time.sleep(self.config.poll_seconds)
+
     def _collect(self, batch: Batch, status: Any, reasons: Counter[str]) -> None:
         """Download and read the results of a batch that has ended, however it did."""
         path = self.state.file_of(batch, "results")
@@ -280,7 +294,8 @@ class BatchRunner:
                         for chunk in response.iter_bytes(1 << 20):
                             file.write(chunk)
                     file.write(b"\n")
-        self._read_results(path, self.left.intersection(batch["doc_ids"]), reasons)
+        # Every answer was paid for, so it is kept even if this run wants fewer documents.
+        self._read_results(path, set(batch["doc_ids"]) - self.store.done, reasons)
         self.store.save_meta()
         self.state.remove(batch)
         os.remove(path)

@@ -16,17 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from inpars_lib.cli import InputError, report, shorten, warn
-from inpars_lib.llm.protocol import (
-    RESUME,
-    SLOT,
-    Action,
-    AnswerError,
-    ModelApi,
-    NoLogProbs,
-    Verdict,
-    classify_error,
-    redact,
-)
+from inpars_lib.llm.budget import TokenBudget
+from inpars_lib.llm.errors import RESUME, Action, Verdict, classify_error, redact
+from inpars_lib.llm.protocol import SLOT, AnswerError, ModelApi, NoLogProbs
 from inpars_lib.llm.query_store import QueryStore
 from inpars_lib.llm.server import Server, backoff
 from inpars_lib.llm.tokens import NO_TOKENS, Usage, read_usage
@@ -35,6 +27,7 @@ from inpars_lib.records import Doc
 TRIES = 7  # failures of its own after which a document is given up
 TIMEOUT_TRIES = 3  # a timeout counts this often, because each costs the whole timeout
 MAX_FAILURES_IN_A_ROW = 10  # given up without an answer in between: the cause is not the documents
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 SHOWN_FAILURES = 3  # failures that are printed
 
 
@@ -115,7 +108,10 @@ class GenerationClient:
         self.api_switched = False
         self.queue: list[Job] = []  # heap of documents to try again, by the time of the next try
         self.in_flight = 0
+        self.budget = TokenBudget(config.max_total_tokens, api.config.max_tokens)
         self.failures_in_a_row = 0
+        self.first_answer_at = self.steady_until = 0.0  # between them, --concurrency requests were in flight
+        self.steady_answers = 0
         self.accepting, self.all_sent = True, False
         self.error: BaseException | None = None
 
@@ -129,6 +125,7 @@ class GenerationClient:
         loop = asyncio.get_running_loop()
         self.now, self.wake = loop.time, asyncio.Event()
         self.last_answer_at = self.now()
+        self.latest_answered = -math.inf  # when the latest answered request was sent
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupt)
         tasks: set[asyncio.Task[None]] = set()
@@ -148,6 +145,12 @@ class GenerationClient:
         if self.error:
             raise self.error
 
+    def rate(self, seconds: float) -> float:
+        """Return the answers per second between the first answer and the last request, or else of all `seconds`."""
+        if self.steady_answers > 1 and self.steady_until > self.first_answer_at:
+            return self.steady_answers / (self.steady_until - self.first_answer_at)
+        return max(1, self.store.answered) / seconds
+
     def _send(self, tasks: set[asyncio.Task[None]]) -> float | None:
         """Send what can be sent now. Return the seconds until more can be sent, None for after the next answer."""
         while self.accepting:
@@ -162,6 +165,7 @@ class GenerationClient:
                 return self.queue[0].ready_at - now if self.queue and self.queue[0].ready_at > now else None
             server.in_flight += 1
             self.in_flight += 1
+            self.budget.reserved[id(job)] = self.budget.bound(self._prompt_bytes(job))
             task = asyncio.create_task(self._attempt(job, server))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -172,26 +176,34 @@ class GenerationClient:
         if not answered and self.in_flight:
             return None
         if self.queue and self.queue[0].ready_at <= now:
-            return heapq.heappop(self.queue)
+            return self._within_limit(heapq.heappop(self.queue))
         if self.all_sent or waiting >= (self.config.concurrency if answered else 1):
             return None
         if self.only_first and answered:
             self.all_sent = True
             return None
-        if (limit := self.config.max_total_tokens) is not None:
-            spent = self.store.usage.total
-            mean = spent / max(1, len(self.store.done) + len(self.store.failed))
-            if spent >= limit or spent + (waiting + 1) * mean > limit:
-                warn(f"stopping at {spent:,} tokens: one more document might exceed --max_total_tokens {limit:,}.")
-                self.accepting = False
-                return None
         try:
             doc = next(self.docs, None)
         except (InputError, OSError) as error:
             self._stop(error)
             return None
         self.all_sent = doc is None
-        return Job(doc, answered) if doc else None
+        return self._within_limit(Job(doc, answered)) if doc else None
+
+    def _within_limit(self, job: Job) -> Job | None:
+        """Return the job if the token limit allows its request now."""
+        spent = self.store.usage.total
+        if self.budget.allows(spent, self._prompt_bytes(job)):
+            return job
+        heapq.heappush(self.queue, job)
+        if not self.in_flight:
+            limit = self.config.max_total_tokens
+            warn(f"stopping at {spent:,} tokens: one more document might exceed --max_total_tokens {limit:,}.")
+            self.accepting = False
+        return None
+
+    def _prompt_bytes(self, job: Job) -> int:
+        return len(self.template.encode()) + len(job.doc.text.encode(errors="replace"))
 
     def _interrupt(self) -> None:
         if isinstance(self.error, KeyboardInterrupt):  # the second Ctrl-C
@@ -217,6 +229,7 @@ class GenerationClient:
         finally:
             server.in_flight -= 1
             self.in_flight -= 1
+            del self.budget.reserved[id(job)]
             self.bar.set_postfix_str(f"tokens {self.store.usage_now}, {self.in_flight} in flight", refresh=False)
             self.wake.set()
 
@@ -227,12 +240,15 @@ class GenerationClient:
         prompt = self.template.replace(SLOT, job.doc.text)
         request, path, sent_at, usage = self.api.request(prompt), self.api.path, self.now(), NO_TOKENS
         try:
-            answer = await server.client.post(path, body=request, cast_to=object)
-            usage = read_usage(answer)
+            async with asyncio.timeout(self.config.timeout):  # the client's own limit is for each read
+                answer = await server.client.post(path, body=request, cast_to=object)
+            usage = self.budget.count(read_usage(answer), self._prompt_bytes(job))
             row = self.api.read_answer(answer, prompt, job.doc)
-        except openai.APITimeoutError:
+        except (openai.APITimeoutError, TimeoutError):
             server.on_overload(self.now(), sent_at)
-            self._retry(job, server, f"no answer in {self.config.timeout:g} s", tries=TIMEOUT_TRIES, wait=1.0)
+            # An overloaded server times out for all. Only if a later request was answered, the document is the cause.
+            tries = TIMEOUT_TRIES if self.latest_answered > sent_at or self.all_sent else 0
+            self._retry(job, server, f"no answer in {self.config.timeout:g} s", tries=tries, wait=1.0)
         except openai.APIConnectionError as error:
             server.on_connection_failure(self.now())
             self._on_connection_error(job, server, redact(shorten(error.__cause__ or error), self.config.key))
@@ -245,6 +261,7 @@ class GenerationClient:
                 request=request,
                 server=server.name,
                 can_switch_api=not (self.config.api_settled or self.store.answered or self.api_switched),
+                answered=bool(self.store.done),
             )
             verdict = verdict._replace(message=redact(verdict.message or shorten(error), self.config.key))
             self._act_on(verdict, job, server, request, path, sent_at)
@@ -258,11 +275,15 @@ class GenerationClient:
             self._give_up(job, str(error), usage, error.answer)
         except ValueError as error:  # not JSON, or not the JSON of an answer
             server.on_contact()
+            if not self.store.done:
+                problem = f"{server.name}: the answer is malformed ({error})"
+                return self._stop(InputError(f"{problem}. Check --engine, and that --base_url ends in /v1."))
             self._retry(job, server, f"the answer is malformed ({error})", usage=usage)
         else:
             server.on_contact()
             server.on_answer()
             self.last_answer_at = self.now()
+            self.latest_answered = max(self.latest_answered, sent_at)
             self._save(row, usage)
 
     def _act_on(
@@ -288,16 +309,17 @@ class GenerationClient:
                 self._retry(job, server, verdict.message, tries=0, wait=0.0)
             case Action.RETRY:
                 server.on_overload(self.now(), sent_at)
-                if verdict.wait is not None:
-                    server.resume_at = max(server.resume_at, self.now() + verdict.wait)
-                self._retry(job, server, verdict.message, wait=verdict.wait)
+                server.resume_at = max(server.resume_at, self.now() + (verdict.wait or 0.0))
+                self._retry(job, server, verdict.message, wait=verdict.wait or None)
             case Action.GIVE_UP:
                 self._give_up(job, verdict.message, too_long=verdict.too_long)
 
     def _on_connection_error(self, job: Job, server: Server, reason: str) -> None:
         if not self.store.answered and all(s.connection_failures for s in self.servers):
             problem = f"{server.name}: the server cannot be reached ({reason})"
-            return self._stop(InputError(f"{problem}. Check --base_url and that the server runs. {RESUME}"))
+            proxy = next((name for name in PROXIES if os.environ.get(name) or os.environ.get(name.lower())), None)
+            hint = f" The environment has a proxy, {proxy}: set NO_PROXY for this host." if proxy else ""
+            return self._stop(InputError(f"{problem}. Check --base_url and that the server runs.{hint} {RESUME}"))
         if server.connection_failures == 2:
             warn(f"{server.name} is unreachable. Waiting up to {self.config.patience:.0f} s for it (--patience).")
         self._retry(job, server, "the connection broke", wait=0.0)  # any server may take the document at once
@@ -353,6 +375,10 @@ class GenerationClient:
                 report(f"{self.api.config.name} is used through the {self.api.api} API")
         store.add_answer(row, usage)
         self.failures_in_a_row = 0
+        if store.answered == 1:
+            self.first_answer_at = self.now()
+        elif not self.all_sent:
+            self.steady_answers, self.steady_until = self.steady_answers + 1, self.now()
         self.bar.update()
         if store.answered & (store.answered - 1) == 0:  # at powers of two, as the paper's script
             report(f"\nDocument: {row['doc_text'][:500]}\nQuestion: {row['question']}\n")

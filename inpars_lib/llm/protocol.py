@@ -1,25 +1,19 @@
-"""The OpenAI-compatible protocol: requests for a query, what answers contain, what errors mean.
+"""The OpenAI-compatible protocol: requests for a query and what answers contain.
 
     api = ModelApi(ModelConfig("gpt-6-luna"), "chat")
     body = api.request("Document: ... Relevant Query:")      # POST it to api.path
     row = api.read_answer(answer, prompt, doc)               # doc_id, doc_text, question, log_probs
-    verdict = classify_error(429, error_object, headers, request=body, server="OpenAI")
 
 This module sends nothing and reads no files. `client.py` and `batch.py` both use it.
 """
 
-import math
 import re
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from enum import Enum
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any
 
-from inpars_lib.cli import InputError, shorten, warn
+from inpars_lib.cli import InputError, warn
+from inpars_lib.llm.errors import error_message
 from inpars_lib.llm.tokens import align, log_probs_within, read_tokens
 from inpars_lib.records import Doc
 
@@ -27,16 +21,6 @@ SLOT = "{document_text}"  # where a prompt takes the document
 STOP = "\n\n"  # a prompt separates its examples by an empty line, so the model writes one after its query
 OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 NEEDS_NO_REASONING = ("logprobs", "top_logprobs", "temperature", "top_p")  # reasoning models take them with effort none
-NO_CREDIT = ("insufficient_quota", "billing_not_active", "billing_hard_limit_reached")  # OpenAI's error codes
-
-# https://developers.openai.com/api/docs/deprecations, read in November 2026
-GPT3 = re.compile(r"(text|code)-(ada|babbage|curie|davinci)(-.*)?|(ada|babbage|curie|davinci)(-.*)?")
-REPLACEMENTS = (
-    "Use a current OpenAI model (--engine gpt-6-luna), an open model behind vLLM (--base_url http://HOST:8000/v1 "
-    "--engine NAME), or the demo's local server (python demo/serve_llm.py --port 8080, then --base_url "
-    "http://127.0.0.1:8080/v1 --engine smollm2-135m-instruct)."
-)
-RESUME = "Answers so far are saved. Run the same command again to resume."
 
 
 class AnswerError(Exception):
@@ -49,135 +33,6 @@ class AnswerError(Exception):
 
 class NoLogProbs(AnswerError):
     """An answer without the requested log-probabilities."""
-
-
-def public_url(url: str | None) -> str:
-    """Return a server's address without user, password and query string, which may hold keys."""
-    if not url:
-        return "OpenAI"
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def redact(text: str, key: str | None) -> str:
-    """Return a server's message without the key, which the server may quote."""
-    return text.replace(key, "<key>") if key else text
-
-
-def retired_model_error(name: str) -> InputError | None:
-    """Return the error for one of OpenAI's GPT-3 models, such as the paper's `curie`, or None for any other name."""
-    if not GPT3.fullmatch(name):
-        return None
-    return InputError(f"--engine {name}: OpenAI shut down its GPT-3 models in January 2024. {REPLACEMENTS}")
-
-
-# ----------------------------------------------------------------------------------------------------------- errors
-
-
-class Action(Enum):
-    """What to do after an HTTP error."""
-
-    STOP = "every further request would fail the same way"
-    SWITCH_API = "the model speaks the other API"
-    ADAPT = "the server refuses a parameter of the request"
-    BACK_OFF = "too many requests; nothing is wrong with the document"
-    RETRY = "the server failed; perhaps because of the document"
-    GIVE_UP = "the server cannot answer for this document"
-
-
-class Verdict(NamedTuple):
-    """The classification of an HTTP error.
-
-    Attributes:
-        action: What to do.
-        message: The message for the user, or the reason why a document has no query.
-        wait: Seconds that the server asks to wait.
-        parameter: The refused parameter, if the action is ADAPT.
-        too_long: The document exceeds the model's context, so other documents are not affected.
-    """
-
-    action: Action
-    message: str
-    wait: float | None = None
-    parameter: str | None = None
-    too_long: bool = False
-
-
-def classify_error(
-    status: int,
-    body: Any,
-    headers: Mapping[str, str],
-    *,
-    request: Mapping[str, Any],
-    server: str,
-    can_switch_api: bool = False,
-) -> Verdict:
-    """Return what an HTTP error means for the document, the server and the run.
-
-    Args:
-        status: HTTP status.
-        body: The `error` object of the answer, or whatever the server sent instead.
-        headers: The answer's headers.
-        request: The JSON body that was sent.
-        server: Name of the server for messages.
-        can_switch_api: Neither the user nor an earlier answer has settled which API the model speaks.
-    """
-    model, said = request.get("model", ""), error_message(body)
-    code = body.get("code") if isinstance(body, dict) else None
-    if code in NO_CREDIT or status == 402:
-        return Verdict(Action.STOP, f"{server}: the account has no credit left ({said}). {RESUME}")
-    if status in (401, 403):
-        problem = f"{server}: the key was not accepted ({status})"
-        return Verdict(Action.STOP, f"{problem}. Set API_KEY to a key that is valid there.")
-    if can_switch_api and (status in (404, 405, 501) or "chat model" in said or "chat template" in said):
-        return Verdict(Action.SWITCH_API, said)
-    if status == 404 and (retired := retired_model_error(model)):
-        return Verdict(Action.STOP, str(retired))
-    if status == 429:
-        return Verdict(Action.BACK_OFF, f"too many requests (429 {said})", requested_wait(headers))
-    if status in (408, 409) or (status >= 500 and status != 501):
-        return Verdict(Action.RETRY, f"the server failed ({status} {said})", requested_wait(headers))
-    if status in (400, 413, 422):
-        too_long = bool(re.search(r"(?i)context|too (long|large|many)|max\w* .*length|exceed", said))
-        parameter = None if too_long else refused_parameter(request, body)
-        action = Action.ADAPT if parameter else Action.GIVE_UP
-        return Verdict(action, said or f"status {status}", parameter=parameter, too_long=too_long)
-    advice = "Check --engine, and that --base_url ends as the server expects, usually in /v1."
-    if status == 404:
-        advice += f" {REPLACEMENTS}"
-    return Verdict(Action.STOP, f"{server}: status {status} for engine {model} ({said}). {advice}")
-
-
-def error_message(body: Any) -> str:
-    """Return the message of an `error` object on one line."""
-    message = body.get("message") if isinstance(body, dict) else body
-    return shorten(message or "")
-
-
-def refused_parameter(request: Mapping[str, Any], body: Any) -> str | None:
-    """Return the request parameter that an `error` object names, or None."""
-    names = [name for name in request if name not in ("model", "prompt", "messages")]
-    named = body.get("param") if isinstance(body, dict) else None
-    if isinstance(named, str):
-        return named if named in names else None
-    positions = {}
-    for name in names:
-        # `stop`, `seed` and `echo` are everyday words, so they count in quotes only.
-        pattern = rf"\b{name}\b" if len(name) > 4 else rf"['\"`]{name}['\"`]"
-        if match := re.search(pattern, error_message(body)):
-            positions[match.start()] = name
-    return positions[min(positions)] if positions else None
-
-
-def requested_wait(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a server asks to wait (RFC 9110, 10.2.3; `retry-after-ms` is OpenAI's)."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        with suppress(KeyError, ValueError):
-            seconds = float(headers[name]) * unit
-            return seconds if 0 <= seconds < math.inf else None
-    with suppress(KeyError, ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-    return None
 
 
 # --------------------------------------------------------------------------------------------- requests and answers
@@ -318,14 +173,23 @@ class ModelApi:
             choice = answer["choices"][0]
             message = choice if self.api == "completions" else choice["message"]
             text = message.get("text" if self.api == "completions" else "content") or ""
-            refusal = message.get("refusal")
+            if isinstance(text, list):  # the parts of a message
+                text = "".join(part["text"] for part in text)
+            refusal, finish_reason = message.get("refusal"), choice.get("finish_reason")
+            text = text.encode(errors="replace").decode()  # JSON can hold half a surrogate pair, UTF-8 cannot
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise ValueError("no choice in the server's answer") from None
-        text = text.encode(errors="replace").decode()  # JSON can hold half a surrogate pair, UTF-8 cannot
-        if refusal or choice.get("finish_reason") == "content_filter":
+            said = error_message(answer.get("error")) if isinstance(answer, dict) else ""
+            raise ValueError(said or "no choice in the server's answer") from None
+        if finish_reason == "error":
+            raise ValueError("the server stopped with an error")
+        if refusal or finish_reason == "content_filter":
             raise AnswerError(f"refused by the model: {refusal or 'content filter'}", text)
         full, prompt_bytes, doc_bytes = (part.encode().lstrip() for part in (text, prompt, doc.text))
         offset = len(prompt_bytes) if config.echo else 0
+        if (reasoning := full.find(b"</think>", offset)) >= 0:
+            offset = reasoning + len(b"</think>")
+        elif full.startswith(b"<think>", offset):
+            raise AnswerError("the answer is only reasoning. Raise --max_tokens, or turn reasoning off", text)
         generated = full[offset:].decode(errors="replace")
         bad_question = ""
         if config.good_bad:  # without the bad question the answer did not follow the prompt, so neither is trusted
@@ -336,10 +200,14 @@ class ModelApi:
         question = _first_line(generated)
         if not question:
             cut = " (the token limit was reached: raise --max_tokens)"
-            raise AnswerError(f"the answer is empty{cut if choice.get('finish_reason') == 'length' else ''}", text)
+            problem = "only an introduction" if generated.strip() else "empty"
+            raise AnswerError(f"the answer is {problem}{cut if finish_reason == 'length' else ''}", text)
         row: dict[str, Any] = {"doc_id": doc.doc_id, "doc_text": doc.text, "question": question}
         if config.log_probs:
-            found = read_tokens(choice)
+            try:
+                found = read_tokens(choice)
+            except (KeyError, TypeError, AttributeError, ValueError):
+                raise AnswerError("its log-probabilities are malformed", text) from None
             if found is None:
                 raise NoLogProbs("the answer has no log-probabilities", text)
             tokens, log_probs = found
@@ -357,6 +225,19 @@ class ModelApi:
         return row
 
 
+# What chat models write before a question or around it
+INTRODUCTION = re.compile(
+    r"(?i)(sure|certainly|of course|okay|here('s| is| are)|the (answer|query|question)|a relevant|example)\b.*:"
+)
+LABEL = re.compile(r"(?i)^((good|relevant|search) )?(query|question) *:\s*")
+
+
 def _first_line(text: str) -> str:
-    # A token limit may have cut a character in two.
-    return text.strip().partition("\n")[0].rstrip("\ufffd \t\r")
+    """Return the first line that is not an introduction, without a label or quotation marks."""
+    for line in text.strip().split("\n"):
+        line = LABEL.sub("", line.rstrip("\ufffd \t\r").lstrip(), count=1)  # a token limit may cut a character in two
+        if len(line) > 1 and (line[0], line[-1]) in (('"', '"'), ("'", "'"), ("\u201c", "\u201d")):
+            line = line[1:-1].strip()
+        if line and not INTRODUCTION.fullmatch(line):
+            return line
+    return ""

@@ -98,11 +98,12 @@ class QueryStore:
             raise InputError(f"{path}: not a file of this script. Delete it; no query is lost.") from None
         if self.settings["api"] is None:
             self.settings["api"] = before["api"]
-        names = [name for name in self.settings if before.get(name) != self.settings[name]]
+        # Earlier versions recorded fewer settings.
+        names = [name for name in self.settings if name in before and before[name] != self.settings[name]]
         if not names:
             self.request = meta.get("request")
         elif begun and not force:
-            differences = ", ".join(f"{name} {before.get(name)}, now {self.settings[name]}" for name in names)
+            differences = ", ".join(f"{name} {before[name]}, now {self.settings[name]}" for name in names)
             raise InputError(
                 f"{self.path}: made with other settings ({differences}). Use those settings, name another --output, or "
                 "mix both with --force."

@@ -1,9 +1,10 @@
 """One OpenAI-compatible server: its client and how many requests at a time it can take."""
 
-from inpars_lib.cli import report, warn
-from inpars_lib.llm.protocol import public_url
+from inpars_lib.cli import InputError, report, shorten, warn
+from inpars_lib.llm.errors import public_url
 
 FIRST_WAIT = 0.5  # seconds before the second try; doubles with each further failure
+SHORTEST_WAIT = 0.25  # seconds after status 429, even if the server asks for none
 LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
 
 
@@ -18,7 +19,10 @@ class Server:
 
         # A local server needs no key, but the client insists on one. The client's own retries are off, because every
         # failure must be seen here to lower the limit.
-        self.client = openai.AsyncOpenAI(api_key=key or "none", base_url=url, max_retries=0, timeout=timeout)
+        try:
+            self.client = openai.AsyncOpenAI(api_key=key or "none", base_url=url, max_retries=0, timeout=timeout)
+        except (ImportError, ValueError) as error:  # a SOCKS proxy without its package, a malformed address
+            raise InputError(f"{public_url(url)}: {shorten(error)}. Check --base_url and the proxy settings.") from None
         self.name = public_url(url)
         self.max_limit = self.limit = float(max_limit)
         self.in_flight = 0
@@ -52,7 +56,8 @@ class Server:
     def on_rate_limit(self, now: float, wait: float | None) -> None:
         """Pause the server after status 429, for the seconds that it asks for or twice as long as the last time."""
         self.rate_limits += 1
-        self.resume_at = max(self.resume_at, now + (backoff(self.rate_limits) if wait is None else wait))
+        seconds = backoff(self.rate_limits) if wait is None else max(wait, SHORTEST_WAIT)
+        self.resume_at = max(self.resume_at, now + seconds)
         if wait and wait > LONGEST_WAIT:
             warn(f"{self.name} asks to wait {wait:.0f} s.")
 

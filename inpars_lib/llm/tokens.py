@@ -1,5 +1,6 @@
 """Tokens of an answer: their log-probabilities, their place in the text, their number."""
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -39,7 +40,8 @@ def read_usage(answer: Any) -> Usage:
     """Return the tokens of an answer, zeros where the server does not count them."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
     usage = usage if isinstance(usage, dict) else {}
-    details = usage.get("prompt_tokens_details") or {}
+    details = usage.get("prompt_tokens_details")
+    details = details if isinstance(details, dict) else {}
     counts = usage.get("prompt_tokens"), details.get("cached_tokens"), usage.get("completion_tokens")
     return Usage(*(count if isinstance(count, int) else 0 for count in counts))
 
@@ -49,13 +51,16 @@ def read_tokens(choice: dict[str, Any]) -> tuple[list[bytes], list[float | None]
 
     Three shapes are known: the chat API's, which llama.cpp also uses for completions, and OpenAI's and vLLM's of the
     completions API.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError: The log-probabilities are malformed.
     """
     log_probs = choice.get("logprobs") or {}
     if content := log_probs.get("content"):
         tokens = [
             bytes(t["bytes"]) if t.get("bytes") is not None else t["token"].encode(errors="replace") for t in content
         ]
-        return tokens, [t["logprob"] for t in content]
+        return tokens, _checked([t["logprob"] for t in content], len(tokens))
     if log_probs.get("tokens"):
         tokens = [
             token.removeprefix("bytes:").encode("latin-1").decode("unicode_escape").encode("latin-1")
@@ -63,8 +68,15 @@ def read_tokens(choice: dict[str, Any]) -> tuple[list[bytes], list[float | None]
             else token.encode(errors="replace")
             for token in log_probs["tokens"]
         ]
-        return tokens, log_probs["token_logprobs"]
+        return tokens, _checked(log_probs["token_logprobs"], len(tokens))
     return None
+
+
+def _checked(values: list[float | None], count: int) -> list[float | None]:
+    """Return the log-probabilities if there is a finite number or None for each token, else raise ValueError."""
+    if len(values) != count or not all(v is None or (type(v) in (int, float) and math.isfinite(v)) for v in values):
+        raise ValueError("malformed log-probabilities")
+    return values
 
 
 def align(text: bytes, tokens: list[bytes]) -> list[tuple[int, int]]:

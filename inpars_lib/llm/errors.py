@@ -1,0 +1,191 @@
+"""Errors of an OpenAI-compatible server: what each HTTP error means, unusable addresses and keys.
+
+verdict = classify_error(429, error_object, headers, request=body, server="OpenAI")
+"""
+
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from enum import Enum
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from inpars_lib.cli import InputError, shorten
+
+NO_CREDIT = ("insufficient_quota", "billing_not_active", "billing_hard_limit_reached")  # OpenAI's error codes
+
+# https://developers.openai.com/api/docs/deprecations, read in November 2026
+GPT3 = re.compile(r"(text|code)-(ada|babbage|curie|davinci)(-.*)?|(ada|babbage|curie|davinci)(-.*)?")
+REPLACEMENTS = (
+    "Use a current OpenAI model (--engine gpt-6-luna), an open model behind vLLM (--base_url http://HOST:8000/v1 "
+    "--engine NAME), or the demo's local server (python demo/serve_llm.py --port 8080, then --base_url "
+    "http://127.0.0.1:8080/v1 --engine smollm2-135m-instruct)."
+)
+RESUME = "Answers so far are saved. Run the same command again to resume."
+
+
+def public_url(url: str | None) -> str:
+    """Return a server's address without user, password and query string, which may hold keys."""
+    if not url:
+        return "OpenAI"
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def check_url(url: str) -> None:
+    """Check that a server's address can be used.
+
+    Raises:
+        InputError: The address has no scheme, no host or no valid port.
+    """
+    example = "Write it like http://127.0.0.1:8000/v1 (an IPv6 address in brackets: http://[::1]:8000/v1)."
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable or (parts.netloc.rpartition("@")[2].count(":") > 1 and "[" not in parts.netloc):
+        raise InputError(f"--base_url {public_url(url) if usable else url}: this is no address of a server. {example}")
+
+
+def read_key(environment: Mapping[str, str], urls: Sequence[str]) -> str | None:
+    """Return the API key: API_KEY, or for OpenAI's own servers also OPENAI_API_KEY.
+
+    Raises:
+        InputError: The key cannot be sent in an HTTP header.
+    """
+    names = ["API_KEY"]
+    if all((urlsplit(url).hostname or "").endswith("openai.com") for url in urls):
+        names.append("OPENAI_API_KEY")
+    for name in names:
+        if key := environment.get(name, "").strip():
+            if not (key.isascii() and key.isprintable() and " " not in key):
+                raise InputError(f"{name}: the key has characters that no key has. Copy it again.")
+            return key
+    return None
+
+
+def redact(text: str, key: str | None) -> str:
+    """Return a server's message without the key, which the server may quote."""
+    return text.replace(key, "<key>") if key else text
+
+
+def retired_model_error(name: str) -> InputError | None:
+    """Return the error for one of OpenAI's GPT-3 models, such as the paper's `curie`, or None for any other name."""
+    if not GPT3.fullmatch(name):
+        return None
+    return InputError(f"--engine {name}: OpenAI shut down its GPT-3 models in January 2024. {REPLACEMENTS}")
+
+
+class Action(Enum):
+    """What to do after an HTTP error."""
+
+    STOP = "every further request would fail the same way"
+    SWITCH_API = "the model speaks the other API"
+    ADAPT = "the server refuses a parameter of the request"
+    BACK_OFF = "too many requests; nothing is wrong with the document"
+    RETRY = "the server failed; perhaps because of the document"
+    GIVE_UP = "the server cannot answer for this document"
+
+
+class Verdict(NamedTuple):
+    """The classification of an HTTP error.
+
+    Attributes:
+        action: What to do.
+        message: The message for the user, or the reason why a document has no query.
+        wait: Seconds that the server asks to wait.
+        parameter: The refused parameter, if the action is ADAPT.
+        too_long: The document exceeds the model's context, so other documents are not affected.
+    """
+
+    action: Action
+    message: str
+    wait: float | None = None
+    parameter: str | None = None
+    too_long: bool = False
+
+
+def classify_error(
+    status: int,
+    body: Any,
+    headers: Mapping[str, str],
+    *,
+    request: Mapping[str, Any],
+    server: str,
+    can_switch_api: bool = False,
+    answered: bool = False,
+) -> Verdict:
+    """Return what an HTTP error means for the document, the server and the run.
+
+    Args:
+        status: HTTP status.
+        body: The `error` object of the answer, or whatever the server sent instead.
+        headers: The answer's headers.
+        request: The JSON body that was sent.
+        server: Name of the server for messages.
+        can_switch_api: Neither the user nor an earlier answer has settled which API the model speaks.
+        answered: The output has answers, so a refusal with status 403 may concern this document only.
+    """
+    model, said = request.get("model", ""), error_message(body)
+    code = body.get("code") if isinstance(body, dict) else None
+    if code in NO_CREDIT or status == 402:
+        return Verdict(Action.STOP, f"{server}: the account has no credit left ({said}). {RESUME}")
+    if status == 403 and answered:
+        return Verdict(Action.GIVE_UP, f"the server refused this document (403 {said})")
+    if status in (401, 403):
+        problem = f"{server}: the key was not accepted ({status})"
+        return Verdict(Action.STOP, f"{problem}. Set API_KEY to a key that is valid there.")
+    if can_switch_api and (status in (404, 405, 501) or "chat model" in said or "chat template" in said):
+        return Verdict(Action.SWITCH_API, said)
+    if status == 404 and (retired := retired_model_error(model)):
+        return Verdict(Action.STOP, str(retired))
+    if status == 429:
+        return Verdict(Action.BACK_OFF, f"too many requests (429 {said})", requested_wait(headers))
+    if status in (408, 409) or (status >= 500 and status != 501):
+        return Verdict(Action.RETRY, f"the server failed ({status} {said})", requested_wait(headers))
+    if status in (400, 413, 422):
+        too_long = bool(re.search(r"(?i)context|too (long|large|many)|max\w* .*length|exceed", said))
+        parameter = None if too_long else refused_parameter(request, body)
+        action = Action.ADAPT if parameter else Action.GIVE_UP
+        return Verdict(action, said or f"status {status}", parameter=parameter, too_long=too_long)
+    advice = "Check --engine, and that --base_url ends as the server expects, usually in /v1."
+    if status == 404:
+        advice += f" {REPLACEMENTS}"
+    return Verdict(Action.STOP, f"{server}: status {status} for engine {model} ({said}). {advice}")
+
+
+def error_message(body: Any) -> str:
+    """Return the message of an `error` object on one line."""
+    if isinstance(body, dict):  # FastAPI sends `detail`
+        body = next((body[name] for name in ("message", "detail", "error") if body.get(name)), "")
+    return shorten(body or "")
+
+
+def refused_parameter(request: Mapping[str, Any], body: Any) -> str | None:
+    """Return the request parameter that an `error` object names, or None."""
+    names = [name for name in request if name not in ("model", "prompt", "messages")]
+    named = body.get("param") if isinstance(body, dict) else None
+    if isinstance(named, str):
+        return named if named in names else None
+    positions = {}
+    for name in names:
+        # `stop`, `seed` and `echo` are everyday words, so they count in quotes only.
+        pattern = rf"\b{name}\b" if len(name) > 4 else rf"['\"`]{name}['\"`]"
+        if match := re.search(pattern, error_message(body)):
+            positions[match.start()] = name
+    return positions[min(positions)] if positions else None
+
+
+def requested_wait(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that a server asks to wait (RFC 9110, 10.2.3; `retry-after-ms` is OpenAI's)."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        with suppress(KeyError, ValueError):
+            seconds = float(headers[name]) * unit
+            return seconds if 0 <= seconds < math.inf else None
+    with suppress(KeyError, ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    return None
