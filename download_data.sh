@@ -35,7 +35,7 @@ checksum() { # algorithm file
 }
 
 fetch() { # url file [algorithm sum]
-    local url=$1 file=$2 algorithm=${3:-} sum=${4:-} part=$2.part status=0
+    local url=$1 file=$2 algorithm=${3:-} sum=${4:-} part=$2.part status=0 code=
     if [ -e "$file" ]; then
         echo "$file exists: skipped"
         return
@@ -43,13 +43,18 @@ fetch() { # url file [algorithm sum]
     mkdir -p "$(dirname "$file")"
     if [ -z "$sum" ] || [ ! -e "$part" ] || [ "$(checksum "$algorithm" "$part")" != "$sum" ]; then
         echo "$url -> $file"
-        curl --fail --location --retry 5 --continue-at - --output "$part" "$url" || status=$?
-        # 22 and 33: the download cannot be resumed. The part is complete, or the server supports no ranges.
-        if { [ $status = 22 ] || [ $status = 33 ]; } && [ -e "$part" ]; then
+        code=$(curl --fail --location --retry 5 --continue-at - --output "$part" --write-out '%{http_code}' "$url") || status=$?
+        # The download cannot be resumed: the part is complete (416), or the server supports no ranges (curl 33).
+        if { [ "$code" = 416 ] || [ $status = 33 ]; } && [ -e "$part" ]; then
             status=0
-            curl --fail --location --retry 5 --output "$part" "$url" || status=$?
+            code=$(curl --fail --location --retry 5 --output "$part" --write-out '%{http_code}' "$url") || status=$?
         fi
-        [ $status = 0 ] || fail "$url: download failed (curl $status). Run the same command again to resume."
+        [ "$code" != 404 ] || fail "$url: not found (404). The file may have moved: see the page of its data set."
+        [ $status = 0 ] || fail "$url: download failed (curl $status, HTTP $code). Run the same command again to resume."
+    fi
+    if [ "$(head -c 1 "$part")" = "<" ]; then
+        rm "$part"
+        fail "$url: the server sent an HTML page instead of the file. Nothing was kept. Try again later or set a mirror."
     fi
     if [ -n "$sum" ] && [ "$(checksum "$algorithm" "$part")" != "$sum" ]; then
         rm "$part"
@@ -66,7 +71,9 @@ msmarco() {
     echo "MS MARCO passages into $MSMARCO: 1.0 GB to download, 4.1 GB of disk while unpacking, 3.1 GB afterwards"
     anserini topics/topics.msmarco-passage.dev-subset.txt f4f71fa87b6be4fb968cca2b8f8554c4ebd003e6c3488af3ac1cc5629c3de189
     anserini qrels/qrels.msmarco-passage.dev-subset.txt 34ef51a24e049b3dd19b0a448b764f26b0def22ec42f421ecba2db91f82e7042
-    fetch "$GOOGLE_HOST/duobert_git/run.bm25.dev.small.tsv" "$MSMARCO/run.bm25.dev.small.tsv"
+    # The run is optional: python -m inpars_lib.bm25 search makes one too.
+    (fetch "$GOOGLE_HOST/duobert_git/run.bm25.dev.small.tsv" "$MSMARCO/run.bm25.dev.small.tsv") ||
+        echo "warning: continuing without the optional BM25 run" >&2
     if [ -e "$MSMARCO/collection.tsv" ]; then
         echo "$MSMARCO/collection.tsv exists: skipped"
         return

@@ -48,10 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def clean_text(text: str) -> str:
-    """Repair broken encodings, and replace each run of whitespace by one space."""
+    """Repair broken encodings, and replace each run of whitespace by one space.
+
+    Quotes, ligatures and full-width characters stay, because rerank.py reads them from the collection too.
+    """
     import ftfy
 
-    return " ".join(ftfy.fix_text(text).split())
+    return " ".join(ftfy.fix_encoding(text).split())
 
 
 def read_queries(path: str) -> list[SyntheticQuery]:
@@ -80,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Hold out some queries, sample negatives for the others, write the triples."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if os.path.realpath(args.output) == os.path.realpath(args.output_ids):
+        parser.error("--output and --output_ids name the same file")
 
     with exclusive(args.output):
         write_triples(args)

@@ -66,8 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", required=True, help="reranked run to write, TREC format")
     add("--top_k", type=at_least(1), default=1000, help="hits per query to rerank (default: %(default)s)")
     add("--qrels", help="judgements; prints the table of both rankings")
+    add("--judged_only", action="store_true", help="rerank only the queries that --qrels judges")
     add("--plot", metavar="PNG", help="plot of each query's gain in nDCG@10 to write; needs --qrels")
-    add("--relevance_threshold", type=int, default=1, help="lowest relevant grade (default: %(default)s)")
+    add("--relevance_threshold", type=at_least(1), default=1, help="lowest relevant grade (default: %(default)s)")
     add(
         "--interpolation_weight",
         type=interpolation_weight,
@@ -93,8 +94,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags and check how they combine."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.plot and not args.qrels:
-        parser.error("--plot needs --qrels")
+    if (args.plot or args.judged_only) and not args.qrels:
+        parser.error("--plot and --judged_only need --qrels")
     if not args.run and not args.index:
         parser.error("--run or --index is required")
     if args.interpolation_weight is None and not (args.holdout and args.index):
@@ -155,8 +156,14 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
     qrels = [qrel for qrel in read_qrels(args.qrels) if qrel.query_id in topics] if args.qrels else []
     if args.qrels and not qrels:
         raise InputError(f"{args.qrels}: no query of {args.queries} is judged here. Use files of one collection.")
+    judged = {qrel.query_id for qrel in qrels}
     if qrels and group.rank == 0:
         check_threshold(qrels, args.relevance_threshold, args.qrels)
+    if args.judged_only:
+        topics = {query_id: text for query_id, text in topics.items() if query_id in judged}
+    elif qrels and len(judged) < len(topics) and group.rank == 0:
+        listed = f"{len(judged):,} of {len(topics):,} queries are judged"
+        print(f"{args.qrels}: {listed}; --judged_only reranks only these", file=sys.stderr)
     run = first_stage(args, topics, group)
     held_out = HeldOutQueries({}, {}, [])
     if args.interpolation_weight is None:
@@ -167,7 +174,7 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
     from inpars_lib.devices import choose_dtype, default_device
     from inpars_lib.rerankers import load_reranker
 
-    device = args.device or default_device(group.local_rank)
+    device = default_device(group.local_rank) if args.device in (None, "cuda") else args.device
     reranker = load_reranker(
         args.model,
         max_length=args.max_length,
@@ -223,7 +230,6 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
 
     # 5. The table
     if args.qrels:
-        judged = {qrel.query_id for qrel in qrels}
         print(f"{len(judged):,} judged queries, first {args.top_k} hits reranked by {args.model}{interpolated}\n")
         before = evaluate_per_query(qrels, run, args.relevance_threshold)
         after = evaluate_per_query(qrels, read_run(args.output, judged), args.relevance_threshold)

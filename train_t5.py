@@ -34,7 +34,7 @@ from typing import Any
 from inpars_lib.cli import InputError, at_least, run_script, script_parser
 from inpars_lib.dev_set import DevSet, read_dev_set, read_held_out_dev_set
 from inpars_lib.evaluation import MEASURES, check_threshold, format_value
-from inpars_lib.formats import TripleFile
+from inpars_lib.triples import TripleFile
 
 LOSSES = ("pointwise", "pairwise")
 # Flags that decide the weights. A training that is resumed must repeat them.
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--corpus", help="collection of the run or of the index")
     add("--holdout", help="held-out synthetic queries instead of --queries, --qrels and --run")
     add("--index", help="BM25 index to retrieve hits for --holdout")
-    add("--relevance_threshold", type=int, default=1, help="lowest relevant grade (default: %(default)s)")
+    add("--relevance_threshold", type=at_least(1), default=1, help="lowest relevant grade (default: %(default)s)")
     add("--max_eval_queries", type=int, default=-1, help="use the first judged queries only (default: all)")
     add("--max_eval_docs_per_query", type=at_least(1), default=100, help="hits per query to rerank "
         "(default: %(default)s)")  # fmt: skip
@@ -112,6 +112,11 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
         parser.error("--select_by needs --queries, --qrels, --run, --corpus or --holdout, --index, --corpus")
     if args.early_stopping_patience and not args.select_by:
         parser.error("--early_stopping_patience needs --select_by")
+    if any(judged + held_out) and trainer_flags:
+        from inpars_lib.training import is_sharded
+
+        if is_sharded(trainer_flags):
+            parser.error("an evaluation needs the whole model on each GPU: omit --fsdp, and use ZeRO stage 1 or 2")
     if args.report_to != "none" and not find_spec(args.report_to):
         parser.error(f"--report_to {args.report_to} needs this package: pip install {args.report_to}")
     if args.per_device_train_batch_size % 2:

@@ -4,7 +4,7 @@
     python -m inpars_lib.bm25 search --index index --topics topics.tsv --output run.bm25.txt
 
 `index` reads a collection and writes a folder. `search` reads topics and writes a TREC run. An index stores its
-language. No Java has to be installed.
+language, k1 and b. No Java has to be installed.
 """
 
 import array
@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from inpars_lib.cli import InputError, at_least, between, run_script, script_parser, warn
 from inpars_lib.formats import read_collection, read_topics, write_run
@@ -32,23 +32,24 @@ if TYPE_CHECKING:
 
 INDEX_BATCH = 5_000  # documents handed to Lucene at a time
 QUERIES_PER_THREAD = 64  # queries handed to Lucene at a time, which is one step of the progress bar
-SETTINGS_FILE = "inpars.json"  # beside Lucene's files in an index of ours; holds the language
+SETTINGS_FILE = "inpars.json"  # beside Lucene's files in an index of ours
+DEFAULTS: dict[str, Any] = {"language": "en", "k1": 0.9, "b": 0.4}  # k1 and b are Pyserini's
 
 
 @dataclass(frozen=True)
 class BM25Config:
-    """How to search. The defaults of k1 and b are Pyserini's.
+    """How to search. The index stores k1, b and language; None takes the stored value.
 
     Attributes:
         threads: Threads of the search.
-        k1: BM25's term frequency saturation.
-        b: BM25's length normalization, 0 to 1.
+        k1: BM25's term frequency saturation. Stored by default: Pyserini's 0.9.
+        b: BM25's length normalization, 0 to 1. Stored by default: Pyserini's 0.4.
         language: Lucene's analyzer. None takes the language stored in the index, or English.
     """
 
     threads: int = os.cpu_count() or 1
-    k1: float = 0.9
-    b: float = 0.4
+    k1: float | None = None
+    b: float | None = None
     language: str | None = None
 
 
@@ -77,14 +78,13 @@ def _check_language(language: str) -> None:
         raise InputError(f"--language {language}: Lucene has no analyzer of this name. Choose one of {listed}.")
 
 
-def build_index(corpus: str, index: str, threads: int, language: str = "en") -> None:
+def build_index(corpus: str, index: str, config: BM25Config) -> None:
     """Index a collection. The folder appears under its name only when the index is complete.
 
     Args:
         corpus: The collection.
         index: The folder to create.
-        threads: Indexing threads.
-        language: Lucene's analyzer.
+        config: Threads and language of the indexing; k1 and b that the index stores.
 
     Raises:
         InputError: The folder exists, no line is usable, an id is on two lines, or the language is unknown.
@@ -94,11 +94,11 @@ def build_index(corpus: str, index: str, threads: int, language: str = "en") -> 
         if os.path.exists(index) and not (os.path.isdir(index) and not os.listdir(index)):
             raise InputError(f"{index}: the index exists. Delete the folder to rebuild it, or name another path.")
         start_lucene()
-        _check_language(language)
-        _build_index(corpus, index, threads, language)
+        _check_language(config.language or "en")
+        _build_index(corpus, index, config)
 
 
-def _build_index(corpus: str, index: str, threads: int, language: str) -> None:
+def _build_index(corpus: str, index: str, config: BM25Config) -> None:
     from pyserini.index.lucene import LuceneIndexer
     from pyserini.search.lucene import LuceneSearcher
 
@@ -106,6 +106,8 @@ def _build_index(corpus: str, index: str, threads: int, language: str) -> None:
     docs = read_collection(corpus, desc="Indexing")
     hashes = array.array("q")  # 8 bytes a document, where a set of ids would take 100
     empty = 0  # documents without a text, which Anserini skips
+    stored = {name: default if getattr(config, name) is None else getattr(config, name)
+              for name, default in DEFAULTS.items()}  # fmt: skip
     unfinished = f"{index}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
@@ -113,7 +115,7 @@ def _build_index(corpus: str, index: str, threads: int, language: str) -> None:
         with quiet_lucene():
             # The JVM resolves relative paths against the working directory at its start.
             indexer = LuceneIndexer(
-                args=["-index", os.path.abspath(unfinished), "-language", language], threads=threads
+                args=["-index", os.path.abspath(unfinished), "-language", stored["language"]], threads=config.threads
             )
         while batch := [{"id": doc.doc_id, "contents": doc.text} for doc in islice(docs, INDEX_BATCH)]:
             hashes.extend(hash(doc["id"]) for doc in batch)
@@ -135,8 +137,7 @@ def _build_index(corpus: str, index: str, threads: int, language: str) -> None:
             )
         if empty:
             warn(f"{corpus}: {empty:,} documents without a text are not in the index.")
-        settings = {"format_version": FORMAT_VERSION, "language": language}
-        Path(unfinished, SETTINGS_FILE).write_text(json_line(settings))
+        Path(unfinished, SETTINGS_FILE).write_text(json_line({"format_version": FORMAT_VERSION, **stored}))
         os.replace(unfinished, index)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -180,12 +181,15 @@ def open_index(index: str, corpus: str | None, config: BM25Config) -> "LuceneSea
     elif corpus is None:
         raise InputError(f"{index}: no such folder, and no prebuilt index of this name. Name the folder of an index.")
     else:
-        build_index(corpus, index, config.threads, config.language or "en")
-    settings = Path(index, SETTINGS_FILE)
-    language = json.loads(settings.read_text())["language"] if settings.exists() else "en"
-    if config.language and settings.exists() and config.language != language:
-        raise InputError(f"{index}: indexed with --language {language}. Omit --language, or build another index.")
-    _check_language(config.language or language)
+        build_index(corpus, index, config)
+    settings, stored = Path(index, SETTINGS_FILE), dict(DEFAULTS)
+    if settings.exists():
+        stored |= json.loads(settings.read_text())
+        if config.language not in (None, stored["language"]):
+            language = stored["language"]
+            raise InputError(f"{index}: indexed with --language {language}. Omit --language, or build another index.")
+    language, k1, b = ((getattr(config, name), stored[name])[getattr(config, name) is None] for name in DEFAULTS)
+    _check_language(language)
     try:
         with quiet_lucene():
             searcher = LuceneSearcher(os.path.abspath(index))
@@ -195,9 +199,9 @@ def open_index(index: str, corpus: str | None, config: BM25Config) -> "LuceneSea
             "does not exist yet to index the collection again."
         ) from None
     with quiet_lucene():
-        searcher.set_bm25(config.k1, config.b)
-        if (config.language or language) != "en":
-            searcher.set_language(config.language or language)
+        searcher.set_bm25(k1, b)
+        if language != "en":
+            searcher.set_language(language)
     return searcher
 
 
@@ -228,10 +232,15 @@ def search(
 def add_search_flags(parser: "argparse.ArgumentParser") -> None:
     """Add the flags of a command that searches: the fields of `BM25Config`."""
     add = parser.add_argument
-    add("--k1", type=at_least(0, float), default=0.9, help="BM25's k1 (default: %(default)s)")
-    add("--b", type=between(0, 1), default=0.4, help="BM25's b, from 0 to 1 (default: %(default)s)")
+    add("--k1", type=at_least(0, float), help="BM25's k1 (default: stored in the index, or 0.9)")
+    add("--b", type=between(0, 1), help="BM25's b, from 0 to 1 (default: stored in the index, or 0.4)")
     add("--language", help="Lucene's analyzer: en, de, zh, ... (default: the language stored in the index, or en)")
-    add("--threads", type=at_least(1), default=os.cpu_count(), help="search threads (default: one per core)")
+    add(
+        "--threads",
+        type=at_least(1),
+        default=os.cpu_count(),
+        help="threads (default: one per core)",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- command
@@ -244,10 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     index = commands.add_parser("index", help="index a collection")
     index.add_argument("--corpus", required=True, help="collection to index")
     index.add_argument("--index", required=True, help="folder to create")
-    index.add_argument("--language", default="en", help="Lucene's analyzer: en, de, zh, ... (default: %(default)s)")
-    index.add_argument(
-        "--threads", type=at_least(1), default=os.cpu_count(), help="indexing threads (default: one per core)"
-    )
+    add_search_flags(index)
     retrieve = commands.add_parser("search", help="write the first-stage run of topics")
     retrieve.add_argument("--index", required=True, help="folder of an index, or a prebuilt index of Pyserini")
     retrieve.add_argument("--topics", required=True, help="topics to search for")
@@ -256,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_search_flags(retrieve)
     args = parser.parse_args(argv)
     if args.command == "index":
-        build_index(args.corpus, args.index, args.threads, args.language)
+        build_index(args.corpus, args.index, BM25Config(args.threads, args.k1, args.b, args.language))
         print(f"{args.index}: index of {args.corpus}", file=sys.stderr)
         return
     topics = read_topics(args.topics)

@@ -6,7 +6,7 @@
     qrels              TREC, four columns; BEIR, three columns below a header line
     run                TREC, six columns; MS MARCO, `query_id<TAB>doc_id<TAB>rank`
     synthetic queries  JSONL `doc_id`, `doc_text`, `question`, `log_probs`, as in the published InPars sets
-    triples            TSV `query<TAB>positive<TAB>negative`
+    triples            TSV `query<TAB>positive<TAB>negative` (read by `triples.py`)
 
 Every format except triples may be gzipped. Collection, topics and qrels may also be `ir_datasets:NAME`, if that
 package is installed. Ids are strings and stay as written: "007" is not "7". Readers yield the named tuples of
@@ -21,10 +21,12 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 from inpars_lib.cli import InputError
-from inpars_lib.records import Doc, Qrel, RankedList, ScoredDoc, SyntheticQuery, Topic, Triple
+from inpars_lib.ir_dataset import download_errors, ir_dataset
+from inpars_lib.records import Doc, Qrel, RankedList, ScoredDoc, SyntheticQuery, Topic
 from inpars_lib.storage import atomic_write
 from inpars_lib.text_lines import read_records
 
@@ -45,11 +47,22 @@ def single_line(text: str) -> str:
     return _NEWLINES.sub(" ", text).strip()
 
 
+def _is_unicode(text: str) -> bool:
+    """Return whether UTF-8 can hold the text. JSON can spell half of a surrogate pair, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse_id(value: Any) -> str:
     """Return an id as a string, or raise ValueError if a TREC run could not hold the id."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"the id {value!r} is neither a string nor a whole number")
     record_id = str(value)
+    if not _is_unicode(record_id):
+        raise ValueError(f"the id {record_id!a} is not valid Unicode")
     if not record_id:
         raise ValueError("the id is empty")
     if record_id.split() != [record_id]:
@@ -62,6 +75,8 @@ def _json_object(line: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     return row
@@ -71,7 +86,7 @@ def _string(row: Mapping[str, Any], field: str) -> str:
     value = row.get(field, "")
     if not isinstance(value, str):
         raise ValueError(f"{field!r} is not a string")
-    return value
+    return value if _is_unicode(value) else value.encode(errors="replace").decode()
 
 
 def _id_and_text(line: str) -> tuple[str, str]:
@@ -115,28 +130,6 @@ def _number(word: str, kind: type[Number]) -> Number:
 # -------------------------------------------------------------------------------------- collection, topics, qrels
 
 
-def _ir_dataset(name: str, part: str) -> Any:
-    """Return a data set of the package ir_datasets, which downloads the data set when its records are read.
-
-    Raises:
-        InputError: The package is not installed, does not know the data set, or the data set lacks this part.
-    """
-    try:
-        import ir_datasets
-    except ImportError:
-        raise InputError(
-            f"ir_datasets:{name}: the package ir_datasets is not installed. Run pip install ir_datasets."
-        ) from None
-    listed = "The names are listed at https://ir-datasets.com."
-    try:
-        dataset = ir_datasets.load(name)
-    except KeyError:
-        raise InputError(f"ir_datasets:{name}: ir_datasets knows no data set of this name. {listed}") from None
-    if not getattr(dataset, f"has_{part}")():
-        raise InputError(f"ir_datasets:{name}: this data set has no {part}. Choose one that has. {listed}")
-    return dataset
-
-
 def collection_files(path: str) -> list[str]:
     """Return the files of a collection: the path itself, or of a folder BEIR's corpus.jsonl, else all by suffix."""
     if not os.path.isdir(path):
@@ -174,9 +167,11 @@ def _read_docs(path: str, desc: str | None) -> Iterator[Doc]:
         return
     from tqdm import tqdm
 
-    dataset = _ir_dataset(name, "docs")
-    bar = tqdm(dataset.docs_iter(), desc=desc, total=dataset.docs_count(), unit=" docs", disable=desc is None)
-    for doc in bar:
+    dataset = ir_dataset(name, "docs")
+    with download_errors(path):
+        docs, total = iter(dataset.docs_iter()), dataset.docs_count()
+        first = next(docs, None)  # downloads the data set
+    for doc in tqdm(chain([first] if first else [], docs), desc=desc, total=total, unit=" docs", disable=desc is None):
         try:
             yield Doc(parse_id(doc.doc_id), single_line(doc.default_text()))
         except ValueError as error:
@@ -233,8 +228,9 @@ def read_topics(path: str) -> dict[str, str]:
     topics: dict[str, str] = {}
     scheme, _, name = path.partition(":")
     if scheme == "ir_datasets":
-        queries = _ir_dataset(name, "queries").queries_iter()
-        return {parse_id(query.query_id): single_line(query.default_text()) for query in queries}
+        dataset = ir_dataset(name, "queries")
+        with download_errors(path):
+            return {parse_id(query.query_id): single_line(query.default_text()) for query in dataset.queries_iter()}
     for number, (query_id, text) in read_records([path], _id_and_text, TEXT_FORM, path):
         if query_id in topics:
             raise InputError(f"{path}, line {number}: the query id {query_id} is repeated. Keep one of its lines.")
@@ -250,8 +246,10 @@ def read_qrels(path: str) -> Iterator[Qrel]:
     """
     scheme, _, name = path.partition(":")
     if scheme == "ir_datasets":
-        for qrel in _ir_dataset(name, "qrels").qrels_iter():
-            yield Qrel(qrel.query_id, qrel.doc_id, qrel.relevance)
+        dataset = ir_dataset(name, "qrels")
+        with download_errors(path):
+            qrels = [Qrel(qrel.query_id, qrel.doc_id, qrel.relevance) for qrel in dataset.qrels_iter()]
+        yield from qrels
         return
 
     def parse(line: str) -> Qrel | None:
@@ -339,7 +337,7 @@ def read_synthetic_queries(path: str, desc: str | None = None) -> Iterator[Synth
         if log_probs is not None:
             if not isinstance(log_probs, list):
                 raise ValueError("'log_probs' is not a list")
-            if not all(type(x) in (int, float) and math.isfinite(x) for x in log_probs):
+            if not all(type(x) in (int, float) and abs(x) < 1e300 for x in log_probs):  # False for NaN
                 raise ValueError("'log_probs' contains something other than finite numbers")
         question = " ".join(_string(row, "question").split())
         return parse_id(row["doc_id"]), single_line(_string(row, "doc_text")), question, log_probs, row
@@ -347,38 +345,6 @@ def read_synthetic_queries(path: str, desc: str | None = None) -> Iterator[Synth
     form = "a JSON object with `doc_id`, `doc_text`, `question`, `log_probs`"
     for number, fields in read_records([path], parse, form, path, desc):
         yield SyntheticQuery(number - 1, *fields)
-
-
-class TripleFile(Sequence[Triple]):
-    """Training triples that stay on disk. Takes 16 bytes of memory a triple, whatever its length.
-
-    Raises:
-        InputError: No line is usable.
-    """
-
-    def __init__(self, path: str) -> None:
-        numbers = [number for number, _ in read_records([path], self._parse, "`query<TAB>positive<TAB>negative`", path)]
-        self._file = open(path, "rb")
-        ends = array.array("q", [0])
-        for line in self._file:
-            ends.append(ends[-1] + len(line))
-        self._spans = array.array("q", (ends[i] for number in numbers for i in (number - 1, number)))
-
-    @staticmethod
-    def _parse(line: str) -> Triple:
-        columns = [column.strip() for column in line.split("\t")]
-        if len(columns) != 3 or not all(columns):
-            raise ValueError("expected three texts separated by tabs")
-        return Triple(*columns)
-
-    def __len__(self) -> int:
-        return len(self._spans) // 2
-
-    def __getitem__(self, i: Any) -> Any:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        start, end = self._spans[2 * i : 2 * i + 2]
-        return self._parse(os.pread(self._file.fileno(), end - start, start).decode().removeprefix("\ufeff"))
 
 
 # --------------------------------------------------------------------------------------------------------- writers

@@ -17,6 +17,7 @@ from pathlib import Path
 from inpars_lib.cli import InputError
 
 JAVA_VERSION = 21  # Anserini's classes are compiled for it
+MAX_QUERY_TERMS = 1 << 20
 VECTOR_MODULE = "jdk.incubator.vector"  # Pyserini asks the JVM for it
 
 
@@ -104,5 +105,8 @@ def start_lucene() -> None:
         jnius_config.add_options("-Xrs")  # Ctrl-C stays Python's
         if has_vector_module:
             jnius_config.add_options(f"--add-modules={VECTOR_MODULE}")
-        import jnius  # noqa: F401  starts the JVM before Pyserini can start one that asks for the module
+        import jnius  # starts the JVM before Pyserini can start one that asks for the module
         import pyserini.search.lucene  # noqa: F401
+
+        # Lucene refuses queries of more than 1,024 terms, and one of them would end a whole search.
+        jnius.autoclass("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(MAX_QUERY_TERMS)

@@ -372,12 +372,21 @@ def load_reranker(
             return MonoT5(model.to(device), tokenizer, max_length, targets)
         trained = any("ForSequenceClassification" in architecture for architecture in config.architectures or [])
         if trained and config.num_labels != 1:
-            raise InputError(f"{name}: this cross-encoder has {config.num_labels} outputs. Name one with one output.")
+            if not new_head:
+                raise InputError(
+                    f"{name}: this cross-encoder has {config.num_labels} outputs. Name one with one output."
+                )
+            warn(f"{name}: the output layer has {config.num_labels} outputs. A new one with one output is trained.")
+        if not tokenizer.is_fast:
+            raise InputError(f"{name}: its tokenizer has no fast version (tokenizer.json). Name another model.")
+        if tokenizer.pad_token_id is None:
+            raise InputError(f"{name}: its tokenizer has no padding token. Name another model.")
         if not trained and not new_head:
             raise InputError(f"{name}: this encoder was never trained to rerank. Train it first with train_t5.py.")
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             name,
             num_labels=1,
+            ignore_mismatched_sizes=new_head,
             problem_type="multi_label_classification",  # transformers' name for a binary cross-entropy per output
             dtype=getattr(torch, dtype),
         )

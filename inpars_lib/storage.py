@@ -12,11 +12,17 @@ from inpars_lib.cli import InputError
 FORMAT_VERSION = 1  # of the resume and meta files; docs/files.md lists them
 
 
+def is_special(path: str) -> bool:
+    """Return whether the path exists and is neither a regular file nor a folder: a device or a pipe."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 @contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends without an error.
 
-    Until then an existing file stays as it is. Parent folders are created.
+    Until then an existing file stays as it is. Parent folders are created. Symbolic links are followed. A path that is
+    not a regular file, such as /dev/stdout or a pipe, is written in place.
 
     Args:
         path: The file to create or replace.
@@ -25,11 +31,16 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
     Yields:
         The open file, which is `PATH.unfinished` on disk.
     """
-    unfinished = f"{path}.unfinished"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
     newline = None if "b" in mode else "\n"
     errors = None if "b" in mode else "replace"
+    if is_special(path):
+        with open(path, mode, encoding=encoding, newline=newline, errors=errors) as file:
+            yield file
+        return
+    path = os.path.realpath(path)
+    unfinished = f"{path}.unfinished"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         with open(unfinished, mode, encoding=encoding, newline=newline, errors=errors) as file:
             yield file
@@ -59,6 +70,9 @@ def exclusive(path: str) -> Iterator[None]:
     Raises:
         InputError: Another process holds the lock.
     """
+    if is_special(path):
+        yield
+        return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     lock_path = f"{path}.lock"
     while True:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO, TypeVar, cast
 
 from inpars_lib.cli import InputError, warn
+from inpars_lib.storage import is_special
 
 QUOTED_PROBLEMS = 3  # malformed lines that are quoted one by one; later ones are only counted
 
@@ -21,13 +22,15 @@ def read_lines(paths: Sequence[str], desc: str | None = None) -> Iterator[tuple[
         desc: Label of a progress bar over the bytes of all files, or None for no bar.
 
     Raises:
-        InputError: A path is a folder, its gzip data is damaged, or its text is UTF-16.
+        InputError: A path is no regular file, its gzip data is damaged, or its text is UTF-16.
     """
     from tqdm import tqdm
 
     for path in paths:
         if os.path.isdir(path):
             raise InputError(f"{path}: this is a folder. Name a file.")
+        if is_special(path):
+            raise InputError(f"{path}: this is a pipe or a device. Write its data to a file first.")
     sizes = list(map(os.path.getsize, paths))
     with tqdm(desc=desc, total=sum(sizes), unit="B", unit_scale=True, disable=desc is None) as bar:
         for i, path in enumerate(paths):

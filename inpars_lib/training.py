@@ -214,12 +214,24 @@ def parse_trainer_flags(flags: Sequence[str]) -> dict[str, Any]:
         if name in REFUSED_FLAGS:
             raise ValueError(f"--{name} is not supported: {REFUSED_FLAGS[name]}")
     arguments: Any = TrainingArguments
-    known, unknown = HfArgumentParser(arguments, allow_abbrev=False).parse_args_into_dataclasses(
-        ["--output_dir", "unused", *flags], return_remaining_strings=True, look_for_args_file=False
+    # Making TrainingArguments here would set up DeepSpeed and other state of the process.
+    known, unknown = HfArgumentParser(arguments, allow_abbrev=False).parse_known_args(
+        ["--output_dir", "unused", *flags]
     )
     if unknown:
         raise ValueError(f"{unknown[0]} is neither a flag of this script nor of transformers.TrainingArguments")
     return {name: getattr(known, name) for name in names}
+
+
+def is_sharded(flags: Mapping[str, Any]) -> bool:
+    """Return whether flags of `TrainingArguments` shard the weights over GPUs: FSDP, or DeepSpeed's ZeRO stage 3."""
+    if flags.get("fsdp"):
+        return True
+    config = flags.get("deepspeed")
+    if isinstance(config, str) and os.path.isfile(config):
+        with open(config, encoding="utf-8") as file:
+            config = json.load(file)
+    return isinstance(config, dict) and config.get("zero_optimization", {}).get("stage") == 3
 
 
 # ------------------------------------------------------------------------------------------------------------- files

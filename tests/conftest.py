@@ -181,7 +181,7 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_index(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Index the passages of `demo_data`."""
     index = tmp_path_factory.mktemp("indexed") / "index"
-    bm25.build_index(str(demo_data / "collection.tsv"), str(index), 1)
+    bm25.build_index(str(demo_data / "collection.tsv"), str(index), bm25.BM25Config(threads=1))
     return index
 
 

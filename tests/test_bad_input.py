@@ -87,6 +87,23 @@ REFUSED = [  # name, command, replaced file, its content, part of the error
         b"1 Q0 d1 1 2 x\n1 Q0 d1 2 1 x\n",
         "query 1 lists a document twice",
     ),
+    ("compressed triples", train, "triples", gzip.compress(b"a\tb\tc\n"), "run gunzip"),
+    (
+        "half of a surrogate pair in an id",
+        index,
+        "collection",
+        b'{"id": "a\\ud800", "contents": "x"}\n',
+        "no usable line",
+    ),
+    ("deeply nested JSON", index, "collection", b'{"id": "a", "x":' + b"[" * 10**5 + b"\n", "no usable line"),
+    ("a huge number", keep, "queries", QUERY.replace(b"[-1,", b"[-1" + b"0" * 400 + b","), "no usable line"),
+    (
+        "a number of 5,000 digits",
+        keep,
+        "queries",
+        QUERY.replace(b"[-1,", b"[-1" + b"0" * 5000 + b","),
+        "no usable line",
+    ),
     ("triples of two columns", train, "triples", b"a\tb\n", "triples: no usable line found"),
 ]
 
@@ -96,7 +113,7 @@ def test_malformed_files_are_refused(files: dict[str, Path], tmp_path: Path, row
     _, command, name, data, words = row
     files[name].write_bytes(data)
     before = sorted(path.name for path in tmp_path.iterdir())
-    assert words in error_line(run(*command(files, tmp_path)))
+    assert words.lower() in error_line(run(*command(files, tmp_path))).lower()
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -181,3 +198,32 @@ def test_a_folder_that_cannot_be_written(files: dict[str, Path], tmp_path: Path,
         (tmp_path / "closed").mkdir(mode=0o555)
         words = [tmp_path / "closed" / "out" if w == tmp_path / "out" else w for w in command(files, tmp_path)]
         assert "Permission denied" in error_line(run(*words))
+
+
+@pytest.mark.parametrize("command", [index, keep, mine, rerank], ids=lambda command: command.__name__)
+def test_pipes_are_no_input(files: dict[str, Path], tmp_path: Path, command: Callable) -> None:
+    """A collection is read more than once, which a pipe such as <(zcat ...) cannot be."""
+    name = {keep: "queries", mine: "queries", rerank: "topics"}.get(command, "collection")
+    files[name].unlink()
+    os.mkfifo(files[name])
+    assert f"{name}: this is a pipe or a device" in error_line(run(*command(files, tmp_path)))
+
+
+def test_links_and_devices_as_output(files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "out").symlink_to(tmp_path / "target")
+    files["queries"].write_bytes(QUERY)
+    ok(run(*keep(files, tmp_path)))
+    assert (tmp_path / "out").is_symlink()
+    assert json.loads((tmp_path / "target").read_text())["doc_id"] == "d1"
+    # A device is written in place and never replaced by a file.
+    words = [Path("/dev/null") if word == tmp_path / "out" else word for word in keep(files, tmp_path)]
+    ok(run(*words))
+    assert Path("/dev/null").is_char_device()
+    assert not Path("/dev/null.lock").exists()
+
+
+def test_two_outputs_with_one_name(files: dict[str, Path], tmp_path: Path) -> None:
+    same = ["--output", tmp_path / "out", "--output_ids", tmp_path / "x" / ".." / "out"]
+    words = ["generate_triples_train.py", "--input", files["queries"], "--corpus", files["collection"], *same]
+    assert "--output and --output_ids name the same file" in error_line(run(*words), 2)

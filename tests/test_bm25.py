@@ -42,15 +42,34 @@ def test_an_index_remembers_its_language(tmp_path: Path) -> None:
     ok(run("inpars_lib.bm25", "search", "--index", german, *search))
     [hit] = formats.read_run(str(tmp_path / "run.txt"))["1"]
     assert hit.doc_id == "a"
-    bm25.build_index(corpus, english, 1)
+    bm25.build_index(corpus, english, bm25.BM25Config())
     assert "has a hit in" in error_line(run("inpars_lib.bm25", "search", "--index", english, *search))
     with pytest.raises(InputError, match="indexed with --language en"):
         bm25.open_index(english, None, bm25.BM25Config(language="de"))
     with pytest.raises(InputError, match="--language xx: Lucene has no analyzer of this name"):
-        bm25.build_index(corpus, str(tmp_path / "x"), 1, "xx")
+        bm25.build_index(corpus, str(tmp_path / "x"), bm25.BM25Config(language="xx"))
     assert not (tmp_path / "x").exists()
     with pytest.raises(InputError, match="the index exists"):
-        bm25.build_index(corpus, german, 1)
+        bm25.build_index(corpus, german, bm25.BM25Config())
+
+
+def test_an_index_remembers_k1_and_b(demo_data: Path, tmp_path: Path) -> None:
+    corpus, index = demo_data / "collection.tsv", tmp_path / "index"
+    ok(run("inpars_lib.bm25", "index", "--corpus", corpus, "--index", index, "--k1", 0.01, "--b", 0))
+    search = ["inpars_lib.bm25", "search", "--index", index, "--topics", demo_data / "topics.tsv"]
+    for name, more in (("stored", []), ("same", ["--k1", 0.01, "--b", 0]), ("other", ["--k1", 0.9, "--b", 0.4])):
+        ok(run(*search, "--output", tmp_path / name, *more))
+    assert (tmp_path / "stored").read_bytes() == (tmp_path / "same").read_bytes()
+    assert (tmp_path / "stored").read_bytes() != (tmp_path / "other").read_bytes()
+
+
+def test_a_topic_of_many_terms(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
+    """Lucene refuses more than 1,024 terms by default, and one such topic used to end the whole search."""
+    words = " ".join(f"word{i}" for i in range(3000))
+    (tmp_path / "topics.tsv").write_text(f"1\t{words} function\n2\tfunction\n")
+    args = ["--index", demo_index, "--topics", tmp_path / "topics.tsv", "--output", tmp_path / "run.txt"]
+    ok(run("inpars_lib.bm25", "search", *args))
+    assert list(formats.read_run(str(tmp_path / "run.txt"))) == ["1", "2"]
 
 
 @pytest.mark.slow

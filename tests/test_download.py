@@ -19,6 +19,7 @@ class Host:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.asked: list[tuple[str, str | None]] = []
+        self.refuse_ranges = 0  # status of the answer to a request for a range
         outer = self
 
         class Handler(QuietHandler):
@@ -28,6 +29,8 @@ class Host:
                 data = outer.files.get(self.path)
                 if data is None:
                     return self.send_error(404)
+                if wanted and outer.refuse_ranges:
+                    return self.send_error(outer.refuse_ranges)
                 start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
                 if start >= len(data) > 0:
                     return self.send_error(416)
@@ -123,10 +126,40 @@ def test_msmarco_is_unpacked(host: Host, tmp_path: Path) -> None:
     assert host.asked == []
 
 
+def test_the_collection_does_not_need_the_optional_run(host: Host, tmp_path: Path) -> None:
+    folder = tmp_path / "data/msmarco"
+    folder.mkdir(parents=True)
+    for name in ("topics", "qrels"):
+        (folder / f"{name}.msmarco-passage.dev-subset.txt").write_text("here")
+    packed = host.files["/msmarcoranking/collection.tar.gz"] = archive()
+    done = download(host, tmp_path, COLLECTION_MD5=hashlib.md5(packed).hexdigest())
+    assert done.returncode == 0, done.stderr
+    assert "run.bm25.dev.small.tsv: not found (404). The file may have moved" in done.stderr
+    assert (folder / "collection.tsv").read_bytes() == COLLECTION
+
+
+def test_an_html_page_is_no_data_set(host: Host, tmp_path: Path) -> None:
+    host.files["/inpars/fiqa_synthetic_queries_100k.jsonl"] = b"<!DOCTYPE html><p>Sorry</p>"
+    done = download(host, tmp_path, "synthetic", "fiqa")
+    assert done.returncode == 1
+    assert "sent an HTML page" in done.stderr
+    assert list((tmp_path / "data/synthetic").iterdir()) == []
+
+
+def test_a_refused_resumption_keeps_the_part(host: Host, tmp_path: Path) -> None:
+    part = tmp_path / "data/synthetic/fiqa_synthetic_queries_100k.jsonl.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"{" * 1000)
+    host.files["/inpars/fiqa_synthetic_queries_100k.jsonl"] = b"{" * 5000
+    host.refuse_ranges = 403
+    assert download(host, tmp_path, "synthetic", "fiqa").returncode == 1
+    assert part.stat().st_size == 1000
+
+
 def test_failed_downloads_and_usage_errors(host: Host, tmp_path: Path) -> None:
     done = download(host, tmp_path, "synthetic", "fiqa")
     assert done.returncode == 1
-    assert "download failed" in done.stderr.splitlines()[-1]
+    assert "not found (404)" in done.stderr.splitlines()[-1]
     for args in (["nonsense"], ["synthetic"], ["synthetic", "nonsense"], ["dl20", "msmarco"]):
         done = download(host, tmp_path, *args)
         assert done.returncode == 2

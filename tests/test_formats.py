@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from inpars_lib import formats, storage, text_lines
 from inpars_lib.cli import InputError
 from inpars_lib.records import Doc, Qrel, ScoredDoc, Topic
+from inpars_lib.triples import TripleFile
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     formats.write_qrels(str(tmp_path / "q.txt"), qrels)
     assert list(formats.read_qrels(str(tmp_path / "q.txt"))) == qrels
     (tmp_path / "triples.tsv").write_text(formats.tsv_line("q\tr", "p\np", "n"))
-    assert list(formats.TripleFile(str(tmp_path / "triples.tsv"))) == [("q r", "p p", "n")]
+    assert list(TripleFile(str(tmp_path / "triples.tsv"))) == [("q r", "p p", "n")]
 
 
 def test_atomic_write(tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_synthetic_queries_keep_their_fields(tmp_path: Path, capsys) -> None:
 def test_triples_are_read_at_random(tmp_path: Path, capsys) -> None:
     path = tmp_path / "t.tsv"
     path.write_text("q1\té one\tn1\nonly\ttwo\n\nq2\tp2\tn2\n")
-    triples = formats.TripleFile(str(path))
+    triples = TripleFile(str(path))
     assert len(triples) == 2
     assert triples[1] == ("q2", "p2", "n2")
     assert triples[0] == ("q1", "é one", "n1")
@@ -309,7 +310,7 @@ def test_any_triples_are_read_back(texts: list[tuple[str, str, str]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "t.tsv").write_text("".join(formats.tsv_line(*text) for text in texts), newline="\n")
         if triples:
-            assert [tuple(triple) for triple in formats.TripleFile(f"{folder}/t.tsv")] == triples
+            assert [tuple(triple) for triple in TripleFile(f"{folder}/t.tsv")] == triples
 
 
 # ------------------------------------------------------------------------------------------- folders and ir_datasets
@@ -358,6 +359,23 @@ def test_ir_datasets(toy_dataset: None, tmp_path: Path) -> None:
         formats.read_topics("ir_datasets:nosuch")
     with pytest.raises(InputError, match="ir_datasets:toy/docs: this data set has no queries"):
         formats.read_topics("ir_datasets:toy/docs")
+
+
+def test_ir_datasets_without_a_network(toy_dataset: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ConnectionError("no route to host")
+
+    import ir_datasets
+
+    dataset = ir_datasets.load("toy")
+    for part, read in (
+        ("docs", formats.read_collection),
+        ("queries", formats.read_topics),
+        ("qrels", formats.read_qrels),
+    ):
+        monkeypatch.setattr(dataset, f"{part}_iter", fail)
+        with pytest.raises(InputError, match=r"ir_datasets:toy: cannot be downloaded \(no route to host\)"):
+            list(read("ir_datasets:toy"))
 
 
 def test_ir_datasets_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,3 +269,13 @@ def test_usage_errors(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     assert "--run or --index is required" in error_line(run("rerank.py", "--model", tiny_t5, *args), 2)
     no_model = run("rerank.py", "--model", tmp_path / "absent", *args, "--run", separable / "run.txt")
     assert f"{tmp_path / 'absent'}" in error_line(no_model)
+
+
+def test_only_judged_queries(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    few = "".join(line for line in (separable / "qrels.txt").open() if line[0] in "34")
+    args = ["--model", tiny_t5, *dev_but(separable, tmp_path, "qrels.txt", few), "--max_length", 64]
+    done = ok(run("rerank.py", *args, "--output", tmp_path / "all.txt"))
+    assert "qrels.txt: 2 of 10 queries are judged; --judged_only reranks only these" in done.stderr
+    ok(run("rerank.py", *args, "--output", tmp_path / "judged.txt", "--judged_only"))
+    lines = (tmp_path / "all.txt").read_text().splitlines()
+    assert (tmp_path / "judged.txt").read_text().splitlines() == [line for line in lines if line[0] in "34"]

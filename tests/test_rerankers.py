@@ -265,6 +265,24 @@ def test_unsupported_types_are_refused_before_training(tiny_t5: Path, tmp_path: 
         rerankers.load_reranker(str(folder), new_head=True)
 
 
+def test_cross_encoders_with_two_outputs_are_base_models(
+    tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_encoder, num_labels=2)
+    model.save_pretrained(tmp_path / "two")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_encoder)
+    tokenizer.save_pretrained(tmp_path / "two")
+    with pytest.raises(InputError, match="has 2 outputs"):
+        rerankers.load_reranker(str(tmp_path / "two"))
+    reranker = rerankers.load_reranker(str(tmp_path / "two"), new_head=True)
+    assert reranker.score([("what", "tides")]).shape == (1,)
+    assert "A new one with one output is trained" in capsys.readouterr().err
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "two")
+    with pytest.raises(InputError, match="has no padding token"):
+        rerankers.load_reranker(str(tmp_path / "two"), new_head=True)
+
+
 def test_large_margins_are_no_ties() -> None:
     """In float32 the log softmax of 9.0001 to 9.001 rounds to a few values; the log sigmoid does not."""
     margins = 9 + torch.arange(1, 11) / 10_000

@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from training_helpers import QUICK, dev, dev_but, train, train_flags
 
-from inpars_lib.formats import TripleFile
 from inpars_lib.training import LengthSortedSampler, TrainingExamples
+from inpars_lib.triples import TripleFile
 
 
 @pytest.fixture(scope="module", params=["t5", "encoder"])
@@ -142,6 +142,13 @@ def test_flags_that_would_be_ignored_are_refused(separable: Path, tiny_t5: Path,
     refused = error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK, flag), 2)
     assert "is not supported: " in refused or "expected a whole number of at least 1" in refused
     assert not (tmp_path / "model").exists()
+
+
+def test_an_evaluation_needs_whole_weights(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    for flags in (["--fsdp", "full_shard"], ["--deepspeed", tmp_path / "zero3.json"]):
+        refused = train(separable, tiny_t5, tmp_path / "model", *QUICK, *dev(separable), *flags)
+        assert "an evaluation needs the whole model on each GPU" in error_line(refused, 2)
 
 
 def test_a_finished_training_stays_as_it_is(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:

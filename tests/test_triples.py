@@ -25,7 +25,7 @@ def mined(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     data[3]["question"] = ""
     data[5]["question"] = "the of and"  # stop words alone: no hit
-    data[6]["doc_text"] = "cafÃ©\tau  lait"  # mended by ftfy, made one line
+    data[6]["doc_text"] = "cafÃ©\tau  lait"  # repaired by ftfy, on one line
     write_rows(folder / "queries.jsonl", data)
     done = ok(run(SCRIPT, *mine_args(folder, demo_data)))
     (folder / "stderr").write_text(done.stderr)

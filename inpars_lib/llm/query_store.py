@@ -13,7 +13,7 @@ from typing import IO, Any
 from inpars_lib.cli import InputError, warn
 from inpars_lib.formats import read_synthetic_queries
 from inpars_lib.llm.tokens import NO_TOKENS, Usage
-from inpars_lib.storage import FORMAT_VERSION, atomic_write, json_line, lock, repair_last_line
+from inpars_lib.storage import FORMAT_VERSION, atomic_write, is_special, json_line, lock, repair_last_line
 
 META_INTERVAL = 1.0  # seconds between two writes of OUTPUT.meta.json
 
@@ -47,6 +47,8 @@ class QueryStore:
         self._errors: IO[bytes] | None = None  # opened for the first failure
         self._saved_at = 0.0
         if path is not None:
+            if is_special(path):
+                raise InputError(f"{path}: this is a pipe or a device. Answers are appended to a file: name one.")
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             self._file = open(path, "ab", buffering=0)  # one write a row: a kill leaves at most the last row torn
             lock(self._file, path)
