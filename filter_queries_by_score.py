@@ -31,6 +31,7 @@ from itertools import islice
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser
 from inpars_lib.formats import read_synthetic_queries
+from inpars_lib.line_parsers import json_object
 from inpars_lib.query_browser import QuerySample
 from inpars_lib.records import SyntheticQuery
 from inpars_lib.storage import atomic_write, json_line
@@ -140,6 +141,13 @@ def rank_key(scored: tuple[SyntheticQuery, float]) -> tuple[float, float, int, s
     return -score, -mean, zlib.crc32(query.doc_id.encode(errors="replace")), query.doc_id
 
 
+def with_score(line: str, score: float) -> str:
+    """Return a line of JSONL with the score as its last field, newline included."""
+    if '"score"' in line:  # of an earlier filter, perhaps
+        return json_line({**json_object(line), "score": score})
+    return f'{line.rstrip().removesuffix("}")}, "score": {score!r}}}\n'
+
+
 def plot_histogram(
     path: str, all_bins: Counter[int], kept: Counter[int], width: float, cutoff: float, name: str
 ) -> None:
@@ -202,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 2. The output
     with atomic_write(args.output) as file:
         for query, score in best:
-            file.write(json_line({**query.row, "score": score}))
+            file.write(with_score(query.line_text, score))
     cutoff = best[-1][1]
     if args.plot:
         kept = Counter(math.floor(score / width) for _, score in best)

@@ -25,7 +25,7 @@ from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
 from inpars_lib.formats import read_synthetic_queries, read_texts, tsv_line
 from inpars_lib.negatives import NegativesConfig, sample_negatives
 from inpars_lib.records import SyntheticQuery
-from inpars_lib.storage import atomic_write, exclusive, json_line
+from inpars_lib.storage import atomic_write, exclusive
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,7 +75,7 @@ def hold_out(queries: list[SyntheticQuery], n: int, seed: int, path: str, source
         raise InputError(f"{source}: {len(queries):,} usable rows, so --holdout {n} leaves none. Lower --holdout.")
     held_out = set(random.Random(f"{seed} holdout").sample([query.line for query in queries], n))
     with atomic_write(path) as file:
-        file.writelines(json_line(query.row) for query in queries if query.line in held_out)
+        file.writelines(query.line_text + "\n" for query in queries if query.line in held_out)
     return [query for query in queries if query.line not in held_out]
 
 

@@ -53,7 +53,11 @@ class Ablation:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.folder, work = folder, Path(args.work).resolve()
         self.index, self.corpus = work / "index", work / "collection.tsv"
-        rows = [query.row for query in read_synthetic_queries(str(work / "queries.jsonl")) if query.question]
+        rows = [
+            json.loads(query.line_text)
+            for query in read_synthetic_queries(str(work / "queries.jsonl"))
+            if query.question
+        ]
         random.Random(0).shuffle(rows)
         self.pool = rows[HOLDOUT:]
         self.write("pool", self.pool)

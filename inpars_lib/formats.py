@@ -16,116 +16,33 @@ package is installed. Ids are strings and stay as written: "007" is not "7". Rea
 
 import array
 import hashlib
-import json
-import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, TypeVar
+
+import msgspec
 
 from inpars_lib.cli import InputError
 from inpars_lib.ir_dataset import download_errors, ir_dataset
+from inpars_lib.line_parsers import (
+    TEXT_FORM,
+    json_object,
+    parse_id,
+    parse_number,
+    parse_text,
+    single_line,
+    split_columns,
+    string_field,
+)
 from inpars_lib.records import Doc, Qrel, RankedList, ScoredDoc, SyntheticQuery, Topic
 from inpars_lib.storage import atomic_write
 from inpars_lib.text_lines import read_records
 
-Number = TypeVar("Number", int, float)
-RUN_SCORE = ".9g"  # of the scores in a run: enough digits for every float32
-
-# ------------------------------------------------------------------------------------------------------- one line
-
-TEXT_FORM = "`id<TAB>text`, or a JSON object with `id` and `contents`, `_id` and `text`, or `doc_id` and `text`"
-ID_FIELDS = ("_id", "id", "doc_id", "docid", "pid", "query_id", "qid")
+LARGEST = 1e300  # bound of log-probabilities, whose sum must be finite
+OBJECT = ord("{")
 OTHER_FILES = re.compile(r"(?i)(dev|train|test|synthetic|filtered)?[._-]?(topics|quer(y|ies)|qrels|runs?|triples)\b")
-TEXT_FIELDS = ("contents", "text", "body", "passage", "segment", "query")
-_NEWLINES = re.compile("[\t\n\r\v\f\x00\x1c-\x1e\x85\u2028\u2029]+")
-
-
-def single_line(text: str) -> str:
-    """Return `text` with each run of tabs, newlines and NUL bytes replaced by one space, to fit a TSV column."""
-    return _NEWLINES.sub(" ", text).strip()
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether UTF-8 can hold the text. JSON can spell half of a surrogate pair, UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def parse_id(value: Any) -> str:
-    """Return an id as a string, or raise ValueError if a TREC run could not hold the id."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"the id {value!r} is neither a string nor a whole number")
-    record_id = str(value)
-    if not _is_unicode(record_id):
-        raise ValueError(f"the id {record_id!a} is not valid Unicode")
-    if not record_id:
-        raise ValueError("the id is empty")
-    if record_id.split() != [record_id]:
-        raise ValueError(f"the id {record_id!r} contains whitespace, which a TREC run cannot hold")
-    return record_id
-
-
-def _json_object(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("JSON that is nested too deeply") from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    return row
-
-
-def _string(row: Mapping[str, Any], field: str) -> str:
-    value = row.get(field, "")
-    if not isinstance(value, str):
-        raise ValueError(f"{field!r} is not a string")
-    return value if _is_unicode(value) else value.encode(errors="replace").decode()
-
-
-def _id_and_text(line: str) -> tuple[str, str]:
-    """Return (id, text) of a line of a collection or of topics, in any spelling that this file's docstring lists."""
-    if not line.startswith("{"):
-        record_id, tab, text = line.partition("\t")
-        if not tab:
-            raise ValueError("no tab between id and text")
-        if record_id.lower() in ID_FIELDS and text.strip().lower() in TEXT_FIELDS:
-            raise ValueError("a header line")
-        return parse_id(record_id), single_line(text)
-    row = _json_object(line)
-    id_field = next((name for name in ID_FIELDS if name in row), None)
-    text_field = next((name for name in TEXT_FIELDS if name in row), None)
-    if id_field is None or text_field is None:
-        missing = ID_FIELDS if id_field is None else TEXT_FIELDS
-        raise ValueError(f"none of the fields {', '.join(missing)}")
-    text = _string(row, text_field)
-    if text_field == "text":
-        text = f"{_string(row, 'title')} {text}"
-    return parse_id(row[id_field]), single_line(text)
-
-
-def _columns(line: str, *counts: int) -> list[str]:
-    columns = line.split()
-    if len(columns) not in counts:
-        raise ValueError(f"expected {' or '.join(map(str, counts))} columns, found {len(columns)}")
-    return columns
-
-
-def _number(word: str, kind: type[Number]) -> Number:
-    try:
-        value = kind(word)
-    except ValueError:
-        raise ValueError(f"{word!r} is not a {'whole ' if kind is int else ''}number") from None
-    if not math.isfinite(value):
-        raise ValueError(f"{word!r} is not a finite number")
-    return value
-
+RUN_SCORE = ".9g"  # of the scores in a run: enough digits for every float32
 
 # -------------------------------------------------------------------------------------- collection, topics, qrels
 
@@ -159,11 +76,19 @@ def collection_fingerprint(path: str) -> str:
     return digest.hexdigest()
 
 
-def _read_docs(path: str, desc: str | None) -> Iterator[Doc]:
+def _read_docs(path: str, wanted: Collection[str] | None, desc: str | None) -> Iterator[Doc]:
+    """Yield the documents of a collection. Some that are not wanted are skipped early, before they are decoded."""
     scheme, _, name = path.partition(":")
     if scheme != "ir_datasets":
-        for _, id_and_text in read_records(collection_files(path), _id_and_text, TEXT_FORM, path, desc):
-            yield Doc(*id_and_text)
+
+        def unwanted(line: bytes) -> bool:
+            doc_id, tab, _ = line.partition(b"\t")
+            return doc_id.decode(errors="replace") not in ids and tab == b"\t" and line[0] != OBJECT
+
+        ids = wanted or ()
+        skip = None if wanted is None else unwanted
+        for _, doc in read_records(collection_files(path), parse_text, TEXT_FORM, path, desc, skip):
+            yield doc
         return
     from tqdm import tqdm
 
@@ -203,7 +128,7 @@ def read_collection(path: str, wanted: Collection[str] | None = None, desc: str 
         InputError: No line is usable, or a wanted id is on two lines with different texts.
     """
     seen: dict[str, int] = {}
-    for doc in _read_docs(path, desc):
+    for doc in _read_docs(path, wanted, desc):
         if wanted is None:
             yield doc
         elif doc.doc_id in wanted:
@@ -231,7 +156,7 @@ def read_topics(path: str) -> dict[str, str]:
         dataset = ir_dataset(name, "queries")
         with download_errors(path):
             return {parse_id(query.query_id): single_line(query.default_text()) for query in dataset.queries_iter()}
-    for number, (query_id, text) in read_records([path], _id_and_text, TEXT_FORM, path):
+    for number, (query_id, text) in read_records([path], parse_text, TEXT_FORM, path):
         if query_id in topics:
             raise InputError(f"{path}, line {number}: the query id {query_id} is repeated. Keep one of its lines.")
         topics[query_id] = text
@@ -253,10 +178,10 @@ def read_qrels(path: str) -> Iterator[Qrel]:
         return
 
     def parse(line: str) -> Qrel | None:
-        columns = _columns(line, 3, 4)
+        columns = split_columns(line, 3, 4)
         if columns == ["query-id", "corpus-id", "score"]:  # BEIR's header line
             return None
-        return Qrel(columns[0], columns[-2], _number(columns[-1], int))
+        return Qrel(columns[0], columns[-2], parse_number(columns[-1], int))
 
     seen: dict[tuple[str, str], int] = {}
     for number, qrel in read_records([path], parse, "`query_id 0 doc_id grade`, or BEIR's three columns", path):
@@ -288,11 +213,11 @@ def read_run(
     """
 
     def parse(line: str) -> tuple[str, str, float, int]:
-        columns = _columns(line, 3, 6)
+        columns = split_columns(line, 3, 6)
         if len(columns) == 3:
-            rank = _number(columns[2], int)
+            rank = parse_number(columns[2], int)
             return columns[0], columns[1], -float(rank), rank
-        return columns[0], columns[2], _number(columns[4], float), _number(columns[3], int)
+        return columns[0], columns[2], parse_number(columns[4], float), parse_number(columns[3], int)
 
     found: dict[str, tuple[list[str], array.array[float], array.array[int]]] = {}
     interned: dict[str, str] = {}  # one string object per document, however many queries retrieve the document
@@ -322,6 +247,15 @@ def read_run(
     return run
 
 
+class _SyntheticRow(msgspec.Struct):
+    """The fields of a well-formed row of synthetic queries. Decoding ignores other fields."""
+
+    doc_id: str | int
+    question: str
+    doc_text: str = ""
+    log_probs: list[float] | None = None
+
+
 def read_synthetic_queries(path: str, desc: str | None = None) -> Iterator[SyntheticQuery]:
     """Yield the rows of synthetic queries, our own or a published set.
 
@@ -329,19 +263,30 @@ def read_synthetic_queries(path: str, desc: str | None = None) -> Iterator[Synth
         InputError: No line is usable.
     """
 
-    def parse(line: str) -> tuple[str, str, str, list[float] | None, dict[str, Any]]:
-        row = _json_object(line)
+    def parse(line: str) -> tuple[str, str, str, list[float] | None, str]:
+        try:
+            fast = decode(line)
+        except (msgspec.MsgspecError, RecursionError):
+            return parse_slowly(line)
+        log_probs = fast.log_probs
+        if log_probs and not -LARGEST < min(log_probs) <= max(log_probs) < LARGEST:
+            return parse_slowly(line)
+        return parse_id(fast.doc_id), single_line(fast.doc_text), " ".join(fast.question.split()), log_probs, line
+
+    def parse_slowly(line: str) -> tuple[str, str, str, list[float] | None, str]:
+        row = json_object(line)
         if "doc_id" not in row or "question" not in row:
             raise ValueError("no field 'doc_id' or no field 'question'")
         log_probs = row.get("log_probs")
         if log_probs is not None:
             if not isinstance(log_probs, list):
                 raise ValueError("'log_probs' is not a list")
-            if not all(type(x) in (int, float) and abs(x) < 1e300 for x in log_probs):  # False for NaN
+            if not all(type(x) in (int, float) and abs(x) < LARGEST for x in log_probs):  # False for NaN
                 raise ValueError("'log_probs' contains something other than finite numbers")
-        question = " ".join(_string(row, "question").split())
-        return parse_id(row["doc_id"]), single_line(_string(row, "doc_text")), question, log_probs, row
+        question = " ".join(string_field(row, "question").split())
+        return parse_id(row["doc_id"]), single_line(string_field(row, "doc_text")), question, log_probs, line
 
+    decode = msgspec.json.Decoder(_SyntheticRow).decode
     form = "a JSON object with `doc_id`, `doc_text`, `question`, `log_probs`"
     for number, fields in read_records([path], parse, form, path, desc):
         yield SyntheticQuery(number - 1, *fields)

@@ -2,7 +2,7 @@
 
 import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 
 class Doc(NamedTuple):
@@ -44,7 +44,7 @@ class SyntheticQuery(NamedTuple):
         doc_text: Text of the source document.
         question: The query on one line, empty if the language model gave none.
         log_probs: Natural logarithm of each query token's probability, None if the row has none.
-        row: The whole JSON object.
+        line_text: The line as it is in the file, a JSON object.
     """
 
     line: int
@@ -52,7 +52,7 @@ class SyntheticQuery(NamedTuple):
     doc_text: str
     question: str
     log_probs: list[float] | None
-    row: dict[str, Any]
+    line_text: str
 
 
 class Triple(NamedTuple):

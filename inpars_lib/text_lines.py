@@ -1,6 +1,7 @@
 """Text files line by line: gzip, byte-order marks, progress bars, malformed lines reported with their number."""
 
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,12 +11,13 @@ from inpars_lib.cli import InputError, warn
 from inpars_lib.storage import is_special
 
 QUOTED_PROBLEMS = 3  # malformed lines that are quoted one by one; later ones are only counted
+BLOCK_BYTES = 1 << 20  # lines are read in blocks, because a Python generator per line would take most of the time
 
 T = TypeVar("T")
 
 
-def read_lines(paths: Sequence[str], desc: str | None = None) -> Iterator[tuple[str, int, bytes]]:
-    """Yield (path, line number from 1, line without its newline) of files, gzipped or not.
+def read_blocks(paths: Sequence[str], desc: str | None = None) -> Iterator[tuple[str, int, list[bytes]]]:
+    """Yield (path, number of the first line from 1, about 1 MiB of lines with their newlines) of files, gzipped or not.
 
     Args:
         paths: The files, read in this order.
@@ -36,25 +38,30 @@ def read_lines(paths: Sequence[str], desc: str | None = None) -> Iterator[tuple[
         for i, path in enumerate(paths):
             before = sum(sizes[:i])
             with open(path, "rb") as raw:
-                zipped = raw.read(2) == b"\x1f\x8b"
-                raw.seek(0)
-                lines = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if zipped else raw
+                file: IO[bytes] = raw
+                if raw.peek(2)[:2] == b"\x1f\x8b":
+                    file = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), BLOCK_BYTES)
+                number = 1
                 try:
-                    for number, line in enumerate(lines, 1):
+                    while lines := file.readlines(BLOCK_BYTES):
                         if number == 1:
-                            if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line[:4]:
+                            if lines[0].startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in lines[0][:4]:
                                 raise InputError(f"{path}: UTF-16 text. Save the file as UTF-8.")
-                            line = line.removeprefix(b"\xef\xbb\xbf")
-                        elif number % 4096 == 0:
-                            bar.update(before + raw.tell() - bar.n)
-                        yield path, number, line.rstrip(b"\r\n")
+                            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+                        yield path, number, lines
+                        number += len(lines)
+                        bar.update(before + raw.tell() - bar.n)
                 except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                     raise InputError(f"{path}: damaged gzip data ({error}). Download the file again.") from None
-                bar.update(before + raw.tell() - bar.n)
 
 
 def read_records(
-    paths: Sequence[str], parse: Callable[[str], T | None], form: str, name: str, desc: str | None = None
+    paths: Sequence[str],
+    parse: Callable[[str], T | None],
+    form: str,
+    name: str,
+    desc: str | None = None,
+    skip: Callable[[bytes], bool] | None = None,
 ) -> Iterator[tuple[int, T]]:
     """Yield (line number from 1, parse(line)) of every usable line. Empty lines are skipped.
 
@@ -64,25 +71,31 @@ def read_records(
         form: What a line should look like, for error messages.
         name: The file or folder as the user named it, for error messages.
         desc: Label of a progress bar, or None for no bar.
+        skip: Quick test for usable lines that are not wanted.
 
     Raises:
         InputError: No line is usable.
     """
     usable = malformed = 0
-    for path, number, line in read_lines(paths, desc):
-        if not line.strip():
-            continue
-        try:
-            record = parse(line.decode())
-        except ValueError as error:
-            malformed += 1
-            if malformed <= QUOTED_PROBLEMS:
-                problem = "not valid UTF-8" if isinstance(error, UnicodeDecodeError) else error
-                warn(f"{path}, line {number}: {problem}. The line is skipped.")
-            continue
-        if record is not None:
-            usable += 1
-            yield number, record
+    for path, first, lines in read_blocks(paths, desc):
+        for number, line in enumerate(lines, first):
+            if skip and skip(line):
+                usable += 1
+                continue
+            try:
+                text = line.decode().rstrip("\r\n")
+                if not text or text.isspace():
+                    continue
+                record = parse(text)
+            except ValueError as error:
+                malformed += 1
+                if malformed <= QUOTED_PROBLEMS:
+                    problem = "not valid UTF-8" if isinstance(error, UnicodeDecodeError) else error
+                    warn(f"{path}, line {number}: {problem}. The line is skipped.")
+                continue
+            if record is not None:
+                usable += 1
+                yield number, record
     if malformed > QUOTED_PROBLEMS:
         warn(
             f"{name}: {malformed:,} of {usable + malformed:,} lines are malformed and were skipped. "

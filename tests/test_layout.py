@@ -8,7 +8,8 @@ from pathlib import Path
 from conftest import ROOT
 
 BASE = {"cli": set(), "records": set(), "storage": {"cli"}, "text_lines": {"cli", "storage"}}
-BASE |= {"ir_dataset": {"cli"}, "formats": {"cli", "ir_dataset", "records", "storage", "text_lines"}}
+BASE |= {"ir_dataset": {"cli"}, "line_parsers": {"records"}}
+BASE |= {"formats": {"cli", "ir_dataset", "line_parsers", "records", "storage", "text_lines"}}
 
 
 def imports(path: Path) -> Iterator[str]:
