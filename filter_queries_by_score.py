@@ -30,7 +30,7 @@ from itertools import islice
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser
-from inpars_lib.formats import read_synthetic_queries
+from inpars_lib.formats import LARGEST, SyntheticRow, read_synthetic_queries
 from inpars_lib.line_parsers import json_object
 from inpars_lib.query_browser import QuerySample
 from inpars_lib.records import SyntheticQuery
@@ -104,9 +104,6 @@ def source_ranks(
     queries: Iterator[SyntheticQuery], args: argparse.Namespace
 ) -> Iterator[tuple[SyntheticQuery, int | None]]:
     """Yield each query with the BM25 rank of its source document, None below rank --consistency_k."""
-    if not args.consistency_k:
-        yield from ((query, None) for query in queries)
-        return
     config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
     searcher = bm25.open_index(args.index, args.corpus, config)
     while block := list(islice(queries, BLOCK)):
@@ -134,11 +131,35 @@ def score_queries(
             yield from zip(block, map(float, scores), strict=True)
 
 
-def rank_key(scored: tuple[SyntheticQuery, float]) -> tuple[float, float, int, str]:
-    """Return the sort key of a scored query, best first. The hash keeps ties from favouring ids of the same kind."""
-    query, score = scored
+def tie_break(query: SyntheticQuery) -> tuple[float, int, int]:
+    """Return what decides between equal scores, higher is better. The hash favours no ids."""
     mean = sum(query.log_probs) / len(query.log_probs) if query.log_probs else -math.inf
-    return -score, -mean, zlib.crc32(query.doc_id.encode(errors="replace")), query.doc_id
+    return mean, -zlib.crc32(query.doc_id.encode(errors="replace")), -query.line
+
+
+class BestQueries:
+    """The `k` queries with the highest scores so far, in a heap.
+
+    Attributes:
+        cutoff: Score below which a query is not kept, -inf until there are `k` queries.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k, self.cutoff = k, -math.inf
+        self._heap: list[tuple[float, tuple[float, int, int], str]] = []
+
+    def add(self, query: SyntheticQuery, score: float) -> None:
+        """Keep a query if its score is among the best."""
+        if len(self._heap) < self.k:
+            heapq.heappush(self._heap, (score, tie_break(query), query.line_text))
+        elif score >= self.cutoff:
+            heapq.heappushpop(self._heap, (score, tie_break(query), query.line_text))
+        if len(self._heap) == self.k:
+            self.cutoff = self._heap[0][0]
+
+    def ranked(self) -> list[tuple[int, str, float]]:
+        """Return (line number from 0, line, score) of the queries, best first."""
+        return [(-tie[-1], line, score) for score, tie, line in sorted(self._heap, reverse=True)]
 
 
 def with_score(line: str, score: float) -> str:
@@ -171,61 +192,83 @@ def main(argv: Sequence[str] | None = None) -> None:
     width = BIN_WIDTHS[args.scoring_function]
     dropped: Counter[str] = Counter()
     bins: Counter[int] = Counter()  # all scored queries by score
-    sample = QuerySample()
+    sample, best = QuerySample(), BestQueries(args.top_k)
+    scored = 0
+    shortest, longest = args.min_tokens, args.max_tokens or sys.maxsize
+    # Most rows need one look at their log-probabilities, unless an option needs more.
+    others = args.consistency_k or args.skip_questions_copied_from_context or args.sample_html
+    log_prob_score = LOG_PROB_SCORES.get(args.scoring_function)
+    simple = log_prob_score and not others
 
     def drop(query: SyntheticQuery, reason: str) -> None:
         dropped[reason] += 1
         if args.sample_html:
             sample.add(query, None, reason)
 
+    def below_cutoff(row: SyntheticRow) -> bool:
+        """Count a row and return True if its log-probabilities tell at once that the row is not kept."""
+        nonlocal scored
+        log_probs = row.log_probs
+        if not log_probs or not shortest <= len(log_probs) <= longest:
+            return False
+        score = log_prob_score(log_probs)
+        if not -LARGEST < score < best.cutoff or not row.question.strip():
+            return False
+        scored += 1
+        if args.plot:
+            bins[math.floor(score / width)] += 1
+        return True
+
     def usable() -> Iterator[SyntheticQuery]:
-        for query in read_synthetic_queries(args.input, desc="Scoring"):
+        for query in read_synthetic_queries(args.input, "Scoring", below_cutoff if simple else None):
             if reason := drop_reason(query, args):
                 drop(query, reason)
             else:
                 yield query
 
-    def consistent() -> Iterator[tuple[SyntheticQuery, int | None]]:
+    def ranked() -> Iterator[tuple[SyntheticQuery, int | None]]:
+        if not args.consistency_k:
+            yield from ((query, None) for query in usable())
+            return
         for query, rank in source_ranks(usable(), args):
-            if args.consistency_k and rank is None:
+            if rank is None:
                 drop(query, f"whose source document is not among the first {args.consistency_k} hits")
             else:
                 yield query, rank
 
-    def scored() -> Iterator[tuple[SyntheticQuery, float]]:
-        for query, score in score_queries(consistent(), args):
-            bins[math.floor(score / width)] += 1
-            if args.sample_html:
-                sample.add(query, score, None)
-            yield query, score
-
-    # 1. The best queries, in a heap that never holds more than top_k rows
-    best = heapq.nsmallest(args.top_k, scored(), key=rank_key)
+    # 1. The best queries
+    for query, score in score_queries(ranked(), args):
+        scored += 1
+        bins[math.floor(score / width)] += 1
+        if args.sample_html:
+            sample.add(query, score, None)
+        best.add(query, score)
+    kept = best.ranked()
     hint = " Rows without log-probabilities can be scored with --scoring_function monot5 --model NAME."
     hint = hint if dropped[NO_LOG_PROBS] else ""
-    if not best:
+    if not kept:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
         raise InputError(f"{args.input}: every row was dropped ({reasons}). Relax the filters.{hint}")
 
     # 2. The output
     with atomic_write(args.output) as file:
-        for query, score in best:
-            file.write(with_score(query.line_text, score))
-    cutoff = best[-1][1]
+        for _, line, score in kept:
+            file.write(with_score(line, score))
+    cutoff = kept[-1][-1]
     if args.plot:
-        kept = Counter(math.floor(score / width) for _, score in best)
-        plot_histogram(args.plot, bins, kept, width, cutoff, args.scoring_function)
+        kept_bins = Counter(math.floor(score / width) for *_, score in kept)
+        plot_histogram(args.plot, bins, kept_bins, width, cutoff, args.scoring_function)
     if args.sample_html:
-        summary = f"{len(best):,} rows of {args.input} were kept. The score is {args.scoring_function}."
-        sample.write(args.sample_html, {query.line for query, _ in best}, summary)
+        summary = f"{len(kept):,} rows of {args.input} were kept. The score is {args.scoring_function}."
+        sample.write(args.sample_html, {number for number, *_ in kept}, summary)
 
     # 3. What was dropped
     for reason, count in dropped.most_common():
         if count:
             print(f"dropped {count:,} rows {reason}.{hint if reason == NO_LOG_PROBS else ''}", file=sys.stderr)
     print(
-        f"{args.output}: kept {len(best):,} of {bins.total() + dropped.total():,} rows; {args.scoring_function} from "
-        f"{best[0][1]:.4f} to {cutoff:.4f}",
+        f"{args.output}: kept {len(kept):,} of {scored + dropped.total():,} rows; {args.scoring_function} from "
+        f"{kept[0][-1]:.4f} to {cutoff:.4f}",
         file=sys.stderr,
     )
 

@@ -18,7 +18,7 @@ import array
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 
 import msgspec
@@ -247,7 +247,7 @@ def read_run(
     return run
 
 
-class _SyntheticRow(msgspec.Struct):
+class SyntheticRow(msgspec.Struct):
     """The fields of a well-formed row of synthetic queries. Decoding ignores other fields."""
 
     doc_id: str | int
@@ -256,8 +256,15 @@ class _SyntheticRow(msgspec.Struct):
     log_probs: list[float] | None = None
 
 
-def read_synthetic_queries(path: str, desc: str | None = None) -> Iterator[SyntheticQuery]:
+def read_synthetic_queries(
+    path: str, desc: str | None = None, skip: Callable[[SyntheticRow], bool] | None = None
+) -> Iterator[SyntheticQuery]:
     """Yield the rows of synthetic queries, our own or a published set.
+
+    Args:
+        path: The file.
+        desc: Label of a progress bar, or None for no bar.
+        skip: Quick test for well-formed rows that are not wanted.
 
     Raises:
         InputError: No line is usable.
@@ -271,7 +278,8 @@ def read_synthetic_queries(path: str, desc: str | None = None) -> Iterator[Synth
         log_probs = fast.log_probs
         if log_probs and not -LARGEST < min(log_probs) <= max(log_probs) < LARGEST:
             return parse_slowly(line)
-        return parse_id(fast.doc_id), single_line(fast.doc_text), " ".join(fast.question.split()), log_probs, line
+        clean = str.strip if line.isascii() and "\\" not in line else single_line  # JSON escapes tabs and newlines
+        return parse_id(fast.doc_id), clean(fast.doc_text), " ".join(fast.question.split()), log_probs, line
 
     def parse_slowly(line: str) -> tuple[str, str, str, list[float] | None, str]:
         row = json_object(line)
@@ -286,9 +294,15 @@ def read_synthetic_queries(path: str, desc: str | None = None) -> Iterator[Synth
         question = " ".join(string_field(row, "question").split())
         return parse_id(row["doc_id"]), single_line(string_field(row, "doc_text")), question, log_probs, line
 
-    decode = msgspec.json.Decoder(_SyntheticRow).decode
+    def unwanted(line: bytes) -> bool:
+        try:
+            return skip(decode(line))
+        except (msgspec.MsgspecError, RecursionError):
+            return False
+
+    decode = msgspec.json.Decoder(SyntheticRow).decode
     form = "a JSON object with `doc_id`, `doc_text`, `question`, `log_probs`"
-    for number, fields in read_records([path], parse, form, path, desc):
+    for number, fields in read_records([path], parse, form, path, desc, unwanted if skip else None):
         yield SyntheticQuery(number - 1, *fields)
 
 

@@ -36,6 +36,8 @@ def is_unicode(text: str) -> bool:
 
 def parse_id(value: Any) -> str:
     """Return an id as a string, or raise ValueError if a TREC run could not hold the id."""
+    if type(value) is str and value.isalnum() and value.isascii():  # the usual id, which needs no further check
+        return value
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"the id {value!r} is neither a string nor a whole number")
     record_id = str(value)
@@ -78,8 +80,6 @@ def parse_text(line: str) -> Doc:
         record_id, tab, text = line.partition("\t")
         if not tab:
             raise ValueError("no tab between id and text")
-        if record_id.isdecimal() and record_id.isascii():  # the usual id, which needs no further check
-            return Doc(record_id, single_line(text))
         if record_id.lower() in ID_FIELDS and text.strip().lower() in TEXT_FIELDS:
             raise ValueError("a header line")
         return Doc(parse_id(record_id), single_line(text))
