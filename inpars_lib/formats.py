@@ -295,6 +295,7 @@ def read_synthetic_queries(
         return parse_id(row["doc_id"]), single_line(string_field(row, "doc_text")), question, log_probs, line
 
     def unwanted(line: bytes) -> bool:
+        assert skip
         try:
             return skip(decode(line))
         except (msgspec.MsgspecError, RecursionError):

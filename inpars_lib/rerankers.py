@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # mT5 has only "yes" and "no".
 TARGET_WORDS = [("true", "false"), ("yes", "no")]
 T5_TYPES = ("t5", "mt5", "umt5")  # sequence-to-sequence models whose tokens never cross a space
+OUTPUT_LAYERS = ("pooler", "pre_classifier", "classifier", "score")  # of encoders, after the last hidden states
 CPU_BATCH_TOKENS = 2048  # tokens per batch on a CPU; larger batches no longer fit its caches
 GPU_BATCH_TOKENS = 65536  # upper bound of tokens per batch on a GPU
 
@@ -247,7 +248,7 @@ class MonoT5(Reranker):
             from inpars_lib.t5_forward import first_token_logits
 
             mask = batch["attention_mask"].bool()
-            logits = first_token_logits(self.model, batch["input_ids"], mask, self.target_ids).float()
+            logits = first_token_logits(self.model, batch["input_ids"], mask, self.target_ids)
             margins = logits[:, 0] - logits[:, 1]
         else:
             margins = self.relevance_logits(self.model, batch)
@@ -291,6 +292,7 @@ class CrossEncoder(Reranker):
             warn(f"{model.config.name_or_path}: reads at most {limit} tokens, so --max_length {max_length} is reduced.")
             self.max_length = int(limit)
         self._check_max_length(len(self._prefix) + len(self._separator) + len(self._suffix))
+        self._compute_output_in_float32()
 
     def build_input(self, query: "numpy.ndarray", text: "numpy.ndarray") -> tuple["numpy.ndarray", int]:
         """Return the tokens of both segments with this tokenizer's special tokens."""
@@ -300,6 +302,16 @@ class CrossEncoder(Reranker):
         space = self.max_length - len(query) - len(self._prefix) - len(self._separator) - len(self._suffix)
         joined = numpy.concatenate((self._prefix, query, self._separator, text[:space], self._suffix))
         return joined, len(self._prefix) + len(query) + len(self._separator)
+
+    def _compute_output_in_float32(self) -> None:
+        """Keep the layers after the encoder in float32. In bfloat16, similar documents would share a score."""
+
+        def to_float32(_: Any, inputs: tuple["torch.Tensor", ...]) -> tuple["torch.Tensor", ...]:
+            return tuple(tensor.float() for tensor in inputs)
+
+        for name, module in self.model.named_modules():
+            if name.rpartition(".")[2] in OUTPUT_LAYERS and name.count(".") < 2:
+                module.float().register_forward_pre_hook(to_float32)
 
     def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
         """Return the model's output."""

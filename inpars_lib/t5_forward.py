@@ -38,7 +38,7 @@ def first_token_logits(
         token_ids: Vocabulary ids.
 
     Returns:
-        Shape (pairs, token_ids).
+        Shape (pairs, token_ids), float32.
     """
     import torch
     from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention
@@ -100,4 +100,4 @@ def first_token_logits(
     hidden = norm(hidden, decoder.final_layer_norm)
     if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
         hidden = hidden * config.d_model**-0.5
-    return linear(hidden, model.lm_head.weight[token_ids].to(hidden.dtype))
+    return linear(hidden.float(), model.lm_head.weight[token_ids].float())  # bfloat16 logits would make ties

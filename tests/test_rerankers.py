@@ -12,6 +12,7 @@ from inpars_lib import evaluation, rerankers
 from inpars_lib.cli import InputError
 from inpars_lib.evaluation import best_weight, interpolate, interpolation_curve
 from inpars_lib.records import Qrel, ScoredDoc
+from inpars_lib.t5_forward import first_token_logits
 
 WORDS = [
     "what",
@@ -293,6 +294,19 @@ def test_large_margins_are_no_ties() -> None:
     ranked = evaluation.rerank_hits(hits, {str(i): score for i, score in enumerate(scores)})
     assert [hit.doc_id for hit in ranked] == [str(i) for i in range(9, -1, -1)]
     assert len({f"{hit.score:.9g}" for hit in ranked}) == 10
+
+
+def test_bfloat16_makes_no_ties(tiny_t5: Path, tiny_encoder: Path) -> None:
+    """The output layer computes in float32: bfloat16 has 8 bits, so similar documents would share a score."""
+    encoder = rerankers.load_reranker(str(tiny_encoder), dtype="bfloat16", device="cpu", new_head=True)
+    words = ("bees", "make", "honey", "the", "oven", "tides")
+    scores = torch.from_numpy(encoder.score([("what are tides", f"{a} {b}") for a in words for b in words]))
+    assert not torch.equal(scores, scores.bfloat16().float())
+    t5 = rerankers.load_reranker(str(tiny_t5), dtype="bfloat16", device="cpu")
+    batch = t5.pad([t5.encode("what are tides", "the study of tides")])
+    mask = batch["attention_mask"].bool()
+    with torch.inference_mode():
+        assert first_token_logits(t5.model, batch["input_ids"], mask, t5.target_ids).dtype == torch.float32
 
 
 def test_scores_that_are_not_numbers_are_refused(tiny_t5: Path) -> None:
