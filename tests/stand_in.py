@@ -279,9 +279,10 @@ class StandIn:
                 self.send_header("Content-Length", str(len(data)))
                 for name, value in (headers or {}).items():
                     self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data if status else data[: len(data) // 2])
-                self.wfile.flush()
+                with suppress(BrokenPipeError, ConnectionResetError):  # the client has given up, or was killed
+                    self.end_headers()
+                    self.wfile.write(data if status else data[: len(data) // 2])
+                    self.wfile.flush()
                 if status == 0:
                     self.close_connection = True
                     self.connection.shutdown(socket.SHUT_RDWR)

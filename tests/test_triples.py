@@ -24,7 +24,7 @@ def mined(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     data[3]["question"] = ""
     data[5]["question"] = "the of and"  # stop words alone: no hit
-    data[6]["doc_text"] = "cafÃ©\tau  lait"  # repaired by ftfy, on one line
+    data[6]["doc_text"] = "cafÃ©\tau  lait, \u201cfine\u201d \uff21"  # its encoding is repaired, and nothing else
     write_rows(folder / "queries.jsonl", data)
     done = ok(run(SCRIPT, *mine_args(folder, demo_data)))
     (folder / "stderr").write_text(done.stderr)
@@ -53,7 +53,7 @@ def test_triples_and_their_ids(mined: Path, demo_data: Path) -> None:
     for (question, positive, negative), (line, positive_id, negative_id) in zip(triples, ids, strict=True):
         assert question == queries[int(line)]["question"]
         assert positive_id == queries[int(line)]["doc_id"] != negative_id
-        assert positive == (texts[positive_id] if line != "6" else "café au lait")
+        assert positive == (texts[positive_id] if line != "6" else "café au lait, \u201cfine\u201d \uff21")
         assert negative == " ".join(texts[negative_id].split())
 
 
