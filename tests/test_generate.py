@@ -1,5 +1,6 @@
 """Stage 1: against a real language model, and against what only OpenAI's own servers answer."""
 
+import base64
 import fcntl
 import json
 import os
@@ -798,6 +799,11 @@ def test_errors_that_every_document_would_meet(
     documents = {document_of(request) for request in openai_server.requests}
     assert len(documents) == (10 if status == 400 else 1)
     assert len(openai_server.requests) == {400: 10, 404: 2}.get(status, 1)
+
+
+def test_a_user_in_the_address(collection: Path, openai_server: StandIn) -> None:
+    ok(generate(collection, openai_server.url.replace("//", "//me:p%40ss@")))
+    assert set(openai_server.keys) == {"Basic " + base64.b64encode(b"me:p@ss").decode()}
 
 
 def test_an_unreachable_server(collection: Path) -> None:

@@ -235,6 +235,7 @@ class GenerationClient:
 
     async def _request(self, job: Job, server: Server) -> None:
         """Send one request and act on the outcome."""
+        import httpx2
         import openai
 
         prompt = self.template.replace(SLOT, job.doc.text)
@@ -244,14 +245,17 @@ class GenerationClient:
                 answer = await server.client.post(path, body=request, cast_to=object)
             usage = self.budget.count(read_usage(answer), self._prompt_bytes(job))
             row = self.api.read_answer(answer, prompt, job.doc)
-        except (openai.APITimeoutError, TimeoutError):
+        except (openai.APIConnectionError, TimeoutError) as error:
+            # The transport calls every broken connection a timeout of connecting.
+            broken = not isinstance(error, openai.APITimeoutError | TimeoutError)
+            if broken or isinstance(error.__cause__, httpx2.ConnectTimeout):
+                server.on_connection_failure(self.now())
+                reason = redact(shorten(error.__cause__ or error), self.config.key)
+                return self._on_connection_error(job, server, reason)
             server.on_overload(self.now(), sent_at)
             # An overloaded server times out for all. Only if a later request was answered, the document is the cause.
             tries = TIMEOUT_TRIES if self.latest_answered > sent_at or self.all_sent else 0
             self._retry(job, server, f"no answer in {self.config.timeout:g} s", tries=tries, wait=1.0)
-        except openai.APIConnectionError as error:
-            server.on_connection_failure(self.now())
-            self._on_connection_error(job, server, redact(shorten(error.__cause__ or error), self.config.key))
         except openai.APIStatusError as error:
             server.on_contact()
             verdict = classify_error(

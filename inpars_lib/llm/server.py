@@ -15,12 +15,20 @@ class Server:
     """
 
     def __init__(self, url: str | None, key: str | None, max_limit: int, timeout: float) -> None:
+        import httpx2
         import openai
 
         # A local server needs no key, but the client insists on one. The client's own retries are off, because every
         # failure must be seen here to lower the limit.
         try:
-            self.client = openai.AsyncOpenAI(api_key=key or "none", base_url=url, max_retries=0, timeout=timeout)
+            # aiohttp: the time that httpx needs per request grows with the number of connections.
+            address = httpx2.URL(url or "")
+            user = (address.username, address.password) if address.username else None  # aiohttp refuses these in a URL
+            http = openai.DefaultAioHttpClient(timeout=timeout, auth=user)
+            base_url = str(address.copy_with(userinfo=b"")) if url else None
+            self.client = openai.AsyncOpenAI(
+                api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout, http_client=http
+            )
         except (ImportError, ValueError) as error:  # a SOCKS proxy without its package, a malformed address
             raise InputError(f"{public_url(url)}: {shorten(error)}. Check --base_url and the proxy settings.") from None
         self.name = public_url(url)
