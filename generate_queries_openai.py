@@ -155,7 +155,7 @@ def print_projection(store: QueryStore, total: int, rate: float) -> None:
 
 def print_summary(store: QueryStore, sample: Set[str], output: str) -> None:
     """Print what this run and all runs on this output have written."""
-    if store.done:
+    if store.answered:
         print(summarize_queries(output), file=sys.stderr)
     before = "" if store.usage == store.usage_now else f"; all runs {store.usage}"
     print(f"tokens: {store.usage_now}{before}", file=sys.stderr)

@@ -14,6 +14,7 @@ Number = TypeVar("Number", int, float)
 
 TEXT_FORM = "`id<TAB>text`, or a JSON object with `id` and `contents`, `_id` and `text`, or `doc_id` and `text`"
 ID_FIELDS = ("_id", "id", "doc_id", "docid", "pid", "query_id", "qid")
+_ID_FIELD_SET = frozenset(ID_FIELDS)
 TEXT_FIELDS = ("contents", "text", "body", "passage", "segment", "query")
 _NEWLINES = re.compile("[\t\n\r\v\f\x00\x1c-\x1e\x85\u2028\u2029]+")
 
@@ -80,7 +81,7 @@ def parse_text(line: str) -> Doc:
         record_id, tab, text = line.partition("\t")
         if not tab:
             raise ValueError("no tab between id and text")
-        if record_id.lower() in ID_FIELDS and text.strip().lower() in TEXT_FIELDS:
+        if record_id.lower() in _ID_FIELD_SET and text.strip().lower() in TEXT_FIELDS:
             raise ValueError("a header line")
         return Doc(parse_id(record_id), single_line(text))
     row = json_object(line)

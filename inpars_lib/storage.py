@@ -97,15 +97,19 @@ def json_line(row: Mapping[str, Any]) -> str:
 def repair_last_line(path: str) -> None:
     """Truncate an append-only JSONL file to its last complete row, which a kill during a write may have torn."""
     with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read(1) in (b"", b"\n"):
+            return
+        file.seek(0)
         complete, line = 0, b"\n"
         for line in file:
             complete += len(line) if line.endswith(b"\n") else 0
-        if not line.endswith(b"\n"):
-            try:
-                json.loads(line)
-                file.write(b"\n")  # the row is complete, only its newline is missing
-            except ValueError:
-                file.truncate(complete)
+        try:
+            json.loads(line)
+            file.write(b"\n")  # the row is complete, only its newline is missing
+        except ValueError:
+            file.truncate(complete)
 
 
 class ResumeLog:

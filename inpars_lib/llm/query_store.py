@@ -11,7 +11,7 @@ from itertools import islice
 from typing import IO, Any
 
 from inpars_lib.cli import InputError, warn
-from inpars_lib.formats import read_synthetic_queries
+from inpars_lib.formats import SyntheticRow, read_synthetic_queries
 from inpars_lib.llm.tokens import NO_TOKENS, Usage
 from inpars_lib.storage import FORMAT_VERSION, atomic_write, is_special, json_line, lock, repair_last_line
 
@@ -54,7 +54,7 @@ class QueryStore:
             lock(self._file, path)
             repair_last_line(path)
             if os.path.getsize(path):
-                self.done = {row.doc_id for row in read_synthetic_queries(path)}
+                self.done = self._read_done(path)
             self._read_errors()
             self._read_meta(force)
         self._done_before, self._usage_before = len(self.done), self.usage
@@ -68,6 +68,18 @@ class QueryStore:
     def usage_now(self) -> Usage:
         """Tokens of this run."""
         return Usage(*(a - b for a, b in zip(self.usage, self._usage_before, strict=True)))
+
+    @staticmethod
+    def _read_done(path: str) -> set[str]:
+        done: set[str] = set()
+
+        def note(row: SyntheticRow) -> bool:
+            done.add(str(row.doc_id))
+            return True
+
+        for query in read_synthetic_queries(path, "Reading earlier answers", skip=note):
+            done.add(query.doc_id)
+        return done
 
     def _read_errors(self) -> None:
         """Read the failures, keep the last row of each document, and drop documents that have a row since."""
