@@ -81,13 +81,19 @@ def _read_docs(path: str, wanted: Collection[str] | None, desc: str | None) -> I
     scheme, _, name = path.partition(":")
     if scheme != "ir_datasets":
 
-        def unwanted(line: bytes) -> bool:
-            doc_id, tab, _ = line.partition(b"\t")
-            return doc_id.decode(errors="replace") not in ids and tab == b"\t" and line[0] != OBJECT
+        def select(lines: list[bytes]) -> list[tuple[int, bytes]]:
+            return [
+                (i, line)
+                for i, line in enumerate(lines)
+                if (columns := line.partition(b"\t"))[0].decode(errors="replace") in ids
+                or not columns[1]
+                or line[0] == OBJECT
+            ]
 
         ids = wanted or ()
-        skip = None if wanted is None else unwanted
-        for _, doc in read_records(collection_files(path), parse_text, TEXT_FORM, path, desc, skip):
+        for _, doc in read_records(
+            collection_files(path), parse_text, TEXT_FORM, path, desc, None if wanted is None else select
+        ):
             yield doc
         return
     from tqdm import tqdm
@@ -116,20 +122,23 @@ def missing_documents(corpus: str, absent: int, total: int, example: str) -> Inp
     )
 
 
-def read_collection(path: str, wanted: Collection[str] | None = None, desc: str | None = None) -> Iterator[Doc]:
+def read_collection(
+    path: str, wanted: Collection[str] | None = None, desc: str | None = None, repeats: bool = False
+) -> Iterator[Doc]:
     """Yield the documents of a collection in file order.
 
     Args:
         path: File, folder or `ir_datasets:NAME`.
         wanted: Ids of the documents to yield, each once; None for every line.
         desc: Label of a progress bar, or None for no bar.
+        repeats: Yield every line of a wanted id, however often it is repeated.
 
     Raises:
         InputError: No line is usable, or a wanted id is on two lines with different texts.
     """
     seen: dict[str, int] = {}
     for doc in _read_docs(path, wanted, desc):
-        if wanted is None:
+        if wanted is None or (repeats and doc.doc_id in wanted):
             yield doc
         elif doc.doc_id in wanted:
             if doc.doc_id not in seen:  # a repeated line is one document
@@ -294,16 +303,21 @@ def read_synthetic_queries(
         question = " ".join(string_field(row, "question").split())
         return parse_id(row["doc_id"]), single_line(string_field(row, "doc_text")), question, log_probs, line
 
-    def unwanted(line: bytes) -> bool:
+    def select(lines: list[bytes]) -> list[tuple[int, bytes]]:
         assert skip
-        try:
-            return skip(decode(line))
-        except (msgspec.MsgspecError, RecursionError):
-            return False
+        selected = []
+        for i, line in enumerate(lines):
+            try:
+                if skip(decode(line)):
+                    continue
+            except (msgspec.MsgspecError, RecursionError):
+                pass
+            selected.append((i, line))
+        return selected
 
     decode = msgspec.json.Decoder(SyntheticRow).decode
     form = "a JSON object with `doc_id`, `doc_text`, `question`, `log_probs`"
-    for number, fields in read_records([path], parse, form, path, desc, unwanted if skip else None):
+    for number, fields in read_records([path], parse, form, path, desc, select if skip else None):
         yield SyntheticQuery(number - 1, *fields)
 
 

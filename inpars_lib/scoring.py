@@ -211,7 +211,7 @@ def tokenize_documents(reranker: "Reranker", corpus: str, doc_ids: Iterable[str]
     tokens = TokenFile(folder, doc_ids)
     if not tokens.numbers:
         return tokens
-    docs = (doc for doc in read_collection(corpus, desc="Reading texts") if doc.doc_id in tokens.numbers)
+    docs = read_collection(corpus, tokens.numbers, "Reading texts", repeats=True)
     while batch := list(islice(docs, TOKENIZER_BATCH)):
         for doc, ids in zip(batch, reranker.tokenize([doc.text for doc in batch]), strict=True):
             if not tokens.add(doc.doc_id, ids):

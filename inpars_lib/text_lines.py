@@ -61,7 +61,7 @@ def read_records(
     form: str,
     name: str,
     desc: str | None = None,
-    skip: Callable[[bytes], bool] | None = None,
+    select: Callable[[list[bytes]], list[tuple[int, bytes]]] | None = None,
 ) -> Iterator[tuple[int, T]]:
     """Yield (line number from 1, parse(line)) of every usable line. Empty lines are skipped.
 
@@ -71,17 +71,18 @@ def read_records(
         form: What a line should look like, for error messages.
         name: The file or folder as the user named it, for error messages.
         desc: Label of a progress bar, or None for no bar.
-        skip: Quick test for usable lines that are not wanted.
+        select: Function of a block of lines. Returns (position in the block, line) of those to parse; the others count
+            as usable.
 
     Raises:
         InputError: No line is usable.
     """
     usable = malformed = 0
     for path, first, lines in read_blocks(paths, desc):
-        for number, line in enumerate(lines, first):
-            if skip and skip(line):
-                usable += 1
-                continue
+        selected = select(lines) if select else list(enumerate(lines))
+        usable += len(lines) - len(selected)
+        for position, line in selected:
+            number = first + position
             try:
                 text = line.decode().rstrip("\r\n")
                 if not text or text.isspace():
