@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 PEER = """
-import random, resource, sys, time
+import os, random, resource, sys, time
+os.environ.setdefault("OPENAI_API_KEY", "not-a-key")  # Pyserini builds a client on import
 sys.path.insert(0, sys.argv[1])
 from inpars_lib import formats, lucene
 lucene.start_lucene()
