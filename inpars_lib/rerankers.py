@@ -193,14 +193,10 @@ class MonoT5(Reranker):
         import numpy
         import torch
 
-        from inpars_lib.t5_forward import use_fused_norms
-
         super().__init__(model, tokenizer, max_length)
         # mT5 and UMT5 scale and bias differently, and float16 needs transformers' mixed precision: the fast forward
         # pass is for T5 in float32 and bfloat16 only.
         self.is_fast = model.config.model_type == "t5" and model.dtype != torch.float16
-        if self.is_fast:
-            use_fused_norms(model)
         if getattr(model.config, "decoder_start_token_id", None) is None:  # T5 starts with padding, often implicitly
             model.config.decoder_start_token_id = model.config.pad_token_id
         self.target_ids = self._find_targets(targets or getattr(model.config, "answers", None))

@@ -7,18 +7,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def use_fused_norms(model: Any) -> None:
-    """Replace T5's layer norms by `torch.nn.RMSNorm`, which computes the same in fewer passes over memory."""
-    import torch
-
-    for module in list(model.modules()):
-        for name, norm in list(module.named_children()):
-            if hasattr(norm, "variance_epsilon"):  # T5, mT5, ... each have a class of their own
-                fused = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon)
-                fused.weight = norm.weight
-                setattr(module, name, fused)
-
-
 def first_token_logits(
     model: Any, input_ids: "torch.Tensor", mask: "torch.Tensor", token_ids: Sequence[int]
 ) -> "torch.Tensor":
@@ -26,13 +14,13 @@ def first_token_logits(
 
     The numbers are those of transformers' forward pass up to rounding. Three things are computed differently:
 
-    - each layer norm is one pass over memory; queries, keys and values are one multiplication;
+    - queries, keys and values are one multiplication;
     - the decoder's self-attention sees one token, so its softmax is 1 and only its values count;
     - the decoder's cross-attention has one query, so keys and values are not computed for each encoder token:
       q · (W_k h) = (W_k^T q) · h, and the sum of p W_v h is W_v times the sum of p h.
 
     Args:
-        model: A `T5ForConditionalGeneration` in float32 or bfloat16, after `use_fused_norms`.
+        model: A `T5ForConditionalGeneration` in float32 or bfloat16.
         input_ids: Shape (pairs, tokens).
         mask: Shape (pairs, tokens), True where a token is not padding.
         token_ids: Vocabulary ids.
@@ -41,7 +29,7 @@ def first_token_logits(
         Shape (pairs, token_ids), float32.
     """
     import torch
-    from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention
+    from torch.nn.functional import embedding, linear, scaled_dot_product_attention
 
     def attention(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, buffers: list[torch.Tensor]
@@ -54,9 +42,6 @@ def first_token_logits(
         torch.baddbmm(bias, q, k.transpose(1, 2), out=scores)
         torch.softmax(scores, -1, out=probabilities)
         return torch.bmm(probabilities, v).view(shape)
-
-    def norm(hidden: torch.Tensor, layer: Any) -> torch.Tensor:
-        return rms_norm(hidden, layer.normalized_shape, layer.weight.to(hidden.dtype), layer.eps)
 
     pairs, length = input_ids.shape
     config, encoder, decoder = model.config, model.encoder, model.decoder
@@ -72,14 +57,12 @@ def first_token_logits(
     for block in encoder.block:
         self_layer, feed_forward = block.layer[0], block.layer[-1]
         weights = self_layer.SelfAttention
-        qkv = linear(
-            norm(hidden, self_layer.layer_norm), torch.cat([weights.q.weight, weights.k.weight, weights.v.weight])
-        )
+        qkv = linear(self_layer.layer_norm(hidden), torch.cat([weights.q.weight, weights.k.weight, weights.v.weight]))
         q, k, v = qkv.view(pairs, length, 3, heads, width).permute(2, 0, 3, 1, 4).contiguous()
         mixed = attention(q, k, v, bias, buffers)
         hidden = hidden.add_(weights.o(mixed.transpose(1, 2).reshape(pairs, length, heads * width)))
-        hidden = hidden.add_(feed_forward.DenseReluDense(norm(hidden, feed_forward.layer_norm)))
-    states = norm(hidden, encoder.final_layer_norm)
+        hidden = hidden.add_(feed_forward.DenseReluDense(feed_forward.layer_norm(hidden)))
+    states = encoder.final_layer_norm(hidden)
 
     start = input_ids.new_full((pairs,), config.decoder_start_token_id)
     hidden = embedding(start, model.shared.weight)  # (pairs, d_model): one token per pair
@@ -87,17 +70,17 @@ def first_token_logits(
     for block in decoder.block:
         self_layer, cross_layer, feed_forward = block.layer
         own = self_layer.SelfAttention
-        hidden = hidden.add_(own.o(own.v(norm(hidden, self_layer.layer_norm))))
+        hidden = hidden.add_(own.o(own.v(self_layer.layer_norm(hidden))))
         weights = cross_layer.EncDecAttention
-        q = weights.q(norm(hidden, cross_layer.layer_norm)).view(pairs, heads, width)
+        q = weights.q(cross_layer.layer_norm(hidden)).view(pairs, heads, width)
         keys, values = (w.weight.view(heads, width, -1).to(q.dtype) for w in (weights.k, weights.v))
         projected = torch.einsum("phw,hwd->phd", q, keys)
         scores = torch.bmm(projected, states.transpose(1, 2).to(q.dtype)).float() + padding_bias
         probabilities = scores.softmax(-1).to(q.dtype)
         mixed = torch.einsum("phd,hwd->phw", torch.bmm(probabilities, states.to(q.dtype)), values)
         hidden = hidden.add_(weights.o(mixed.reshape(pairs, heads * width)))
-        hidden = hidden.add_(feed_forward.DenseReluDense(norm(hidden, feed_forward.layer_norm)))
-    hidden = norm(hidden, decoder.final_layer_norm)
+        hidden = hidden.add_(feed_forward.DenseReluDense(feed_forward.layer_norm(hidden)))
+    hidden = decoder.final_layer_norm(hidden)
     if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
         hidden = hidden * config.d_model**-0.5
     return linear(hidden.float(), model.lm_head.weight[token_ids].float())  # bfloat16 logits would make ties
