@@ -588,6 +588,24 @@ def test_an_outage_fails_no_document(large: Path, openai_server: StandIn, monkey
     assert not errors(large)
 
 
+def test_an_outage_at_the_end_fails_no_document(
+    large: Path, openai_server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last documents meet 80 failures, with no document left that could be answered in between."""
+    monkeypatch.setattr("inpars_lib.llm.server.FIRST_WAIT", 0.002)
+    monkeypatch.setattr("inpars_lib.llm.server.Server.on_overload", lambda *_: None)  # the concurrency stays at 8
+    seen = []
+
+    def respond(request: dict) -> tuple[int, object]:
+        seen.append(request)
+        return error(503, "down") if 196 < len(seen) <= 276 else openai_server.answer(request)
+
+    openai_server.respond = respond
+    ok(generate(large, openai_server.url, "--concurrency", 8))
+    assert len(written(large)) == 200
+    assert not errors(large)
+
+
 def test_an_overloaded_server_fails_no_document(large: Path, openai_server: StandIn) -> None:
     """Two slots for 64 requests: the others wait in the server until they time out."""
     slots = threading.Semaphore(2)

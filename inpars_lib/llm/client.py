@@ -25,7 +25,8 @@ from inpars_lib.llm.tokens import NO_TOKENS, Usage, read_usage
 from inpars_lib.records import Doc
 
 TRIES = 7  # failures of its own after which a document is given up
-TIMEOUT_TRIES = 3  # a timeout counts this often, because each costs the whole timeout
+GRACE = 60.0  # seconds without an answer at the end of a run, in which an outage fails no document
+TIMEOUT_TRIES = 2  # a timeout counts this often, because each costs the whole timeout
 MAX_FAILURES_IN_A_ROW = 10  # given up without an answer in between: the cause is not the documents
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 SHOWN_FAILURES = 3  # failures that are printed
@@ -253,9 +254,9 @@ class GenerationClient:
                 reason = redact(shorten(error.__cause__ or error), self.config.key)
                 return self._on_connection_error(job, server, reason)
             server.on_overload(self.now(), sent_at)
-            # An overloaded server times out for all. Only if a later request was answered, the document is the cause.
-            tries = TIMEOUT_TRIES if self.latest_answered > sent_at or self.all_sent else 0
-            self._retry(job, server, f"no answer in {self.config.timeout:g} s", tries=tries, wait=1.0)
+            # An overloaded server times out for all. If a later request was answered, the document is the cause.
+            tries = TIMEOUT_TRIES if self.latest_answered > sent_at or self._at_the_end() else 0
+            self._retry(job, server, f"no answer in {self.config.timeout:g} s", tries=tries, wait=1.0, overload=True)
         except openai.APIStatusError as error:
             server.on_contact()
             verdict = classify_error(
@@ -314,7 +315,7 @@ class GenerationClient:
             case Action.RETRY:
                 server.on_overload(self.now(), sent_at)
                 server.resume_at = max(server.resume_at, self.now() + (verdict.wait or 0.0))
-                self._retry(job, server, verdict.message, wait=verdict.wait or None)
+                self._retry(job, server, verdict.message, wait=verdict.wait or None, overload=True)
             case Action.GIVE_UP:
                 self._give_up(job, verdict.message, too_long=verdict.too_long)
 
@@ -338,14 +339,16 @@ class GenerationClient:
         wait: float | None = None,
         usage: Usage = NO_TOKENS,
         answer: str | None = None,
+        overload: bool = False,
     ) -> None:
         """Queue a document again, or give it up after TRIES failures of its own.
 
         A failure counts against the document only if another one was answered since its last failure. Otherwise the
-        server is at fault, which --patience bounds.
+        server is at fault (`overload`: probably), which --patience bounds.
         """
         self.store.add_usage(usage)
-        if self.store.answered > job.answered_at_failure or self.all_sent:
+        at_the_end = self._at_the_end() if overload else self.all_sent
+        if self.store.answered > job.answered_at_failure or at_the_end:
             job.tries += tries
         job.answered_at_failure = self.store.answered
         job.failures += 1
@@ -357,6 +360,11 @@ class GenerationClient:
             wait = backoff(job.failures) if wait is None else wait
             job.ready_at = self.now() + wait * random.uniform(0.75, 1.25)
             heapq.heappush(self.queue, job)
+
+    def _at_the_end(self) -> bool:
+        """Return whether a failure counts although no other document was answered, because none may be left."""
+        last = self.in_flight == 1 and not self.queue
+        return self.all_sent and (last or self.now() - self.last_answer_at > GRACE)
 
     def _give_up(
         self, job: Job, reason: str, usage: Usage = NO_TOKENS, answer: str | None = None, too_long: bool = False
