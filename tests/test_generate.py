@@ -333,7 +333,7 @@ def test_transient_failures_are_retried(collection: Path, openai_server: StandIn
     [
         ("refused", "maximum context length is 10 tokens", 1),
         ("empty", "the answer is empty", 1),
-        ("hang", "no answer in 0.5 s", 3),
+        ("hang", "no answer in 0.5 s", 4),
         ("500", "the server failed (500 The server had an error), 7 times", 7),
     ],
 )
@@ -591,14 +591,14 @@ def test_an_outage_fails_no_document(large: Path, openai_server: StandIn, monkey
 def test_an_outage_at_the_end_fails_no_document(
     large: Path, openai_server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last documents meet 80 failures, with no document left that could be answered in between."""
+    """The last documents meet 40 failures, with no document left that could be answered in between."""
     monkeypatch.setattr("inpars_lib.llm.server.FIRST_WAIT", 0.002)
     monkeypatch.setattr("inpars_lib.llm.server.Server.on_overload", lambda *_: None)  # the concurrency stays at 8
     seen = []
 
     def respond(request: dict) -> tuple[int, object]:
         seen.append(request)
-        return error(503, "down") if 196 < len(seen) <= 276 else openai_server.answer(request)
+        return error(503, "down") if 196 < len(seen) <= 236 else openai_server.answer(request)
 
     openai_server.respond = respond
     ok(generate(large, openai_server.url, "--concurrency", 8))
