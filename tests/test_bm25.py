@@ -125,6 +125,16 @@ def test_an_exception_in_a_thread_of_anserini_is_an_error(demo_index: Path) -> N
         searcher.setMaxClauseCount(MAX_QUERY_TERMS)
 
 
+def test_a_torn_run_of_anserini_is_an_error(tmp_path: Path) -> None:
+    """Anserini hides errors of writing, a full disk for example."""
+    (tmp_path / "run.txt").write_text("0 Q0 a 1 2.500000 bm25\n0 Q0 b 2 1.0")
+    for name in ("run.txt", "absent.txt"):
+        with pytest.raises(InputError, match="could not write its hits"):
+            bm25._read_block(str(tmp_path / name))
+    (tmp_path / "run.txt").write_text("0 Q0 a 1 2.500000 bm25\n")
+    assert bm25._read_block(str(tmp_path / "run.txt")) == {"0": (["a"], [2.5])}
+
+
 def test_a_sample_of_hits() -> None:
     hits = RankedList("q", [f"d{i}" for i in range(20)], [20.0 - i for i in range(20)])
     sampled = [sample_hits(hits, "d3", 2, f"1 {i}") for i in range(300)]
