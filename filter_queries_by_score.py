@@ -83,7 +83,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def drop_reason(query: SyntheticQuery, args: argparse.Namespace) -> str | None:
+def drop_reason(query: SyntheticQuery | SyntheticRow, args: argparse.Namespace) -> str | None:
     """Return why a query is dropped before it is scored, or None."""
     if not query.question:
         return "without a question"
@@ -191,14 +191,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     width = BIN_WIDTHS[args.scoring_function]
     dropped: Counter[str] = Counter()
-    bins: Counter[int] = Counter()  # all scored queries by score
+    bins: Counter[int] = Counter()  # with --plot, all scored queries by score
     sample, best = QuerySample(), BestQueries(args.top_k)
     scored = 0
-    shortest, longest = args.min_tokens, args.max_tokens or sys.maxsize
     # Most rows need one look at their log-probabilities, unless an option needs more.
     others = args.consistency_k or args.skip_questions_copied_from_context or args.sample_html
     log_prob_score = LOG_PROB_SCORES.get(args.scoring_function)
     simple = log_prob_score and not others
+
+    def count(score: float) -> None:
+        nonlocal scored
+        scored += 1
+        if args.plot:
+            bins[math.floor(score / width)] += 1
 
     def drop(query: SyntheticQuery, reason: str) -> None:
         dropped[reason] += 1
@@ -207,16 +212,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def below_cutoff(row: SyntheticRow) -> bool:
         """Count a row and return True if its log-probabilities tell at once that the row is not kept."""
-        nonlocal scored
-        log_probs = row.log_probs
-        if not log_probs or not shortest <= len(log_probs) <= longest:
+        if not row.log_probs or not row.question.strip() or drop_reason(row, args):
             return False
-        score = log_prob_score(log_probs)
-        if not -LARGEST < score < best.cutoff or not row.question.strip():
+        score = log_prob_score(row.log_probs)
+        if not -LARGEST < score < best.cutoff:
             return False
-        scored += 1
-        if args.plot:
-            bins[math.floor(score / width)] += 1
+        count(score)
         return True
 
     def usable() -> Iterator[SyntheticQuery]:
@@ -238,8 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 1. The best queries
     for query, score in score_queries(ranked(), args):
-        scored += 1
-        bins[math.floor(score / width)] += 1
+        count(score)
         if args.sample_html:
             sample.add(query, score, None)
         best.add(query, score)

@@ -40,6 +40,7 @@ from inpars_lib.storage import atomic_write
 from inpars_lib.text_lines import read_records
 
 LARGEST = 1e300  # bound of log-probabilities, whose sum must be finite
+NOT_FINITE = "'log_probs' contains something other than finite numbers"
 OBJECT = ord("{")
 OTHER_FILES = re.compile(r"(?i)(dev|train|test|synthetic|filtered)?[._-]?(topics|quer(y|ies)|qrels|runs?|triples)\b")
 RUN_SCORE = ".9g"  # of the scores in a run: enough digits for every float32
@@ -265,6 +266,20 @@ class SyntheticRow(msgspec.Struct):
     log_probs: list[float] | None = None
 
 
+def _decode_any_row(line: str) -> SyntheticRow:
+    """Return a row that msgspec refuses, or raise a ValueError that says what is wrong."""
+    row = json_object(line)
+    if "doc_id" not in row or "question" not in row:
+        raise ValueError("no field 'doc_id' or no field 'question'")
+    log_probs = row.get("log_probs")
+    if log_probs is not None:
+        if not isinstance(log_probs, list):
+            raise ValueError("'log_probs' is not a list")
+        if not all(type(x) in (int, float) and abs(x) < LARGEST for x in log_probs):  # False for NaN
+            raise ValueError(NOT_FINITE)
+    return SyntheticRow(row["doc_id"], string_field(row, "question"), string_field(row, "doc_text"), log_probs)
+
+
 def read_synthetic_queries(
     path: str, desc: str | None = None, skip: Callable[[SyntheticRow], bool] | None = None
 ) -> Iterator[SyntheticQuery]:
@@ -281,27 +296,13 @@ def read_synthetic_queries(
 
     def parse(line: str) -> tuple[str, str, str, list[float] | None, str]:
         try:
-            fast = decode(line)
+            row = decode(line)
         except (msgspec.MsgspecError, RecursionError):
-            return parse_slowly(line)
-        log_probs = fast.log_probs
-        if log_probs and not -LARGEST < min(log_probs) <= max(log_probs) < LARGEST:
-            return parse_slowly(line)
+            row = _decode_any_row(line)
+        if row.log_probs and not -LARGEST < min(row.log_probs) <= max(row.log_probs) < LARGEST:
+            raise ValueError(NOT_FINITE)
         clean = str.strip if line.isascii() and "\\" not in line else single_line  # JSON escapes tabs and newlines
-        return parse_id(fast.doc_id), clean(fast.doc_text), " ".join(fast.question.split()), log_probs, line
-
-    def parse_slowly(line: str) -> tuple[str, str, str, list[float] | None, str]:
-        row = json_object(line)
-        if "doc_id" not in row or "question" not in row:
-            raise ValueError("no field 'doc_id' or no field 'question'")
-        log_probs = row.get("log_probs")
-        if log_probs is not None:
-            if not isinstance(log_probs, list):
-                raise ValueError("'log_probs' is not a list")
-            if not all(type(x) in (int, float) and abs(x) < LARGEST for x in log_probs):  # False for NaN
-                raise ValueError("'log_probs' contains something other than finite numbers")
-        question = " ".join(string_field(row, "question").split())
-        return parse_id(row["doc_id"]), single_line(string_field(row, "doc_text")), question, log_probs, line
+        return parse_id(row.doc_id), clean(row.doc_text), " ".join(row.question.split()), row.log_probs, line
 
     def select(lines: list[bytes]) -> list[tuple[int, bytes]]:
         assert skip

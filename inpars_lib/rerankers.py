@@ -288,7 +288,10 @@ class CrossEncoder(Reranker):
             warn(f"{model.config.name_or_path}: reads at most {limit} tokens, so --max_length {max_length} is reduced.")
             self.max_length = int(limit)
         self._check_max_length(len(self._prefix) + len(self._separator) + len(self._suffix))
-        self._compute_output_in_float32()
+        if model.dtype.itemsize < 4:  # the output layers stay in float32: with fewer bits, similar documents would tie
+            for name, module in model.named_modules():
+                if name.rpartition(".")[2] in OUTPUT_LAYERS and name.count(".") < 2:
+                    module.float().register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
 
     def build_input(self, query: "numpy.ndarray", text: "numpy.ndarray") -> tuple["numpy.ndarray", int]:
         """Return the tokens of both segments with this tokenizer's special tokens."""
@@ -298,16 +301,6 @@ class CrossEncoder(Reranker):
         space = self.max_length - len(query) - len(self._prefix) - len(self._separator) - len(self._suffix)
         joined = numpy.concatenate((self._prefix, query, self._separator, text[:space], self._suffix))
         return joined, len(self._prefix) + len(query) + len(self._separator)
-
-    def _compute_output_in_float32(self) -> None:
-        """Keep the layers after the encoder in float32. In bfloat16, similar documents would share a score."""
-
-        def to_float32(_: Any, inputs: tuple["torch.Tensor", ...]) -> tuple["torch.Tensor", ...]:
-            return tuple(tensor.float() for tensor in inputs)
-
-        for name, module in self.model.named_modules():
-            if name.rpartition(".")[2] in OUTPUT_LAYERS and name.count(".") < 2:
-                module.float().register_forward_pre_hook(to_float32)
 
     def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
         """Return the model's output."""

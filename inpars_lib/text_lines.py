@@ -4,7 +4,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, TypeVar, cast
 
 from inpars_lib.cli import InputError, warn
@@ -79,8 +79,10 @@ def read_records(
     """
     usable = malformed = 0
     for path, first, lines in read_blocks(paths, desc):
-        selected = select(lines) if select else list(enumerate(lines))
-        usable += len(lines) - len(selected)
+        selected: Iterable[tuple[int, bytes]] = enumerate(lines)
+        if select:
+            selected = wanted = select(lines)
+            usable += len(lines) - len(wanted)
         for position, line in selected:
             number = first + position
             try:

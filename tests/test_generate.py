@@ -574,31 +574,18 @@ def large(tmp_path: Path) -> Path:
     return path
 
 
-def test_an_outage_fails_no_document(large: Path, openai_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inpars_lib.llm.server.FIRST_WAIT", 0.002)
-    seen = []
-
-    def respond(request: dict) -> tuple[int, object]:
-        seen.append(request)
-        return error(503, "down") if 20 < len(seen) <= 120 else openai_server.answer(request)
-
-    openai_server.respond = respond
-    ok(generate(large, openai_server.url, "--concurrency", 8))
-    assert len(written(large)) == 200
-    assert not errors(large)
-
-
-def test_an_outage_at_the_end_fails_no_document(
-    large: Path, openai_server: StandIn, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("down", [range(21, 121), range(197, 237)], ids=["in the middle", "at the end"])
+def test_an_outage_fails_no_document(
+    large: Path, openai_server: StandIn, monkeypatch: pytest.MonkeyPatch, down: range
 ) -> None:
-    """The last documents meet 40 failures, with no document left that could be answered in between."""
+    """At the end no document is left that could be answered in between."""
     monkeypatch.setattr("inpars_lib.llm.server.FIRST_WAIT", 0.002)
     monkeypatch.setattr("inpars_lib.llm.server.Server.on_overload", lambda *_: None)  # the concurrency stays at 8
     seen = []
 
     def respond(request: dict) -> tuple[int, object]:
         seen.append(request)
-        return error(503, "down") if 196 < len(seen) <= 236 else openai_server.answer(request)
+        return error(503, "down") if len(seen) in down else openai_server.answer(request)
 
     openai_server.respond = respond
     ok(generate(large, openai_server.url, "--concurrency", 8))

@@ -108,7 +108,7 @@ class ModelApi:
 
     @property
     def path(self) -> str:
-        """The endpoint below the server's base URL."""
+        """Return the endpoint below the server's base URL."""
         return "/chat/completions" if self.api == "chat" else "/completions"
 
     def request(self, prompt: str) -> dict[str, Any]:
