@@ -834,12 +834,3 @@ def test_usage_errors(collection: Path) -> None:
     several = ["--base_url", "http://127.0.0.1:9/v1", "http://127.0.0.1:8/v1", "--batch"]
     assert "--batch uses one server" in error_line(run(SCRIPT, *required, *several), 2)
     assert not (collection.parent / "q.jsonl").exists()
-
-
-def test_prompts_have_three_examples_and_the_slot_once() -> None:
-    for name, label in (("vanilla_prompt.txt", "Relevant Query:"), ("gbq_prompt.txt", "Good Question:")):
-        text = (ROOT / "prompts" / name).read_text()
-        assert text.count("{document_text}") == 1
-        assert text.count(label) == text.count("Document:") == 4
-        assert text.rstrip().endswith(label)
-        assert text.count("Bad Question:") == (3 if "gbq" in name else 0)
