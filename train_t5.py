@@ -62,7 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=float, default=1, help="passes over the triples (default: %(default)s)")
     add("--max_steps", type=int, default=-1, help="steps in all, instead of --epochs")
     add("--max_length", type=at_least(1), default=512, help="tokens per query and document (default: %(default)s)")
-    add("--bf16", action="store_true", help="mixed precision in bfloat16")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision in bfloat16 (default: on a CPU that is "
+        "fast at it, with AVX512-BF16 or AMX)")  # fmt: skip
     add("--seed", type=int, default=2, help="seed of order, dropout and new weights (default: %(default)s)")
     add("--token_true", help="T5-like models: target word for relevant (default: true, or yes for mT5)")
     add("--token_false", help="T5-like models: target word for not relevant (default: false, or no for mT5)")
@@ -154,10 +155,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
     from inpars_lib import training
+    from inpars_lib.devices import has_fast_bfloat16
     from inpars_lib.model_card import CardInfo, model_card
     from inpars_lib.rerankers import load_reranker
 
     main_process = int(os.environ.get("RANK", 0)) == 0
+    on_cpu = not torch.cuda.is_available()
+    if args.bf16 is None:
+        args.bf16 = on_cpu and "fp16" not in trainer_flags and has_fast_bfloat16("cpu")
 
     # 1. The data
     checkpoint = training.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -186,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     reranker = load_reranker(
         start, max_length=args.max_length, device="cpu", dtype="float32", targets=targets, new_head=True
     )
+    if args.bf16 and on_cpu:  # PyTorch's fused attention computes in float32 there
+        reranker.model.set_attn_implementation("eager")
 
     # 3. The recipe
     settings = {
@@ -198,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "warmup_steps": args.warmup_steps,
         "weight_decay": args.weight_decay,
         "bf16": args.bf16,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": on_cpu,
         "eval_strategy": "steps" if dev else "no",
         "eval_steps": args.eval_steps,
         # Any evaluated step may turn out to be the best, so all of them are saved.

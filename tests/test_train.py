@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from training_helpers import QUICK, dev, dev_but, train, train_flags
 
+from inpars_lib.devices import has_fast_bfloat16
 from inpars_lib.training import LengthSortedSampler, TrainingExamples
 from inpars_lib.triples import TripleFile
 
@@ -119,6 +120,21 @@ def test_a_kill_and_a_resumed_training(separable: Path, tiny_t5: Path, tmp_path:
     assert all(torch.equal(one[name], two[name]) for name in one)
     for name in ("results.csv", "learning_curve.png"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_mixed_precision_on_a_cpu(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    """The default depends on the CPU, is recorded, and changes the losses by rounding only."""
+    losses, used = {}, {}
+    for name, flags in (("default", []), ("on", ["--bf16"]), ("off", ["--no-bf16"])):
+        args = ["--max_steps", 3, "--gradient_accumulation_steps", 1, "--logging_steps", 1, "--save_every_n_steps", 3]
+        ok(train(separable, tiny_t5, tmp_path / name, *args, *flags))
+        state = json.loads((tmp_path / name / "checkpoint-3/trainer_state.json").read_text())
+        losses[name] = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+        used[name] = json.loads((tmp_path / name / "training.json").read_text())["settings"]["bf16"]
+    assert used == {"default": has_fast_bfloat16("cpu"), "on": True, "off": False}
+    assert losses["default"] == losses["on" if used["default"] else "off"]
+    assert losses["on"] == pytest.approx(losses["off"], rel=0.02)
+    assert losses["on"] != losses["off"]
 
 
 def test_other_flags_are_passed_to_the_trainer(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
