@@ -18,6 +18,7 @@ import argparse
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from inpars_lib import bm25
@@ -70,13 +71,24 @@ def read_queries(path: str) -> list[SyntheticQuery]:
 
 
 def hold_out(queries: list[SyntheticQuery], n: int, seed: int, path: str, source: str) -> list[SyntheticQuery]:
-    """Write `n` random queries to `path` and return the others."""
+    """Write `n` random queries to `path` and return the others.
+
+    With several queries per document, those of a held-out document are held out together, which may exceed `n`.
+    """
     if n >= len(queries):
         raise InputError(f"{source}: {len(queries):,} usable rows, so --holdout {n} leaves none. Lower --holdout.")
-    held_out = set(random.Random(f"{seed} holdout").sample([query.line for query in queries], n))
+    document = {query.line: query.doc_id for query in queries}
+    lines = random.Random(f"{seed} holdout").sample(list(document), n)
+    sizes, held_out_docs, size = Counter(document.values()), set(), 0
+    for line in lines:
+        if size < n and document[line] not in held_out_docs:
+            held_out_docs.add(document[line])
+            size += sizes[document[line]]
+    if size == len(queries):
+        raise InputError(f"{source}: no document is left with --holdout {n}. Lower --holdout.")
     with atomic_write(path) as file:
-        file.writelines(query.line_text + "\n" for query in queries if query.line in held_out)
-    return [query for query in queries if query.line not in held_out]
+        file.writelines(query.line_text + "\n" for query in queries if query.doc_id in held_out_docs)
+    return [query for query in queries if query.doc_id not in held_out_docs]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -82,6 +82,30 @@ def test_the_same_seed_gives_the_same_triples(mined: Path, demo_data: Path) -> N
     assert max(counts.values()) == 3  # a query of rare words may have fewer hits
 
 
+def test_several_queries_of_a_document(mined: Path, demo_data: Path, tmp_path: Path) -> None:
+    """All rows have the same score and pass the filter; those of a document are held out together."""
+    docs = [line.split("\t") for line in (demo_data / "collection.tsv").read_text().splitlines()[10:30]]
+    data = [
+        {"doc_id": i, "doc_text": text, "question": " ".join(text.split()[n : n + 8]), "log_probs": [-1.0] * 8}
+        for i, text in docs
+        for n in (0, 2, 4)
+    ]
+    write_rows(tmp_path / "generated.jsonl", data)
+    filtering = ["--input", tmp_path / "generated.jsonl", "--output", tmp_path / "queries.jsonl"]
+    ok(run("filter_queries_by_score.py", *filtering))
+    rows = [json.loads(line) for line in (tmp_path / "queries.jsonl").read_text().splitlines()]
+    assert Counter(row["doc_id"] for row in rows) == dict.fromkeys((i for i, _ in docs), 3)
+    ok(run(SCRIPT, *mine_args(tmp_path, demo_data)[:-1], mined / "index", "--holdout", 7))
+    held_out = [json.loads(line) for line in (tmp_path / "triples.tsv.holdout.jsonl").read_text().splitlines()]
+    ids = [line.split("\t") for line in (tmp_path / "triples.ids.tsv").read_text().splitlines()]
+    assert len(held_out) == 9
+    assert set(Counter(row["doc_id"] for row in held_out).values()) == {3}
+    assert not {row["doc_id"] for row in held_out} & {positive for _, positive, _ in ids}
+    assert len({line for line, _, _ in ids}) == len(ids) == 51
+    for line, positive, negative in ids:
+        assert rows[int(line)]["doc_id"] == positive != negative
+
+
 def test_an_index_of_another_collection(mined: Path, tmp_path: Path) -> None:
     (tmp_path / "collection.tsv").write_text("x\tanother text\n")
     args = mine_args(mined, tmp_path, "bad")
