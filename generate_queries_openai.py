@@ -16,6 +16,9 @@ Any server with OpenAI's API works, vLLM or llama.cpp for example. The demo's se
     python generate_queries_openai.py --collection collection.tsv --output queries.jsonl \
         --base_url http://127.0.0.1:8080/v1 --engine smollm2-135m-instruct
 
+Several queries per document, as in Promptagator (arXiv 2209.11755), need sampling: --queries_per_doc 8 --temperature
+0.7. Each is a request of its own, called `doc_id#1` to `doc_id#8`. Duplicates of one document are dropped and counted.
+
 Answers are saved as they arrive. Run the same command again to resume.
 """
 
@@ -26,6 +29,7 @@ import heapq
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import islice
 
@@ -35,7 +39,7 @@ from inpars_lib.llm.batch import BatchConfig, BatchRunner, BatchState
 from inpars_lib.llm.client import ClientConfig, GenerationClient
 from inpars_lib.llm.errors import RESUME, check_url, read_key, retired_model_error
 from inpars_lib.llm.protocol import SLOT, ModelApi, ModelConfig
-from inpars_lib.llm.query_store import QueryStore, summarize_queries
+from inpars_lib.llm.query_store import QueryStore, RequestKey, summarize_queries
 from inpars_lib.records import Doc
 
 # OpenAI's cheapest current model, which it names as the successor of GPT-4o and GPT-4.1. With reasoning effort `none`
@@ -53,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--engine", default=DEFAULT_ENGINE, help="name of the model on the server (default: %(default)s)")
     add("--prompt_template", default=DEFAULT_PROMPT, help="prompt file (default: prompts/vanilla_prompt.txt)")
     add("--max_examples", type=at_least(1), default=100_000, help="documents to sample (default: %(default)s)")
+    add("--queries_per_doc", type=at_least(1), default=1, metavar="N", help="queries to request per document "
+        "(default: %(default)s)")  # fmt: skip
     add("--max_tokens", type=at_least(1), default=64, help="tokens per answer (default: %(default)s)")
     add("--temperature", type=at_least(0, float), default=0.0, help="0, the default, is greedy decoding")
     add("--top_p", type=between(0, 1), default=1.0, help="nucleus sampling (default: %(default)s)")
@@ -60,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min_doc_chars", type=at_least(0), default=300, help="skip shorter documents (default: %(default)s)")
     add("--max_doc_chars", type=at_least(1), default=100_000, help="skip longer documents (default: %(default)s)")
     add("--sampling", choices=("random", "first"), default="random", help="documents to use (default: random)")
-    add("--seed", type=int, default=1, help="seed of the document sample and of decoding (default: %(default)s)")
+    add("--seed", type=int, default=1, help="seed of the document sample (default: %(default)s)")
+    add("--sampling_seed", type=at_least(0), help="seed of sampling above temperature 0; query i of a document uses "
+        "this + i - 1 (default: --seed)")  # fmt: skip
     add("--good_bad", action="store_true", help="the prompt asks for a good question and then for a bad one")
     add("--include_doc_probs", action="store_true", help="also write the document's log-probabilities, doc_log_probs")
     add("--no_log_probs", action="store_true", help="request no log-probabilities, for models without them")
@@ -93,6 +101,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.include_doc_probs and (args.api == "chat" or args.no_log_probs):
         parser.error("--include_doc_probs needs log-probabilities and --api completions: chat cannot echo its prompt")
+    if args.queries_per_doc > 1 and not args.temperature:
+        parser.error("--queries_per_doc above 1 needs a --temperature above 0, such as 0.7: greedy decoding writes the "
+                     "same query again")  # fmt: skip
     if (args.batch or args.batch_cancel) and args.max_total_tokens:
         parser.error("--max_total_tokens cannot stop a batch; omit it and lower --max_examples")
     if (args.batch or args.batch_cancel) and len(args.base_url or []) > 1:
@@ -143,26 +154,32 @@ def sample_documents(args: argparse.Namespace) -> set[str]:
 
 
 def print_projection(store: QueryStore, total: int, rate: float) -> None:
-    """Print what all documents would cost, projected from a dry run with this many answers per second."""
-    count = len(store.done) + len(store.failed)
+    """Print what `total` requests would cost, projected from a dry run with this many answers per second."""
+    count, unit = len(store.done) + len(store.failed), store.unit.removesuffix("s")
     means = [tokens / count for tokens in store.usage]
-    print(f"{count:,} documents sent, {len(store.failed):,} of them without a query; nothing was written")
-    print("per document: {:,.0f} tokens in ({:,.0f} of them cached), {:,.1f} out".format(*means))
+    duplicates = f", {len(store.duplicates):,} with a duplicate" if unit == "request" else ""
+    print(f"{count:,} {unit}s sent, {len(store.failed):,} of them without a query{duplicates}; nothing was written")
+    print("per {}: {:,.0f} tokens in ({:,.0f} of them cached), {:,.1f} out".format(unit, *means))
     sums = [mean * total for mean in means]
     print("all {:,}: {:,.0f} tokens in ({:,.0f} of them cached), {:,.0f} out".format(total, *sums))
-    print(f"about {total / rate / 3600:,.1f} hours at {rate:,.2f} documents per second")
+    print(f"about {total / rate / 3600:,.1f} hours at {rate:,.2f} {unit}s per second")
 
 
-def print_summary(store: QueryStore, sample: Set[str], output: str) -> None:
+def print_summary(store: QueryStore, wanted: Set[RequestKey], output: str) -> None:
     """Print what this run and all runs on this output have written."""
     if store.answered:
         print(summarize_queries(output), file=sys.stderr)
     before = "" if store.usage == store.usage_now else f"; all runs {store.usage}"
     print(f"tokens: {store.usage_now}{before}", file=sys.stderr)
-    done, failed = len(sample & store.done), len(sample & store.failed)
+    done, failed = wanted & store.done, len(wanted & store.failed)
+    answered = ""
+    if store.queries_per_doc > 1:
+        duplicates = len(wanted & store.duplicates)
+        answered = f"; of {len(wanted):,} requests, {len(done):,} are answered ({duplicates:,} duplicates dropped)"
+    documents = len({key.doc_id for key in done}), len({key.doc_id for key in wanted})
     print(
-        f"{output}: {store.answered:,} queries written; {done:,} of {len(sample):,} documents have one, "
-        f"{failed:,} failed, {len(sample) - done - failed:,} are left",
+        f"{output}: {store.written:,} queries written; {documents[0]:,} of {documents[1]:,} documents have one"
+        f"{answered}, {failed:,} failed, {len(wanted) - len(done) - failed:,} are left",
         file=sys.stderr,
     )
     if failed:
@@ -189,7 +206,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {name: getattr(args, name) for name in names}
     settings["prompt_sha256"] = hashlib.sha256(template.encode()).hexdigest()
     settings["collection"] = collection_fingerprint(args.collection)
-    store = QueryStore(None if args.dry_run else args.output, settings, args.force)
+    settings["sampling_seed"] = None if args.sampling_seed == args.seed else args.sampling_seed
+    store = QueryStore(None if args.dry_run else args.output, settings, args.force, args.queries_per_doc)
     batches = BatchState(args.output)
     batching = (args.batch or args.batch_cancel) and not args.dry_run
     if batches.open and not batching and not args.dry_run:
@@ -199,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     # 2. The model
-    decoding = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_p", "seed", "good_bad")}
+    decoding = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_p", "good_bad")}
+    decoding["seed"] = args.seed if args.sampling_seed is None else args.sampling_seed
     model = ModelConfig(args.engine, **decoding, log_probs=not args.no_log_probs, echo=args.include_doc_probs,
                         reasoning_effort=args.reasoning_effort)  # fmt: skip
     default_api = "completions" if urls or args.include_doc_probs else "chat"
@@ -209,18 +228,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 3. The documents
     sample = sample_documents(args)
-    wanted = sample
+    total = len(sample) * args.queries_per_doc
     if args.dry_run:
-        wanted = set(heapq.nsmallest(args.dry_run, sample, key=sampling_key(args.seed)))
+        sample = set(heapq.nsmallest(args.dry_run, sample, key=sampling_key(args.seed)))
+    wanted = {RequestKey(doc_id, i + 1) for doc_id in sample for i in range(args.queries_per_doc)}
     if args.retry_errors:
         store.failed.clear()
-    finished = len(sample & store.done) + len(sample & store.failed)
+    finished = len(wanted & store.done) + len(wanted & store.failed)
     if finished:
-        print(f"{finished:,} of {len(sample):,} documents were finished by earlier runs", file=sys.stderr)
+        print(f"{finished:,} of {total:,} {store.unit} were finished by earlier runs", file=sys.stderr)
     store.save_meta()
 
-    def read_docs(doc_ids: Set[str]) -> Iterator[Doc]:
-        return read_collection(args.collection, doc_ids)
+    def read_docs(keys: Set[RequestKey]) -> Iterator[tuple[Doc, int]]:
+        numbers = defaultdict(list)
+        for doc_id, number in keys:
+            numbers[doc_id].append(number)
+        for doc in read_collection(args.collection, numbers):
+            yield from ((doc, number) for number in sorted(numbers[doc.doc_id]))  # together: they share a prompt
 
     # 4. The queries
     started, stopped, rate = time.monotonic(), None, 0.0
@@ -244,9 +268,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 5. What came of it
     if not args.dry_run:
-        print_summary(store, sample, args.output)
+        print_summary(store, wanted, args.output)
     elif not stopped:
-        print_projection(store, len(sample), rate)
+        print_projection(store, total, rate)
     store.close()
     if stopped:
         raise stopped

@@ -264,6 +264,7 @@ class SyntheticRow(msgspec.Struct):
     question: str
     doc_text: str = ""
     log_probs: list[float] | None = None
+    request: str | None = None
 
 
 def _decode_any_row(line: str) -> SyntheticRow:

@@ -33,9 +33,17 @@ def written(collection: Path) -> dict[str, dict]:
     return {row["doc_id"]: row for row in found}
 
 
+def queries(collection: Path) -> dict[str, list[str]]:
+    """Return the questions of the output by doc_id, for several queries per document."""
+    found: dict[str, list[str]] = {}
+    for row in rows(collection.parent / "queries.jsonl"):
+        found.setdefault(row["doc_id"], []).append(row["question"])
+    return found
+
+
 def errors(collection: Path) -> dict[str, str]:
     path = collection.parent / "queries.jsonl.errors.jsonl"
-    return {row["doc_id"]: row["reason"] for row in rows(path)} if path.exists() else {}
+    return {row.get("request", row["doc_id"]): row["reason"] for row in rows(path)} if path.exists() else {}
 
 
 def meta(collection: Path) -> dict:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import error_line, ok
-from generation import EVERY, errors, generate, meta, start, written
-from stand_in import StandIn, document_of, error
+from generation import EVERY, errors, generate, meta, queries, start, written
+from stand_in import StandIn, completion, document_of, error
 
 QUICK = ["--batch", "--batch_poll", 0.05]
 
@@ -45,6 +45,32 @@ def test_the_batch_api_answers_a_collection(collection: Path, openai_server: Sta
     assert names(collection) == {"queries.jsonl", "queries.jsonl.meta.json", "queries.jsonl.batches.json"}
     ok(generate(collection, openai_server.url, *QUICK))  # nothing is left to do
     assert len(openai_server.batches) == 3
+
+
+def test_several_queries_per_document_in_a_batch(collection: Path, openai_server: StandIn) -> None:
+    """A run that wants more queries collects the batch of one that wanted fewer, and the other way round."""
+    several = [*QUICK, "--temperature", 0.7, "--batch_poll", 0]
+    collection.write_text("a\tone word\na#2\ttwo words\nb\tthree words\n")
+    openai_server.respond = lambda request: (
+        200,
+        completion(f" what is {document_of(request)} in {'12234'[request['seed'] - 1]}?"),
+    )
+    openai_server.look_fails = lambda: True
+    error_line(generate(collection, openai_server.url, *several, "--patience", 0))
+    assert len(queries(collection)) == 1
+    error_line(generate(collection, openai_server.url, *several, "--patience", 0, "--queries_per_doc", 5))
+    openai_server.look_fails = lambda: False
+    state = json.loads((collection.parent / "queries.jsonl.batches.json").read_text())
+    assert [len(batch.get("doc_ids", batch.get("requests"))) for batch in state["open"]] == [2, 12]
+    assert {"a#2", "a#2#2", "a#2#5", "b#3"} < set(state["open"][1]["requests"])
+    done = ok(generate(collection, openai_server.url, *several, "--queries_per_doc", 2))  # keeps what was paid for
+    assert "3 of 3 documents have one; of 6 requests, 6 are answered (0 duplicates dropped)" in done.stderr
+    expected = {word: {f"what is {word} in {i}?" for i in (1, 2, 3, 4)} for word in ("one", "two", "three")}
+    assert {found[0].split()[2]: set(found) for found in queries(collection).values()} == expected
+    assert set(map(len, queries(collection).values())) == {4}
+    assert len(errors(collection)) == 3
+    assert len(openai_server.requests) == 15
+    assert len(openai_server.batches) == 2
 
 
 def kill_at(moment: str, collection: Path, server: StandIn) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from inpars_lib.cli import InputError, report, shorten, warn
 from inpars_lib.llm.errors import RESUME, Action, classify_error, error_message, public_url, redact
 from inpars_lib.llm.protocol import SLOT, AnswerError, ModelApi
-from inpars_lib.llm.query_store import QueryStore
+from inpars_lib.llm.query_store import QueryStore, RequestKey, request_key
 from inpars_lib.llm.tokens import read_usage
 from inpars_lib.records import Doc
 from inpars_lib.storage import FORMAT_VERSION, atomic_write, json_line
@@ -57,7 +57,7 @@ class BatchState:
     Each batch is a dict with
 
     - number: from 1, part of the names of its files;
-    - doc_ids: the documents of its requests;
+    - doc_ids: the documents of its requests; with several queries per document `requests`, their names;
     - input_file_id, uploaded_at: once its request file is uploaded, the latter in seconds since 1970 by the server;
     - batch_id: once it is submitted.
     """
@@ -82,10 +82,10 @@ class BatchState:
         with atomic_write(self.path) as file:
             json.dump(state, file, ensure_ascii=False)
 
-    def add(self, doc_ids: list[str], requests: list[bytes]) -> Batch:
-        """Write the request file of a new batch and record the batch."""
+    def add(self, names: list[str], requests: list[bytes], numbered: bool) -> Batch:
+        """Write the request file of a new batch and record the batch. The names are numbered, or ids of documents."""
         self.number += 1
-        batch: Batch = {"number": self.number, "doc_ids": doc_ids}
+        batch: Batch = {"number": self.number, "requests" if numbered else "doc_ids": names}
         with atomic_write(self.file_of(batch, "requests"), "wb") as file:
             file.writelines(requests)
         self.open.append(batch)
@@ -102,6 +102,13 @@ class BatchState:
         return f"{self.output}.batch-{batch['number']}.{kind}.jsonl"
 
 
+def requests_of(batch: Batch) -> dict[str, RequestKey]:
+    """Return the requests of a batch by their names, which are the custom ids on the server."""
+    if "doc_ids" in batch:
+        return {doc_id: RequestKey(doc_id) for doc_id in batch["doc_ids"]}
+    return {name: request_key(name.rpartition("#")[0], name) for name in batch["requests"]}
+
+
 class BatchRunner:
     """Submits, awaits and collects the batches of an output.
 
@@ -111,8 +118,8 @@ class BatchRunner:
         template: Prompt with a slot for the document.
         state: The batches in progress.
         store: Where answers and failures go.
-        wanted: Ids of the documents that need an answer or a failure.
-        read_docs: Function that yields the documents with given ids.
+        wanted: Requests that need an answer or a failure.
+        read_docs: Function that yields the document and number of each of given requests.
     """
 
     def __init__(
@@ -122,8 +129,8 @@ class BatchRunner:
         template: str,
         state: BatchState,
         store: QueryStore,
-        wanted: Set[str],
-        read_docs: Callable[[Set[str]], Iterable[Doc]],
+        wanted: Set[RequestKey],
+        read_docs: Callable[[Set[RequestKey]], Iterable[tuple[Doc, int]]],
     ) -> None:
         import openai
 
@@ -135,12 +142,12 @@ class BatchRunner:
         )
 
     @property
-    def left(self) -> set[str]:
-        """Ids of the documents without answer or failure."""
+    def left(self) -> set[RequestKey]:
+        """Requests without answer or failure."""
         return set(self.wanted) - self.store.done - self.store.failed
 
     def run(self) -> None:
-        """Submit the documents that are in no batch, wait, collect. Submit again what expired or failed.
+        """Submit the requests that are in no batch, wait, collect. Submit again what expired or failed.
 
         Raises:
             InputError: The server refuses, or a whole round of batches brought no answer.
@@ -148,15 +155,15 @@ class BatchRunner:
         with self._errors():
             self._submit_interrupted()
             while self.left or self.state.open:
-                before = len(self.left)
-                self._prepare(self.left - {doc_id for batch in self.state.open for doc_id in batch["doc_ids"]})
+                before, unit = len(self.left), self.store.unit
+                self._prepare(self.left - {key for batch in self.state.open for key in requests_of(batch).values()})
                 reasons = self._collect_all()
                 if self.left and len(self.left) == before:
                     raise InputError(
-                        f"{self.server}: the last batches answered none of {before:,} documents ({reasons}). {RESUME}"
+                        f"{self.server}: the last batches answered none of {before:,} {unit} ({reasons}). {RESUME}"
                     )
                 if self.left:
-                    warn(f"{len(self.left):,} documents were not answered ({reasons}). They are submitted again.")
+                    warn(f"{len(self.left):,} {unit} were not answered ({reasons}). They are submitted again.")
 
     def cancel(self) -> None:
         """Cancel the batches in progress and collect the answers that they have."""
@@ -183,23 +190,24 @@ class BatchRunner:
             else:
                 self._submit(batch, interrupted=True)
 
-    def _prepare(self, doc_ids: set[str]) -> None:
-        """Write the request files of documents, and submit each when it is complete."""
+    def _prepare(self, keys: set[RequestKey]) -> None:
+        """Write the request files, and submit each when it is complete."""
         requests: list[bytes] = []
-        ids: list[str] = []
-        size = 0
-        for doc in self.read_docs(doc_ids) if doc_ids else ():
-            body = self.api.request(self.template.replace(SLOT, doc.text))
-            request = {"custom_id": doc.doc_id, "method": "POST", "url": f"/v1{self.api.path}", "body": body}
+        names: list[str] = []
+        size, numbered = 0, self.store.queries_per_doc > 1
+        for doc, number in self.read_docs(keys) if keys else ():
+            name = self.store.name(RequestKey(doc.doc_id, number))
+            body = self.api.request(self.template.replace(SLOT, doc.text), number)
+            request = {"custom_id": name, "method": "POST", "url": f"/v1{self.api.path}", "body": body}
             line = json_line(request).encode(errors="replace")
-            if ids and (len(ids) == self.config.batch_size or size + len(line) > MAX_FILE_BYTES):
-                self._submit(self.state.add(ids, requests))
-                requests, ids, size = [], [], 0
-            ids.append(doc.doc_id)
+            if names and (len(names) == self.config.batch_size or size + len(line) > MAX_FILE_BYTES):
+                self._submit(self.state.add(names, requests, numbered))
+                requests, names, size = [], [], 0
+            names.append(name)
             requests.append(line)
             size += len(line)
-        if ids:
-            self._submit(self.state.add(ids, requests))
+        if names:
+            self._submit(self.state.add(names, requests, numbered))
 
     def _submit(self, batch: Batch, interrupted: bool = False) -> None:
         import openai
@@ -245,20 +253,20 @@ class BatchRunner:
     # ------------------------------------------------------------------------------------------------------ collect
 
     def _collect_all(self) -> str:
-        """Wait for all batches and collect each that ends. Return why documents have no answer."""
+        """Wait for all batches and collect each that ends. Return why requests have no answer."""
         from tqdm import tqdm
 
         reasons: Counter[str] = Counter()
-        total = sum(len(batch["doc_ids"]) for batch in self.state.open)
+        total = sum(len(requests_of(batch)) for batch in self.state.open)
         ended = 0  # requests of collected batches
-        with tqdm(desc="Waiting for batches", total=total, unit=" docs") as bar:
+        with tqdm(desc="Waiting for batches", total=total, unit=f" {self.store.unit}") as bar:
             while self.state.open:
                 counts, collected = 0, 0
                 for batch in list(self.state.open):
                     status = self._retrieve(batch["batch_id"])
                     if status.status in ENDED:
                         self._collect(batch, status, reasons)
-                        ended += len(batch["doc_ids"])
+                        ended += len(requests_of(batch))
                         collected += 1
                     elif status.request_counts:
                         counts += status.request_counts.completed + status.request_counts.failed
@@ -294,8 +302,8 @@ class BatchRunner:
                         for chunk in response.iter_bytes(1 << 20):
                             file.write(chunk)
                     file.write(b"\n")
-        # Every answer was paid for, so it is kept even if this run wants fewer documents.
-        self._read_results(path, set(batch["doc_ids"]) - self.store.done, reasons)
+        # Every answer was paid for, so it is kept even if this run wants fewer.
+        self._read_results(path, requests_of(batch), reasons)
         self.store.save_meta()
         self.state.remove(batch)
         os.remove(path)
@@ -308,35 +316,36 @@ class BatchRunner:
                     f"{self.server}: batch {status.id} was not accepted: {said}. If it has too many tokens at a time, "
                     f"use a smaller --batch_size or --max_examples. {RESUME}"
                 )
-            reasons["too many tokens at a time"] += len(batch["doc_ids"])
+            reasons["too many tokens at a time"] += len(requests_of(batch))
 
-    def _read_results(self, path: str, wanted: set[str], reasons: Counter[str]) -> None:
-        """Store the answers and failures of a results file; count why other documents are to be submitted again."""
-        offsets: dict[str, int] = {}  # in the file: the results may exceed the memory
+    def _read_results(self, path: str, requests: dict[str, RequestKey], reasons: Counter[str]) -> None:
+        """Store the answers and failures of a results file; count why other requests are to be submitted again."""
+        wanted = set(requests.values()) - self.store.done
+        offsets: dict[RequestKey, int] = {}  # in the file: the results may exceed the memory
         with open(path, "rb") as results:
             offset = 0
             for line in results:
                 with suppress(ValueError, KeyError, TypeError):
-                    offsets[json.loads(line)["custom_id"]] = offset
+                    offsets[requests[json.loads(line)["custom_id"]]] = offset
                 offset += len(line)
-            for doc in self.read_docs(wanted & offsets.keys()) if wanted & offsets.keys() else ():
-                results.seek(offsets[doc.doc_id])
-                if reason := self._read_result(json.loads(results.readline()), doc):
+            for doc, number in self.read_docs(wanted & offsets.keys()) if wanted & offsets.keys() else ():
+                key = RequestKey(doc.doc_id, number)
+                results.seek(offsets[key])
+                if reason := self._read_result(json.loads(results.readline()), key, doc):
                     reasons[reason] += 1
             if missing := len(wanted - offsets.keys()):
                 reasons["not among the results"] += missing
 
-    def _read_result(self, result: dict[str, Any], doc: Doc) -> str | None:
+    def _read_result(self, result: dict[str, Any], key: RequestKey, doc: Doc) -> str | None:
         """Store the result of one request. Return the reason if it is to be submitted again."""
         response, error = result.get("response") or {}, result.get("error") or {}
         status, answer = response.get("status_code"), response.get("body")
         prompt, usage = self.template.replace(SLOT, doc.text), read_usage(answer)
         if status == 200:
             try:
-                self.store.add_answer(self.api.read_answer(answer, prompt, doc), usage)
+                self.store.add_answer(key, self.api.read_answer(answer, prompt, doc), usage)
             except AnswerError as failure:
-                row = {"doc_id": doc.doc_id, "reason": str(failure), "answer": failure.answer}
-                self.store.add_failure(row, usage)
+                self.store.add_failure(key, str(failure), failure.answer, usage)
             except ValueError as failure:
                 return str(failure)
             return None
@@ -345,7 +354,7 @@ class BatchRunner:
         if status is not None:
             verdict = classify_error(status, body, {}, request=self.api.request(prompt), server=self.server)
             if verdict.action in (Action.GIVE_UP, Action.ADAPT):
-                self.store.add_failure({"doc_id": doc.doc_id, "reason": reason, "answer": ""}, usage)
+                self.store.add_failure(key, reason, "", usage)
                 return None
         return error.get("code") or reason
 

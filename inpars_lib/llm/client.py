@@ -19,12 +19,12 @@ from inpars_lib.cli import InputError, report, shorten, warn
 from inpars_lib.llm.budget import TokenBudget
 from inpars_lib.llm.errors import RESUME, Action, Verdict, classify_error, redact
 from inpars_lib.llm.protocol import SLOT, AnswerError, ModelApi, NoLogProbs
-from inpars_lib.llm.query_store import QueryStore
+from inpars_lib.llm.query_store import QueryStore, RequestKey
 from inpars_lib.llm.server import Server, backoff
 from inpars_lib.llm.tokens import NO_TOKENS, Usage, read_usage
 from inpars_lib.records import Doc
 
-TRIES = 7  # failures of its own after which a document is given up
+TRIES = 7  # failures of its own after which a request is given up
 GRACE = 60.0  # seconds without an answer at the end of a run, in which an outage fails no document
 TIMEOUT_TRIES = 2  # a timeout counts this often, because each costs the whole timeout
 MAX_FAILURES_IN_A_ROW = 10  # given up without an answer in between: the cause is not the documents
@@ -58,13 +58,13 @@ class ClientConfig:
 
 
 class Job:
-    """A document on its way to an answer."""
+    """A request on its way to an answer."""
 
-    def __init__(self, doc: Doc, answered: int) -> None:
-        self.doc = doc
+    def __init__(self, doc: Doc, number: int, answered: int) -> None:
+        self.doc, self.key = doc, RequestKey(doc.doc_id, number)
         self.tries = 0  # failures that count against the document
         self.failures = 0  # all failures, for the exponential backoff
-        self.answered_at_failure = answered  # documents answered when this one last failed
+        self.answered_at_failure = answered  # requests answered when this one last failed
         self.ready_at = 0.0
 
     def __lt__(self, other: "Job") -> bool:
@@ -72,18 +72,18 @@ class Job:
 
 
 class GenerationClient:
-    """Requests one query for each of many documents, concurrently.
+    """Requests queries for many documents, concurrently.
 
-    The first document goes alone: its answer shows which API and which parameters the model takes.
+    The first request goes alone: its answer shows which API and which parameters the model takes.
 
     Args:
         config: Servers and limits.
         api: The model.
         template: Prompt with a slot for the document.
-        docs: The documents.
+        docs: The documents, each with the number of the request, from 1.
         store: Where answers and failures go.
-        total: Documents in all, for the progress bar.
-        finished: Documents that earlier runs have finished, likewise.
+        total: Requests in all, for the progress bar.
+        finished: Requests that earlier runs have finished, likewise.
         only_first: Stop after the first answer.
     """
 
@@ -92,7 +92,7 @@ class GenerationClient:
         config: ClientConfig,
         api: ModelApi,
         template: str,
-        docs: Iterator[Doc],
+        docs: Iterator[tuple[Doc, int]],
         store: QueryStore,
         total: int,
         finished: int,
@@ -105,7 +105,7 @@ class GenerationClient:
         urls = config.urls or (None,)
         limit = max(1, math.ceil(config.concurrency / len(urls)))
         self.servers = [Server(url, config.key, limit, config.timeout) for url in urls]
-        self.bar = tqdm(desc="Generating", total=total, initial=finished, unit=" docs", smoothing=0.05)
+        self.bar = tqdm(desc="Generating", total=total, initial=finished, unit=f" {store.unit}", smoothing=0.05)
         self.api_switched = False
         self.queue: list[Job] = []  # heap of documents to try again, by the time of the next try
         self.in_flight = 0
@@ -184,12 +184,12 @@ class GenerationClient:
             self.all_sent = True
             return None
         try:
-            doc = next(self.docs, None)
+            found = next(self.docs, None)
         except (InputError, OSError) as error:
             self._stop(error)
             return None
-        self.all_sent = doc is None
-        return self._within_limit(Job(doc, answered)) if doc else None
+        self.all_sent = found is None
+        return self._within_limit(Job(*found, answered)) if found else None
 
     def _within_limit(self, job: Job) -> Job | None:
         """Return the job if the token limit allows its request now."""
@@ -240,7 +240,8 @@ class GenerationClient:
         import openai
 
         prompt = self.template.replace(SLOT, job.doc.text)
-        request, path, sent_at, usage = self.api.request(prompt), self.api.path, self.now(), NO_TOKENS
+        request, path = self.api.request(prompt, job.key.number), self.api.path
+        sent_at, usage = self.now(), NO_TOKENS
         try:
             async with asyncio.timeout(self.config.timeout):  # the client's own limit is for each read
                 answer = await server.client.post(path, body=request, cast_to=object)
@@ -289,7 +290,7 @@ class GenerationClient:
             server.on_answer()
             self.last_answer_at = self.now()
             self.latest_answered = max(self.latest_answered, sent_at)
-            self._save(row, usage)
+            self._save(job, row, usage)
 
     def _act_on(
         self, verdict: Verdict, job: Job, server: Server, request: Mapping[str, Any], path: str, sent_at: float
@@ -370,22 +371,21 @@ class GenerationClient:
         self, job: Job, reason: str, usage: Usage = NO_TOKENS, answer: str | None = None, too_long: bool = False
     ) -> None:
         """Record why a document has no query. Stop if too many fail in a row."""
-        row = {"doc_id": job.doc.doc_id, "reason": reason} | ({} if answer is None else {"answer": answer})
-        self.store.add_failure(row, usage)
+        self.store.add_failure(job.key, reason, answer, usage)
         if len(self.store.failed) <= SHOWN_FAILURES:
-            warn(f"document {job.doc.doc_id}: {reason}.")
+            warn(f"document {self.store.name(job.key)}: {reason}.")
         self.failures_in_a_row += not too_long
         if self.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
             problem = f"{MAX_FAILURES_IN_A_ROW} documents in a row failed, the last one because: {reason}"
             self._stop(InputError(f"{problem}. Check the engine, the prompt and the server. {RESUME}"))
 
-    def _save(self, row: dict[str, Any], usage: Usage) -> None:
+    def _save(self, job: Job, row: dict[str, Any], usage: Usage) -> None:
         store = self.store
         if not store.answered:
             store.request, store.settings["api"] = self.api.as_dict(), self.api.api
             if not self.config.api_settled:
                 report(f"{self.api.config.name} is used through the {self.api.api} API")
-        store.add_answer(row, usage)
+        store.add_answer(job.key, row, usage)
         self.failures_in_a_row = 0
         if store.answered == 1:
             self.first_answer_at = self.now()

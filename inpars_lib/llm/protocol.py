@@ -111,10 +111,13 @@ class ModelApi:
         """Return the endpoint below the server's base URL."""
         return "/chat/completions" if self.api == "chat" else "/completions"
 
-    def request(self, prompt: str) -> dict[str, Any]:
-        """Return the JSON body of a request."""
+    def request(self, prompt: str, number: int = 1) -> dict[str, Any]:
+        """Return the JSON body of a request. Each of several requests with the same prompt has a seed of its own."""
         content = {"messages": [{"role": "user", "content": prompt}]} if self.api == "chat" else {"prompt": prompt}
-        return {"model": self.config.name, **content, **self.parameters}
+        body = {"model": self.config.name, **content, **self.parameters}
+        if "seed" in body:
+            body["seed"] += number - 1
+        return body
 
     def adapt(self, parameter: str, request: Mapping[str, Any], reason: str) -> None:
         """Rename or drop a parameter that the server refused, for all further requests.
@@ -127,8 +130,9 @@ class ModelApi:
         Raises:
             InputError: Answers without this parameter would be useless.
         """
-        if request[parameter] != self.parameters.get(parameter):  # an earlier refusal has changed it already
-            return
+        current = self.parameters.get(parameter)
+        if current is None or (request[parameter] != current and parameter != "seed"):
+            return  # an earlier refusal has changed it already
         name, value = self.config.name, self.parameters[parameter]
         reasoning_settled = "reasoning_effort" in self.parameters or "reasoning_effort" in self.refused
         if parameter in NEEDS_NO_REASONING and self.api == "chat" and not reasoning_settled:

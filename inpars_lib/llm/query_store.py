@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from inpars_lib.cli import InputError, warn
 from inpars_lib.formats import SyntheticRow, read_synthetic_queries
@@ -16,6 +16,21 @@ from inpars_lib.llm.tokens import NO_TOKENS, Usage
 from inpars_lib.storage import FORMAT_VERSION, atomic_write, is_special, json_line, lock, repair_last_line
 
 META_INTERVAL = 1.0  # seconds between two writes of OUTPUT.meta.json
+DUPLICATE = "duplicate of another query of this document"
+OPTIONAL = ("sampling_seed",)  # settings that are recorded only if they are set
+
+
+class RequestKey(NamedTuple):
+    """A request for a query: the document and the number of the request among those of the document, from 1."""
+
+    doc_id: str
+    number: int = 1
+
+
+def request_key(doc_id: str, name: str | None = None) -> RequestKey:
+    """Return the key of a request from its name in a file, `doc_id#number`, or None for the first request."""
+    number = (name or "").rpartition("#")[2]
+    return RequestKey(doc_id, int(number) if number.isdecimal() else 1)
 
 
 class QueryStore:
@@ -27,10 +42,12 @@ class QueryStore:
         path: OUTPUT, or None.
         settings: Everything that decides the queries. Other settings than before are refused.
         force: Accept other settings than before.
+        queries_per_doc: Requests per document. If there are several, files name a request `doc_id#number`.
 
     Attributes:
-        done: Ids of documents with a row.
-        failed: Ids of documents that were given up.
+        done: Requests with an answer: a row, or a duplicate that was dropped.
+        duplicates: Requests whose answer was dropped, because another request of the document had the same one.
+        failed: Requests that were given up.
         request: State of `ModelApi` that an earlier run found out, or None.
         usage: Tokens of all runs on this output.
 
@@ -38,12 +55,17 @@ class QueryStore:
         InputError: Another process holds the output, or its settings differ.
     """
 
-    def __init__(self, path: str | None, settings: Mapping[str, Any], force: bool = False) -> None:
-        self.path, self.settings = path, dict(settings)
+    def __init__(
+        self, path: str | None, settings: Mapping[str, Any], force: bool = False, queries_per_doc: int = 1
+    ) -> None:
+        self.path, self.queries_per_doc = path, queries_per_doc
+        self.settings = {name: value for name, value in settings.items() if value is not None or name not in OPTIONAL}
         self.request: dict[str, Any] | None = None
         self.usage = NO_TOKENS
-        self.done: set[str] = set()
-        self.failed: set[str] = set()
+        self.done: set[RequestKey] = set()
+        self.duplicates: set[RequestKey] = set()
+        self.failed: set[RequestKey] = set()
+        self._queries: set[int] = set()  # hashes of document and query, with several queries per document
         self._errors: IO[bytes] | None = None  # opened for the first failure
         self._saved_at = 0.0
         if path is not None:
@@ -54,48 +76,73 @@ class QueryStore:
             lock(self._file, path)
             repair_last_line(path)
             if os.path.getsize(path):
-                self.done = self._read_done(path)
+                self._read_done(path)
             self._read_errors()
             self._read_meta(force)
-        self._done_before, self._usage_before = len(self.done), self.usage
+        self._done_before, self._duplicates_before = len(self.done), len(self.duplicates)
+        self._usage_before = self.usage
 
     @property
     def answered(self) -> int:
-        """Number of documents answered in this run."""
+        """Number of requests answered in this run."""
         return len(self.done) - self._done_before
+
+    @property
+    def written(self) -> int:
+        """Number of queries written in this run."""
+        return self.answered - (len(self.duplicates) - self._duplicates_before)
 
     @property
     def usage_now(self) -> Usage:
         """Tokens of this run."""
         return Usage(*(a - b for a, b in zip(self.usage, self._usage_before, strict=True)))
 
-    @staticmethod
-    def _read_done(path: str) -> set[str]:
-        done: set[str] = set()
+    @property
+    def unit(self) -> str:
+        """What is counted in messages."""
+        return "documents" if self.queries_per_doc == 1 else "requests"
 
+    def name(self, key: RequestKey) -> str:
+        """Return the name of a request in files and messages."""
+        return key.doc_id if self.queries_per_doc == 1 else f"{key.doc_id}#{key.number}"
+
+    def _read_done(self, path: str) -> None:
         def note(row: SyntheticRow) -> bool:
-            done.add(str(row.doc_id))
+            key = request_key(str(row.doc_id), row.request)
+            self.done.add(key)
+            self._is_duplicate(key, row.question)
             return True
 
         for query in read_synthetic_queries(path, "Reading earlier answers", skip=note):
-            done.add(query.doc_id)
-        return done
+            note(SyntheticRow(query.doc_id, query.question))
+
+    def _is_duplicate(self, key: RequestKey, question: str) -> bool:
+        """Return whether another request of the document had this query, and remember the query."""
+        if self.queries_per_doc == 1:
+            return False
+        query = hash((key.doc_id, " ".join(question.lower().split())))
+        known = query in self._queries
+        self._queries.add(query)
+        return known
 
     def _read_errors(self) -> None:
-        """Read the failures, keep the last row of each document, and drop documents that have a row since."""
+        """Read failures and duplicates, keep the last row of each request, and drop requests that have a row since."""
         path = f"{self.path}.errors.jsonl"
         if not os.path.exists(path):
             return
         repair_last_line(path)
         try:
             with open(path, encoding="utf-8") as file:
-                rows = {json.loads(line)["doc_id"]: line for line in file}
-        except (ValueError, KeyError, TypeError):
+                rows = {request_key(row["doc_id"], row.get("request")): row for row in map(json.loads, file)}
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{path}: not a file of this script. Delete it to try its documents again.") from None
-        self.failed = set(rows) - self.done
+        rows = {key: row for key, row in rows.items() if key not in self.done}
+        self.duplicates = {key for key, row in rows.items() if row.get("reason") == DUPLICATE}
+        self.failed = rows.keys() - self.duplicates
+        self.done |= self.duplicates
         with atomic_write(path) as file:
-            file.writelines(line for doc_id, line in rows.items() if doc_id in self.failed)
-        if not self.failed:
+            file.writelines(map(json_line, rows.values()))
+        if not rows:
             os.remove(path)
 
     def _read_meta(self, force: bool) -> None:
@@ -113,31 +160,40 @@ class QueryStore:
         if self.settings["api"] is None:
             self.settings["api"] = before["api"]
         # Earlier versions recorded fewer settings.
-        names = [name for name in self.settings if name in before and before[name] != self.settings[name]]
+        names = [name for name in self.settings if name in before and name not in OPTIONAL]
+        names = [name for name in (*names, *OPTIONAL) if before.get(name) != self.settings.get(name)]
         if not names:
             self.request = meta.get("request")
         elif begun and not force:
-            differences = ", ".join(f"{name} {before[name]}, now {self.settings[name]}" for name in names)
+            differences = ", ".join(f"{name} {before.get(name)}, now {self.settings.get(name)}" for name in names)
             raise InputError(
                 f"{self.path}: made with other settings ({differences}). Use those settings, name another --output, or "
                 "mix both with --force."
             )
 
-    def add_answer(self, row: dict[str, Any], usage: Usage) -> None:
-        """Write the row of an answered document."""
-        self.done.add(row["doc_id"])
-        self.failed.discard(row["doc_id"])
-        if self.path:
-            self._append(self._file, row)
+    def add_answer(self, key: RequestKey, row: dict[str, Any], usage: Usage) -> None:
+        """Write the row of an answered request, or record that its query is a duplicate."""
+        self.done.add(key)
+        self.failed.discard(key)
+        if self._is_duplicate(key, row["question"]):
+            self.duplicates.add(key)
+            self._append_error(key, DUPLICATE, row["question"])
+        elif self.path:
+            self._append(self._file, row if self.queries_per_doc == 1 else {**row, "request": self.name(key)})
         self.add_usage(usage)
 
-    def add_failure(self, row: dict[str, Any], usage: Usage = NO_TOKENS) -> None:
-        """Write why a document has no query: doc_id, reason, and the answer if there was one."""
-        self.failed.add(row["doc_id"])
+    def add_failure(self, key: RequestKey, reason: str, answer: str | None = None, usage: Usage = NO_TOKENS) -> None:
+        """Write why a request has no query, and the answer if there was one."""
+        self.failed.add(key)
+        self._append_error(key, reason, answer)
+        self.add_usage(usage)
+
+    def _append_error(self, key: RequestKey, reason: str, answer: str | None) -> None:
         if self.path:
+            row = {"doc_id": key.doc_id} | ({"request": self.name(key)} if self.queries_per_doc > 1 else {})
+            row |= {"reason": reason} | ({} if answer is None else {"answer": answer})
             self._errors = self._errors or open(f"{self.path}.errors.jsonl", "ab", buffering=0)
             self._append(self._errors, row)
-        self.add_usage(usage)
 
     def discard_failures(self) -> None:
         """Delete the failures of an output without answers: the setup was wrong, not the documents."""
@@ -182,12 +238,12 @@ class QueryStore:
         self._saved_at = time.monotonic()
 
     def failure_reasons(self) -> Counter[str]:
-        """Return the number of failed documents by reason."""
+        """Return the number of failed requests by reason."""
         if self.path is None or not os.path.exists(f"{self.path}.errors.jsonl"):
             return Counter()
         with open(f"{self.path}.errors.jsonl", encoding="utf-8") as file:
-            last = {row["doc_id"]: row["reason"][:80] for row in map(json.loads, file)}
-        return Counter(last.values())
+            last = {request_key(row["doc_id"], row.get("request")): row["reason"][:80] for row in map(json.loads, file)}
+        return Counter(reason for reason in last.values() if reason != DUPLICATE)
 
     def close(self) -> None:
         """Release the output for other processes."""
