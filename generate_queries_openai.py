@@ -38,7 +38,7 @@ from inpars_lib.formats import collection_fingerprint, conflicting_texts, read_c
 from inpars_lib.llm.batch import BatchConfig, BatchRunner, BatchState
 from inpars_lib.llm.client import ClientConfig, GenerationClient
 from inpars_lib.llm.errors import RESUME, check_url, read_key, retired_model_error
-from inpars_lib.llm.protocol import SLOT, ModelApi, ModelConfig
+from inpars_lib.llm.protocol import SLOT, ModelApi, ModelConfig, PromptTemplate
 from inpars_lib.llm.query_store import QueryStore, RequestKey, summarize_queries
 from inpars_lib.records import Doc
 
@@ -64,7 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top_p", type=between(0, 1), default=1.0, help="nucleus sampling (default: %(default)s)")
     add("--reasoning_effort", help="reasoning effort of the model (default: `none` where log-probabilities need it)")
     add("--min_doc_chars", type=at_least(0), default=300, help="skip shorter documents (default: %(default)s)")
-    add("--max_doc_chars", type=at_least(1), default=100_000, help="skip longer documents (default: %(default)s)")
+    add("--max_doc_chars", type=at_least(1), help="skip longer documents (default: 100000, or no limit with "
+        "--truncate_doc_chars)")  # fmt: skip
+    add("--truncate_doc_chars", type=at_least(1), metavar="N", help="truncate longer documents to N characters in the "
+        "prompt, at whitespace where possible; doc_text has the full text (default: no limit)")  # fmt: skip
     add("--sampling", choices=("random", "first"), default="random", help="documents to use (default: random)")
     add("--seed", type=int, default=1, help="seed of the document sample (default: %(default)s)")
     add("--sampling_seed", type=at_least(0), help="seed of sampling above temperature 0; query i of a document uses "
@@ -101,6 +104,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.include_doc_probs and (args.api == "chat" or args.no_log_probs):
         parser.error("--include_doc_probs needs log-probabilities and --api completions: chat cannot echo its prompt")
+    if not (args.max_doc_chars or args.truncate_doc_chars):
+        args.max_doc_chars = 100_000
     if args.queries_per_doc > 1 and not args.temperature:
         parser.error("--queries_per_doc above 1 needs a --temperature above 0, such as 0.7: greedy decoding writes the "
                      "same query again")  # fmt: skip
@@ -135,21 +140,25 @@ def sampling_key(seed: int) -> Callable[[str], bytes]:
 def sample_documents(args: argparse.Namespace) -> set[str]:
     """Return the ids of the documents to write queries for. Memory grows with their number only."""
     docs = read_collection(args.collection, desc="Sampling documents")
-    usable = ((doc.doc_id, hash(doc.text)) for doc in docs if args.min_doc_chars <= len(doc.text) <= args.max_doc_chars)
+    lengths = range(args.min_doc_chars, (args.max_doc_chars or sys.maxsize - 1) + 1)
+    usable = ((doc.doc_id, hash(doc.text), len(doc.text)) for doc in docs if len(doc.text) in lengths)
     if args.sampling == "first":
         chosen = list(islice(usable, args.max_examples))
     else:
         key = sampling_key(args.seed)
         chosen = heapq.nsmallest(args.max_examples, usable, key=lambda document: key(document[0]))
     sample: dict[str, int] = {}
-    for doc_id, text_hash in chosen:
+    for doc_id, text_hash, _ in chosen:
         if sample.setdefault(doc_id, text_hash) != text_hash:
             raise conflicting_texts(args.collection, doc_id)
     if not sample:
         raise InputError(
-            f"{args.collection}: no document of {args.min_doc_chars} to {args.max_doc_chars} characters. "
-            "Lower --min_doc_chars or raise --max_doc_chars."
+            f"{args.collection}: no document of {args.min_doc_chars} to {args.max_doc_chars or 'any number of'} "
+            "characters. Lower --min_doc_chars or raise --max_doc_chars."
         )
+    if args.truncate_doc_chars:
+        truncated = sum(length > args.truncate_doc_chars for *_, length in chosen)
+        print(f"{truncated:,} of {len(chosen):,} documents are truncated in the prompt", file=sys.stderr)
     return set(sample)
 
 
@@ -200,11 +209,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("API_KEY: not set. Run export API_KEY=<YOUR_KEY>, or name another server with --base_url.")
 
     # 1. The prompt, and the output of earlier runs with the same settings
-    template = read_prompt(args.prompt_template)
+    template = PromptTemplate(read_prompt(args.prompt_template), args.truncate_doc_chars)
     names = ("engine", "api", "max_tokens", "temperature", "top_p", "reasoning_effort", "seed", "sampling")
-    names += ("min_doc_chars", "max_doc_chars", "good_bad", "include_doc_probs", "no_log_probs")
+    names += ("min_doc_chars", "max_doc_chars", "truncate_doc_chars", "good_bad", "include_doc_probs", "no_log_probs")
     settings = {name: getattr(args, name) for name in names}
-    settings["prompt_sha256"] = hashlib.sha256(template.encode()).hexdigest()
+    settings["prompt_sha256"] = hashlib.sha256(template.text.encode()).hexdigest()
     settings["collection"] = collection_fingerprint(args.collection)
     settings["sampling_seed"] = None if args.sampling_seed == args.seed else args.sampling_seed
     store = QueryStore(None if args.dry_run else args.output, settings, args.force, args.queries_per_doc)

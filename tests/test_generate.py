@@ -21,6 +21,8 @@ from generation import EVERY, SCRIPT, errors, fails_for, flags, generate, meta, 
 from stand_in import FAULTS, StandIn, completion, document_of, error, prompt_of
 
 from inpars_lib.llm.client import GenerationClient
+from inpars_lib.llm.protocol import PromptTemplate
+from inpars_lib.records import Doc
 
 # ------------------------------------------------------------------------------------------------------- a real one
 
@@ -200,6 +202,72 @@ def test_document_lengths(collection: Path, openai_server: StandIn) -> None:
     expected = {doc_id for doc_id, length in lengths.items() if 50 <= length <= 80}
     assert set(written(collection)) == expected
     assert 0 < len(expected) < 20
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "shown"),
+    [
+        ("some words here", 15, "some words here"),
+        ("some words here", 14, "some words"),
+        ("some words here", 10, "some words"),
+        ("some  words here", 11, "some  words"),
+        ("some words  here", 11, "some words"),
+        ("a whatalongword", 14, "a whatalongwor"),  # not `a` alone
+        ("一二三四五六", 4, "一二三四"),
+        ("🙂🙂🙂", 2, "🙂🙂"),
+        ("word", 1, "w"),
+    ],
+)
+def test_documents_are_truncated_at_whitespace(text: str, limit: int, shown: str) -> None:
+    assert PromptTemplate("<{document_text}>", limit).fill(Doc("d", text)) == f"<{shown}>"
+
+
+@pytest.mark.parametrize("batch", [[], ["--batch", "--batch_poll", 0]])
+def test_long_documents_are_truncated_in_the_prompt(
+    collection: Path, openai_server: StandIn, batch: list[object]
+) -> None:
+    texts = dict(line.split("\t") for line in collection.read_text().splitlines())
+    template = collection.parent / "prompt.txt"
+    template.write_text("Document: {document_text} Query:")
+    args = ["--prompt_template", template, *batch]
+    done = ok(generate(collection, openai_server.url, *args, "--truncate_doc_chars", 43, "--min_doc_chars", 30))
+    assert "16 of 19 documents are truncated in the prompt" in done.stderr
+    prompts = {document_of(request): prompt_of(request) for request in openai_server.requests}
+    assert prompts["number3"] == f"Document: number3{' word' * 7} Query:"
+    assert prompts["number4"] == f"Document: number4{' word' * 7} Query:"
+    assert prompts["number19"] == f"Document: number19{' word' * 7} Query:"
+    for doc_id, row in written(collection).items():
+        assert row["doc_text"] == texts[doc_id]  # stage 3 trains with it, and stage 5 reranks such texts
+    assert meta(collection)["settings"]["truncate_doc_chars"] == 43
+    assert meta(collection)["settings"]["max_doc_chars"] is None
+    said = error_line(generate(collection, openai_server.url, *args, "--min_doc_chars", 30))
+    assert "truncate_doc_chars 43, now None" in said
+
+
+def test_limits_of_length_hold_for_the_full_text(collection: Path, openai_server: StandIn) -> None:
+    long = "long " * 30_000
+    with collection.open("a") as file:
+        file.write(f"x\tnumber20 {long}\n")
+    ok(generate(collection, openai_server.url, "--max_examples", 30))
+    assert set(written(collection)) == EVERY  # 100,000 characters is the default
+    assert "truncate_doc_chars" not in meta(collection)["settings"]
+    (collection.parent / "queries.jsonl").unlink()
+    ok(generate(collection, openai_server.url, "--truncate_doc_chars", 50))
+    assert set(written(collection)) == {*EVERY, "x"}
+    (collection.parent / "queries.jsonl").unlink()
+    ok(generate(collection, openai_server.url, "--truncate_doc_chars", 50, "--max_doc_chars", 80))
+    assert 0 < len(written(collection)) < 20
+    done = generate(collection, openai_server.url, "--truncate_doc_chars", 50, "--min_doc_chars", 10**6, "--force")
+    assert "no document of 1000000 to any number of characters" in error_line(done)
+
+
+def test_log_probs_of_a_truncated_document(collection: Path, openai_server: StandIn) -> None:
+    openai_server.respond = lambda r: (200, completion(" a question\n", prompt=r["prompt"]))
+    ok(generate(collection, openai_server.url, "--include_doc_probs", "--truncate_doc_chars", 20))
+    for row in written(collection).values():
+        assert row["log_probs"] == [-0.5, -1.0]
+        assert row["doc_log_probs"] == [-9.0] * 3
+        assert len(row["doc_text"].split()) > 4
 
 
 # ----------------------------------------------------------------------------------------- several queries per document

@@ -17,7 +17,7 @@ from typing import Any
 
 from inpars_lib.cli import InputError, report, shorten, warn
 from inpars_lib.llm.errors import RESUME, Action, classify_error, error_message, public_url, redact
-from inpars_lib.llm.protocol import SLOT, AnswerError, ModelApi
+from inpars_lib.llm.protocol import AnswerError, ModelApi, PromptTemplate
 from inpars_lib.llm.query_store import QueryStore, RequestKey, request_key
 from inpars_lib.llm.tokens import read_usage
 from inpars_lib.records import Doc
@@ -115,7 +115,7 @@ class BatchRunner:
     Args:
         config: The server.
         api: The model.
-        template: Prompt with a slot for the document.
+        template: The prompt.
         state: The batches in progress.
         store: Where answers and failures go.
         wanted: Requests that need an answer or a failure.
@@ -126,7 +126,7 @@ class BatchRunner:
         self,
         config: BatchConfig,
         api: ModelApi,
-        template: str,
+        template: PromptTemplate,
         state: BatchState,
         store: QueryStore,
         wanted: Set[RequestKey],
@@ -197,7 +197,7 @@ class BatchRunner:
         size, numbered = 0, self.store.queries_per_doc > 1
         for doc, number in self.read_docs(keys) if keys else ():
             name = self.store.name(RequestKey(doc.doc_id, number))
-            body = self.api.request(self.template.replace(SLOT, doc.text), number)
+            body = self.api.request(self.template.fill(doc), number)
             request = {"custom_id": name, "method": "POST", "url": f"/v1{self.api.path}", "body": body}
             line = json_line(request).encode(errors="replace")
             if names and (len(names) == self.config.batch_size or size + len(line) > MAX_FILE_BYTES):
@@ -340,10 +340,11 @@ class BatchRunner:
         """Store the result of one request. Return the reason if it is to be submitted again."""
         response, error = result.get("response") or {}, result.get("error") or {}
         status, answer = response.get("status_code"), response.get("body")
-        prompt, usage = self.template.replace(SLOT, doc.text), read_usage(answer)
+        prompt, usage = self.template.fill(doc), read_usage(answer)
         if status == 200:
             try:
-                self.store.add_answer(key, self.api.read_answer(answer, prompt, doc), usage)
+                row = self.api.read_answer(answer, prompt, self.template.truncate(doc))
+                self.store.add_answer(key, row | {"doc_text": doc.text}, usage)
             except AnswerError as failure:
                 self.store.add_failure(key, str(failure), failure.answer, usage)
             except ValueError as failure:

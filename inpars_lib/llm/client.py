@@ -18,7 +18,7 @@ from typing import Any
 from inpars_lib.cli import InputError, report, shorten, warn
 from inpars_lib.llm.budget import TokenBudget
 from inpars_lib.llm.errors import RESUME, Action, Verdict, classify_error, redact
-from inpars_lib.llm.protocol import SLOT, AnswerError, ModelApi, NoLogProbs
+from inpars_lib.llm.protocol import AnswerError, ModelApi, NoLogProbs, PromptTemplate
 from inpars_lib.llm.query_store import QueryStore, RequestKey
 from inpars_lib.llm.server import Server, backoff
 from inpars_lib.llm.tokens import NO_TOKENS, Usage, read_usage
@@ -79,7 +79,7 @@ class GenerationClient:
     Args:
         config: Servers and limits.
         api: The model.
-        template: Prompt with a slot for the document.
+        template: The prompt.
         docs: The documents, each with the number of the request, from 1.
         store: Where answers and failures go.
         total: Requests in all, for the progress bar.
@@ -91,7 +91,7 @@ class GenerationClient:
         self,
         config: ClientConfig,
         api: ModelApi,
-        template: str,
+        template: PromptTemplate,
         docs: Iterator[tuple[Doc, int]],
         store: QueryStore,
         total: int,
@@ -204,7 +204,7 @@ class GenerationClient:
         return None
 
     def _prompt_bytes(self, job: Job) -> int:
-        return len(self.template.encode()) + len(job.doc.text.encode(errors="replace"))
+        return len(self.template.fill(job.doc).encode(errors="replace"))
 
     def _interrupt(self) -> None:
         if isinstance(self.error, KeyboardInterrupt):  # the second Ctrl-C
@@ -239,14 +239,14 @@ class GenerationClient:
         import httpx2
         import openai
 
-        prompt = self.template.replace(SLOT, job.doc.text)
+        prompt = self.template.fill(job.doc)
         request, path = self.api.request(prompt, job.key.number), self.api.path
         sent_at, usage = self.now(), NO_TOKENS
         try:
             async with asyncio.timeout(self.config.timeout):  # the client's own limit is for each read
                 answer = await server.client.post(path, body=request, cast_to=object)
             usage = self.budget.count(read_usage(answer), self._prompt_bytes(job))
-            row = self.api.read_answer(answer, prompt, job.doc)
+            row = self.api.read_answer(answer, prompt, self.template.truncate(job.doc)) | {"doc_text": job.doc.text}
         except (openai.APIConnectionError, TimeoutError) as error:
             # The transport calls every broken connection a timeout of connecting.
             broken = not isinstance(error, openai.APITimeoutError | TimeoutError)

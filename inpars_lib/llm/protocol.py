@@ -1,7 +1,8 @@
 """The OpenAI-compatible protocol: requests for a query and what answers contain.
 
     api = ModelApi(ModelConfig("gpt-6-luna"), "chat")
-    body = api.request("Document: ... Relevant Query:")      # POST it to api.path
+    prompt = PromptTemplate("Document: {document_text} Relevant Query:").fill(doc)
+    body = api.request(prompt)                               # POST it to api.path
     row = api.read_answer(answer, prompt, doc)               # doc_id, doc_text, question, log_probs
 
 This module sends nothing and reads no files. `client.py` and `batch.py` both use it.
@@ -10,7 +11,7 @@ This module sends nothing and reads no files. `client.py` and `batch.py` both us
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from inpars_lib.cli import InputError, warn
 from inpars_lib.llm.errors import error_message
@@ -36,6 +37,24 @@ class NoLogProbs(AnswerError):
 
 
 # --------------------------------------------------------------------------------------------- requests and answers
+
+
+class PromptTemplate(NamedTuple):
+    """Prompt with a slot for the document, which is truncated to `max_chars` characters, if any."""
+
+    text: str
+    max_chars: int | None = None
+
+    def truncate(self, doc: Doc) -> Doc:
+        """Return the document as the prompt contains it, cut at a space if the second half has one."""
+        if self.max_chars is None or len(doc.text) <= self.max_chars:
+            return doc
+        words = doc.text[: self.max_chars + 1].rpartition(" ")[0].rstrip()
+        return Doc(doc.doc_id, words if len(words) > self.max_chars // 2 else doc.text[: self.max_chars])
+
+    def fill(self, doc: Doc) -> str:
+        """Return the prompt of a document."""
+        return self.text.replace(SLOT, self.truncate(doc).text)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from inpars_lib.storage import FORMAT_VERSION, atomic_write, is_special, json_li
 
 META_INTERVAL = 1.0  # seconds between two writes of OUTPUT.meta.json
 DUPLICATE = "duplicate of another query of this document"
-OPTIONAL = ("sampling_seed",)  # settings that are recorded only if they are set
+OPTIONAL = ("sampling_seed", "truncate_doc_chars")  # settings that are recorded only if they are set
 
 
 class RequestKey(NamedTuple):
