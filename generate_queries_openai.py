@@ -10,7 +10,7 @@ Writes  OUTPUT, synthetic queries as JSONL: doc_id, doc_text, question, log_prob
     python generate_queries_openai.py --collection data/msmarco/collection.tsv \
         --output data/msmarco/synthetic_queries.jsonl                     # with --batch at half the price
 
-Any server with OpenAI's API works, vLLM or llama.cpp for example. The demo's server needs no key and no GPU:
+Any server with OpenAI's API works: vLLM, llama.cpp, Azure (docs/servers.md). The demo's server needs no key and no GPU:
 
     python demo/serve_llm.py --port 8080 &
     python generate_queries_openai.py --collection collection.tsv --output queries.jsonl \
@@ -33,12 +33,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import islice
 
-from inpars_lib.cli import InputError, at_least, between, run_script, script_parser
+from inpars_lib.cli import InputError, at_least, between, parse_header, run_script, script_parser
 from inpars_lib.formats import collection_fingerprint, conflicting_texts, read_collection
 from inpars_lib.llm.batch import BatchConfig, BatchRunner, BatchState
 from inpars_lib.llm.client import ClientConfig, GenerationClient
-from inpars_lib.llm.errors import RESUME, check_url, read_key, retired_model_error
-from inpars_lib.llm.protocol import SLOT, ModelApi, ModelConfig, PromptTemplate
+from inpars_lib.llm.errors import RESUME, Access, check_url, read_key, retired_model_error
+from inpars_lib.llm.protocol import SLOT, ModelApi, ModelConfig, PromptTemplate, parse_extra_body
 from inpars_lib.llm.query_store import QueryStore, RequestKey, summarize_queries
 from inpars_lib.records import Doc
 
@@ -78,6 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("server").add_argument
     add("--base_url", nargs="+", metavar="URL", help="servers that share the work, with /v1 (default: OpenAI)")
+    add("--header", action="append", type=parse_header, default=[], metavar="NAME=VALUE", help="HTTP header of every "
+        "request, repeatable; its value is never written or printed")  # fmt: skip
+    add("--extra_body", type=parse_extra_body, default={}, metavar="JSON", help="JSON object with further "
+        "fields of every request")  # fmt: skip
+    add("--system_prompt", default="", metavar="TEXT", help="system message before the prompt; chat API only")
     add("--api", choices=("completions", "chat"), help="API of the model (default: found with the first document)")
     add("--concurrency", type=at_least(1), default=8, help="limit of requests in flight (default: %(default)s)")
     add("--timeout", type=at_least(0.001, float), default=120.0, help="seconds for one answer (default: %(default)s)")
@@ -104,6 +109,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.include_doc_probs and (args.api == "chat" or args.no_log_probs):
         parser.error("--include_doc_probs needs log-probabilities and --api completions: chat cannot echo its prompt")
+    if args.system_prompt and (args.api == "completions" or args.include_doc_probs):
+        parser.error("--system_prompt needs --api chat, which cannot give --include_doc_probs")
+    args.api = "chat" if args.system_prompt else args.api
     if not (args.max_doc_chars or args.truncate_doc_chars):
         args.max_doc_chars = 100_000
     if args.queries_per_doc > 1 and not args.temperature:
@@ -181,14 +189,12 @@ def print_summary(store: QueryStore, wanted: Set[RequestKey], output: str) -> No
     before = "" if store.usage == store.usage_now else f"; all runs {store.usage}"
     print(f"tokens: {store.usage_now}{before}", file=sys.stderr)
     done, failed = wanted & store.done, len(wanted & store.failed)
-    answered = ""
-    if store.queries_per_doc > 1:
-        duplicates = len(wanted & store.duplicates)
-        answered = f"; of {len(wanted):,} requests, {len(done):,} are answered ({duplicates:,} duplicates dropped)"
-    documents = len({key.doc_id for key in done}), len({key.doc_id for key in wanted})
+    answered, documents = (len({key.doc_id for key in keys}) for keys in (done, wanted))
+    dropped, left = len(wanted & store.duplicates), len(wanted) - len(done) - failed
+    requests = f"; of {len(wanted):,} requests, {len(done):,} are answered ({dropped:,} duplicates dropped)"
     print(
-        f"{output}: {store.written:,} queries written; {documents[0]:,} of {documents[1]:,} documents have one"
-        f"{answered}, {failed:,} failed, {len(wanted) - len(done) - failed:,} are left",
+        f"{output}: {store.written:,} queries written; {answered:,} of {documents:,} documents have one"
+        f"{requests if store.queries_per_doc > 1 else ''}, {failed:,} failed, {left:,} are left",
         file=sys.stderr,
     )
     if failed:
@@ -202,16 +208,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     urls = args.base_url or [url for url in [os.environ.get("OPENAI_BASE_URL")] if url]
     for url in urls:
         check_url(url)
-    key = read_key(os.environ, urls)
+    access = Access(read_key(os.environ, urls), tuple(args.header))
     if not urls and (retired := retired_model_error(args.engine)):
         raise retired
-    if not urls and not key:
+    if not urls and not access.key:
         raise InputError("API_KEY: not set. Run export API_KEY=<YOUR_KEY>, or name another server with --base_url.")
 
     # 1. The prompt, and the output of earlier runs with the same settings
     template = PromptTemplate(read_prompt(args.prompt_template), args.truncate_doc_chars)
     names = ("engine", "api", "max_tokens", "temperature", "top_p", "reasoning_effort", "seed", "sampling")
     names += ("min_doc_chars", "max_doc_chars", "truncate_doc_chars", "good_bad", "include_doc_probs", "no_log_probs")
+    names += ("system_prompt", "extra_body")
     settings = {name: getattr(args, name) for name in names}
     settings["prompt_sha256"] = hashlib.sha256(template.text.encode()).hexdigest()
     settings["collection"] = collection_fingerprint(args.collection)
@@ -226,10 +233,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     # 2. The model
-    decoding = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_p", "good_bad")}
+    names = ("max_tokens", "temperature", "top_p", "good_bad", "reasoning_effort", "system_prompt", "extra_body")
+    decoding = {name: getattr(args, name) for name in names}
     decoding["seed"] = args.seed if args.sampling_seed is None else args.sampling_seed
-    model = ModelConfig(args.engine, **decoding, log_probs=not args.no_log_probs, echo=args.include_doc_probs,
-                        reasoning_effort=args.reasoning_effort)  # fmt: skip
+    model = ModelConfig(args.engine, **decoding, log_probs=not args.no_log_probs, echo=args.include_doc_probs)
     default_api = "completions" if urls or args.include_doc_probs else "chat"
     api = ModelApi(model, store.settings["api"] or default_api)
     if store.request:
@@ -261,14 +268,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A batch run sends one document directly, which shows the API and the parameters that the model takes.
         if not args.batch_cancel and (wanted - store.done - store.failed) and not (batching and store.request):
             settled = bool(args.api or args.include_doc_probs or store.request)
-            servers = ClientConfig(tuple(urls), key, args.concurrency, args.timeout, args.patience, args.sleep_time,
+            servers = ClientConfig(tuple(urls), access, args.concurrency, args.timeout, args.patience, args.sleep_time,
                                    args.max_total_tokens, settled)  # fmt: skip
             docs = read_docs(wanted - store.done - store.failed)
             client = GenerationClient(servers, api, template, docs, store, len(wanted), finished, only_first=batching)
             asyncio.run(client.run())
             rate = client.rate(time.monotonic() - started)
         if batching:
-            config = BatchConfig(urls[0] if urls else None, key, args.timeout, args.batch_size, args.batch_poll,
+            config = BatchConfig(urls[0] if urls else None, access, args.timeout, args.batch_size, args.batch_poll,
                                  args.patience)  # fmt: skip
             runner = BatchRunner(config, api, template, batches, store, wanted, read_docs)
             runner.cancel() if args.batch_cancel else runner.run()

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -63,6 +64,16 @@ def script_parser(doc: str | None, prog: str | None = None, allow_abbrev: bool =
     """Return a parser whose help opens with the script's docstring, line breaks kept."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=formatter, allow_abbrev=allow_abbrev)
+
+
+def parse_header(word: str) -> tuple[str, str]:
+    """Return name and value of an HTTP header NAME=VALUE. Errors do not quote the value, which may be a secret."""
+    name, _, value = word.partition("=")
+    if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+        raise argparse.ArgumentTypeError("expected NAME=VALUE, with a name that HTTP allows")
+    if not (value.strip() and value.strip().isascii() and value.strip().isprintable()):
+        raise argparse.ArgumentTypeError(f"the value of {name} is empty or has characters that HTTP does not allow")
+    return name, value.strip()
 
 
 def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:

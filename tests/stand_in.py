@@ -64,7 +64,7 @@ def chat(text: str, log_prob: float = -0.5, asked: str = "") -> dict:
 
 
 def prompt_of(request: dict) -> str:
-    return request["prompt"] if "prompt" in request else request["messages"][0]["content"]
+    return request["prompt"] if "prompt" in request else request["messages"][-1]["content"]
 
 
 def document_of(request: dict) -> str:
@@ -77,7 +77,7 @@ def error(status: int, message: str, code: str | None = None, param: str | None 
 
 
 class StandIn:
-    """`respond(request) -> (status, body)` makes the answers; `requests` and `keys` keep what came.
+    """`respond(request) -> (status, body)` makes the answers; `requests`, `keys` and `received` keep what came.
 
     A status of 0 cuts the connection, with half the body sent; one of -1 never answers.
     """
@@ -90,6 +90,7 @@ class StandIn:
         self.latency, self.faults, self.random = latency, faults, random.Random(seed)
         self.requests: list[dict] = []
         self.keys: list[str | None] = []
+        self.received: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers in lower case
         self.headers: dict[str, str] = {}  # of error answers
         self.under_way = self.most_under_way = 0
         self.files: dict[str, bytes] = {}
@@ -205,11 +206,18 @@ class StandIn:
             def log_message(self, *_: object) -> None:
                 pass
 
+            def note(self) -> str:
+                """Keep path and headers of a request. Return the path without Azure's prefix and without the query."""
+                with outer.lock:
+                    outer.received.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
+                return self.path.partition("?")[0].removeprefix("/openai")
+
             def do_POST(self) -> None:
                 data = self.rfile.read(int(self.headers["Content-Length"]))
                 with outer.lock:
                     outer.keys.append(self.headers["Authorization"])
-                if self.path == "/v1/files":
+                path = self.note()
+                if path == "/v1/files":
                     boundary = self.headers["Content-Type"].partition("boundary=")[2].encode()
                     part = next(p for p in data.split(b"--" + boundary) if b'name="file"' in p)
                     with outer.lock:
@@ -218,13 +226,13 @@ class StandIn:
                     outer.step("upload")
                     what = {"id": name, "object": "file", "bytes": len(data), "created_at": int(time.time())}
                     return self.give(200, {**what, "filename": "f", "purpose": "batch", "status": "processed"})
-                if self.path == "/v1/batches":
+                if path == "/v1/batches":
                     with outer.lock:
                         batch = outer.create_batch(json.loads(data))
                     outer.step("create")
                     return self.give(200, batch)
-                if self.path.endswith("/cancel"):
-                    batch = outer.batches[self.path.split("/")[-2]]
+                if path.endswith("/cancel"):
+                    batch = outer.batches[path.split("/")[-2]]
                     batch["status"] = "cancelling"
                     return self.give(200, batch)
                 request = json.loads(data)
@@ -246,7 +254,7 @@ class StandIn:
                 self.give(status, body, outer.headers if status >= 400 else {})
 
             def do_GET(self) -> None:
-                path = self.path.partition("?")[0]
+                path = self.note()
                 if path == "/v1/batches":
                     newest_first = list(outer.batches.values())[::-1]
                     return self.give(200, {"object": "list", "data": newest_first, "has_more": False})

@@ -47,6 +47,21 @@ def test_the_batch_api_answers_a_collection(collection: Path, openai_server: Sta
     assert len(openai_server.batches) == 3
 
 
+def test_a_batch_on_azures_address(collection: Path, openai_server: StandIn) -> None:
+    server = openai_server.url.removesuffix("/v1") + "/openai/v1?api-version=preview"
+    done = ok(generate(collection, server, *QUICK, "--api", "chat", "--header", "api-key=azure-secret"))
+    assert set(written(collection)) == EVERY
+    paths = {(method, path.split("/")[3].partition("?")[0]) for method, path, _ in openai_server.received}
+    assert paths >= {("POST", "chat"), ("POST", "files"), ("POST", "batches"), ("GET", "batches"), ("GET", "files")}
+    for _, path, headers in openai_server.received:
+        assert path.startswith("/openai/v1/")
+        assert path.endswith("?api-version=preview")
+        assert headers["api-key"] == "azure-secret"
+        assert "authorization" not in headers
+    assert "azure-secret" not in done.stderr
+    assert not any(b"azure-secret" in data for data in openai_server.files.values())
+
+
 def test_several_queries_per_document_in_a_batch(collection: Path, openai_server: StandIn) -> None:
     """A run that wants more queries collects the batch of one that wanted fewer, and the other way round."""
     several = [*QUICK, "--temperature", 0.7, "--batch_poll", 0]

@@ -958,6 +958,161 @@ def test_a_proxy_is_named(collection: Path) -> None:
     assert "The environment has a proxy, HTTP_PROXY" in error_line(done)
 
 
+# --------------------------------------------------------------------------------------------------------- any server
+
+
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [
+        ("/openai/v1", "/openai/v1/chat/completions"),
+        ("/openai/v1/?api-version=preview", "/openai/v1/chat/completions?api-version=preview"),
+        (
+            "/openai/deployments/my-gpt?api-version=2024-10-21&a=b%20c",
+            "/openai/deployments/my-gpt/chat/completions?api-version=2024-10-21&a=b+c",
+        ),
+    ],
+)
+def test_azures_addresses(collection: Path, openai_server: StandIn, address: str, path: str) -> None:
+    server = openai_server.url.removesuffix("/v1") + address
+    key = ["--header", "api-key=azure-secret", "--header", "X-Team= search = 1 "]
+    done = ok(generate(collection, server, "--api", "chat", *key))
+    assert set(written(collection)) == EVERY
+    assert {(method, path) for method, path, _ in openai_server.received} == {("POST", path)}
+    for _, _, headers in openai_server.received:
+        assert (headers["api-key"], headers["x-team"]) == ("azure-secret", "search = 1")
+        assert "authorization" not in headers  # a made-up key must not stand beside the real one
+    assert "azure-secret" not in done.stderr
+    for file in collection.parent.iterdir():
+        assert "azure-secret" not in file.read_text()
+
+
+def test_headers_and_key_go_together(collection: Path, openai_server: StandIn) -> None:
+    ok(generate(collection, openai_server.url, "--header", "X-Title=InPars", "--max_examples", 1, API_KEY="sk-one"))
+    assert openai_server.keys == ["Bearer sk-one"]
+    mine = ["--header", "authorization=Bearer mine", "--max_examples", 2]
+    ok(generate(collection, openai_server.url, *mine, API_KEY="sk-one"))
+    assert openai_server.keys == ["Bearer sk-one", "Bearer mine"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (401, {"error": {"message": "Header-Secret is not known, nor is sk-header: sk-key"}}),
+        (400, {"error": {"message": "Header-Secret sk-header is not known, sk-key"}}),
+        (404, {"error": {"message": "Header-Secret sk-header is not known, sk-key"}}),
+        (200, {"error": {"message": "Header-Secret sk-header is not known, sk-key"}}),
+        (500, {"error": {"message": "Header-Secret sk-header is not known, sk-key"}}),
+    ],
+)
+def test_a_server_that_quotes_the_headers(collection: Path, openai_server: StandIn, status: int, body: object) -> None:
+    def respond(request: dict) -> tuple[int, object]:
+        return openai_server.answer(request) if len(openai_server.requests) % 3 == 1 else (status, body)
+
+    openai_server.respond = respond
+    secrets = ["--header", "Authorization=Bearer sk-header", "--header", "X-Key=Header-Secret", "--patience", 0.5]
+    for api in ([], ["--batch", "--batch_poll", 0]):
+        done = generate(collection, openai_server.url, *secrets, *api, API_KEY="sk-key")
+        assert "is not known" in done.stderr or status == 401
+        said = done.stderr + "".join(path.read_text() for path in collection.parent.iterdir())
+        for secret in ("Header-Secret", "sk-header", "sk-key"):
+            assert secret not in said
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        ("api-key: s3cret", "expected NAME=VALUE"),
+        ("api key=s3cret", "expected NAME=VALUE"),
+        ("=s3cret", "expected NAME=VALUE"),
+        ("api-key=s3cret\nHost: x", "the value of api-key"),
+        ("api-key=s3crét", "the value of api-key"),
+        ("api-key= ", "the value of api-key"),
+    ],
+)
+def test_malformed_headers_are_not_quoted(collection: Path, header: str, problem: str) -> None:
+    done = generate(collection, "http://127.0.0.1:9/v1", "--header", header)
+    assert problem in error_line(done, 2)
+    assert "s3cr" not in done.stderr
+
+
+@pytest.mark.parametrize("batch", [[], ["--batch", "--batch_poll", 0]])
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_extra_fields_of_the_body(collection: Path, openai_server: StandIn, api: str, batch: list[object]) -> None:
+    extra = {"chat_template_kwargs": {"enable_thinking": False}, "top_k": 20, "stop": ["\n"], "név": "é"}
+    ok(generate(collection, openai_server.url, "--api", api, "--extra_body", json.dumps(extra), *batch))
+    assert all(request | extra == request for request in openai_server.requests)
+    assert len(openai_server.requests) == 20
+    assert meta(collection)["settings"]["extra_body"] == extra
+    assert "top_k" not in meta(collection)["request"]["parameters"]
+    said = error_line(generate(collection, openai_server.url, "--api", api, *batch))
+    assert "made with other settings (extra_body {" in said
+    ok(generate(collection, openai_server.url, "--api", api, "--extra_body", json.dumps(extra), *batch))
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ('{"n": 8}', "n: set by this script"),
+        ('{"stream": true, "echo": true, "x": 1}', "echo, stream: set by this script"),
+        ('{"logprobs": 5}', "logprobs: set"),
+        ('{"messages": []}', "messages: set"),
+        ('{"prompt": ""}', "prompt: set"),
+        ('{"temperature": 1}', "temperature: set by this script. Use its flags"),
+        ('{"max_completion_tokens": 1}', "max_completion_tokens: set"),
+        ("[1]", "expected a JSON object: not a JSON object"),
+        ("{'a': 1}", "expected a JSON object: not JSON"),
+        ('{"a": NaN}', "expected a JSON object"),
+        ('{"a": "\\ud83d"}', "expected a JSON object"),
+        ("", "expected a JSON object"),
+    ],
+)
+def test_fields_that_the_pipeline_depends_on_are_refused(collection: Path, body: str, problem: str) -> None:
+    assert problem in error_line(generate(collection, "http://127.0.0.1:9/v1", "--extra_body", body), 2)
+
+
+def test_a_refused_extra_field_stops_the_run(collection: Path, openai_server: StandIn) -> None:
+    openai_server.refuses = {"top_k": "Unrecognized request argument supplied: 'top_k'"}
+    done = generate(collection, openai_server.url, "--extra_body", '{"top_k": 20}')
+    assert "m: --extra_body top_k was refused (Unrecognized request argument" in error_line(done)
+    assert len(openai_server.requests) == 1
+    openai_server.refuses = {}
+    openai_server.respond = lambda request: (
+        error(400, "no provider found") if document_of(request) == "number7" else openai_server.answer(request)
+    )
+    ok(generate(collection, openai_server.url, "--extra_body", '{"provider": {"only": ["a"]}}'))  # one document's
+    assert errors(collection) == {"d7": "no provider found"}
+
+
+@pytest.mark.parametrize("batch", [[], ["--batch", "--batch_poll", 0]])
+def test_a_system_prompt_needs_the_chat_api(collection: Path, openai_server: StandIn, batch: list[object]) -> None:
+    system = ["--system_prompt", "You write “queries”.\nOnly one."]
+    ok(generate(collection, openai_server.url, *system, *batch))
+    assert set(written(collection)) == EVERY
+    for request in openai_server.requests:
+        assert request["path"] == "/v1/chat/completions"
+        first, second = request["messages"]
+        assert first == {"role": "system", "content": system[1]}
+        assert second["role"] == "user"
+        assert second["content"].endswith("Relevant Query:")
+    assert meta(collection)["settings"]["system_prompt"] == system[1]
+    assert "made with other settings (system_prompt You" in error_line(generate(collection, openai_server.url))
+    for other in (["--api", "completions"], ["--include_doc_probs"]):
+        assert "--system_prompt needs --api chat" in error_line(generate(collection, "http://h", *system, *other), 2)
+
+
+def test_settings_of_an_earlier_version_are_those_of_the_defaults(collection: Path, openai_server: StandIn) -> None:
+    """OUTPUT.meta.json of a run with the old flags has no setting that earlier versions did not have."""
+    ok(generate(collection, openai_server.url, "--max_examples", 3))
+    names = (
+        "engine api max_tokens temperature top_p reasoning_effort seed sampling min_doc_chars max_doc_chars good_bad"
+    )
+    names += " include_doc_probs no_log_probs prompt_sha256 collection"
+    assert " ".join(meta(collection)["settings"]) == names
+    for change in (["--extra_body", '{"top_k": 1}'], ["--truncate_doc_chars", 9], ["--sampling_seed", 2]):
+        assert "made with other settings" in error_line(generate(collection, openai_server.url, *change))
+    ok(generate(collection, openai_server.url))
+
+
 # -------------------------------------------------------------------------------------------------------------- money
 
 

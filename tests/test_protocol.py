@@ -5,6 +5,7 @@ from stand_in import chat, completion
 
 from inpars_lib.cli import InputError
 from inpars_lib.llm.errors import (
+    Access,
     Action,
     check_url,
     classify_error,
@@ -266,7 +267,7 @@ def test_a_message_about_chat_switches_the_api_once() -> None:
 
 
 def test_the_limit_falls_after_overload_and_rises_with_answers() -> None:
-    server = Server("http://127.0.0.1:9/v1", None, 10, 1.0)
+    server = Server("http://127.0.0.1:9/v1", Access(), 10, 1.0)
     server.on_overload(now=5.0, sent_at=1.0)
     server.on_overload(now=5.1, sent_at=2.0)  # in flight together with the first: counts once
     assert server.limit == pytest.approx(7)
@@ -284,7 +285,7 @@ def test_the_limit_falls_after_overload_and_rises_with_answers() -> None:
 
 
 def test_waits_grow_without_a_retry_after() -> None:
-    server = Server("http://127.0.0.1:9/v1", None, 2, 1.0)
+    server = Server("http://127.0.0.1:9/v1", Access(), 2, 1.0)
     server.on_rate_limit(100.0, wait=3.0)
     assert (server.free_capacity(102.9), server.free_capacity(103.0)) == (0.0, 1.0)
     waits = []
@@ -300,7 +301,7 @@ def test_waits_grow_without_a_retry_after() -> None:
 
 
 def test_an_unreachable_server_gets_one_request_at_a_time() -> None:
-    server = Server("http://127.0.0.1:9/v1", None, 8, 1.0)
+    server = Server("http://127.0.0.1:9/v1", Access(), 8, 1.0)
     server.on_connection_failure(10.0)
     assert server.free_capacity(10.1) == 0.0
     assert server.free_capacity(10.25) == 1.0

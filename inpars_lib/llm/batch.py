@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inpars_lib.cli import InputError, report, shorten, warn
-from inpars_lib.llm.errors import RESUME, Action, classify_error, error_message, public_url, redact
+from inpars_lib.llm.errors import RESUME, Access, Action, classify_error, error_message, public_url
 from inpars_lib.llm.protocol import AnswerError, ModelApi, PromptTemplate
 from inpars_lib.llm.query_store import QueryStore, RequestKey, request_key
 from inpars_lib.llm.tokens import read_usage
@@ -36,15 +36,15 @@ class BatchConfig:
 
     Attributes:
         url: Base URL, or None for OpenAI.
-        key: API key, or None.
+        access: API key and headers.
         timeout: Seconds for one answer.
         batch_size: Requests per batch.
         poll_seconds: Seconds between two status requests.
         patience: Seconds to wait for a server that cannot be reached.
     """
 
-    url: str | None = None
-    key: str | None = None
+    url: str | None
+    access: Access
     timeout: float = 120.0
     batch_size: int = 50_000
     poll_seconds: float = 30.0
@@ -137,9 +137,9 @@ class BatchRunner:
         self.config, self.api, self.template, self.state = config, api, template, state
         self.store, self.wanted, self.read_docs = store, wanted, read_docs
         self.server = public_url(config.url)
-        self.client = openai.OpenAI(
-            api_key=config.key or "none", base_url=config.url, max_retries=MAX_RETRIES, timeout=config.timeout
-        )
+        self.redact = config.access.redact
+        options = config.access.client_options(config.url, openai.DefaultHttpxClient, config.timeout)
+        self.client = openai.OpenAI(**options, max_retries=MAX_RETRIES)
 
     @property
     def left(self) -> set[RequestKey]:
@@ -177,7 +177,7 @@ class BatchRunner:
             self._collect_all()
 
     def _errors(self) -> "_ClientErrors":
-        return _ClientErrors(self.server, self.api.config.name, self.config.key)
+        return _ClientErrors(self.server, self.api.config.name, self.redact)
 
     # ------------------------------------------------------------------------------------------------------- submit
 
@@ -287,9 +287,7 @@ class BatchRunner:
             except (openai.APIConnectionError, openai.InternalServerError) as error:
                 if time.monotonic() - started > self.config.patience:
                     raise
-                report(
-                    f"{self.server}: no status of the batch ({redact(shorten(error), self.config.key)}). Waiting ..."
-                )
+                report(f"{self.server}: no status of the batch ({self.redact(shorten(error))}). Waiting ...")
                 time.sleep(self.config.poll_seconds)
 
     def _collect(self, batch: Batch, status: Any, reasons: Counter[str]) -> None:
@@ -311,7 +309,7 @@ class BatchRunner:
             errors = (status.errors.data if status.errors else None) or []
             said = "; ".join(f"{e.message}{f' (request {e.line})' if e.line else ''}" for e in errors[:3])
             if not (self.state.open and any(e.code == "token_limit_exceeded" for e in errors)):
-                said = redact(said, self.config.key) or "no reason given"
+                said = self.redact(said) or "no reason given"
                 raise InputError(
                     f"{self.server}: batch {status.id} was not accepted: {said}. If it has too many tokens at a time, "
                     f"use a smaller --batch_size or --max_examples. {RESUME}"
@@ -348,10 +346,10 @@ class BatchRunner:
             except AnswerError as failure:
                 self.store.add_failure(key, str(failure), failure.answer, usage)
             except ValueError as failure:
-                return str(failure)
+                return self.redact(str(failure))
             return None
         body = answer.get("error") if isinstance(answer, dict) else None
-        reason = redact(error_message(error) or error_message(body) or f"status {status}", self.config.key)
+        reason = self.redact(error_message(error) or error_message(body) or f"status {status}")
         if status is not None:
             verdict = classify_error(status, body, {}, request=self.api.request(prompt), server=self.server)
             if verdict.action in (Action.GIVE_UP, Action.ADAPT):
@@ -363,8 +361,8 @@ class BatchRunner:
 class _ClientErrors:
     """Context manager that turns errors of the OpenAI client into `InputError`."""
 
-    def __init__(self, server: str, model: str, key: str | None) -> None:
-        self.server, self.model, self.key = server, model, key
+    def __init__(self, server: str, model: str, redact: Callable[[str], str]) -> None:
+        self.server, self.model, self.redact = server, model, redact
 
     def __enter__(self) -> None:
         pass
@@ -373,15 +371,14 @@ class _ClientErrors:
         import openai
 
         if isinstance(error, openai.APIConnectionError):
-            problem = (
-                f"{self.server}: the server cannot be reached ({redact(shorten(error.__cause__ or error), self.key)})"
-            )
+            reason = self.redact(shorten(error.__cause__ or error))
+            problem = f"{self.server}: the server cannot be reached ({reason})"
             raise InputError(f"{problem}. Its batches continue; run the same command again to collect them.") from None
         if isinstance(error, openai.APIStatusError):
             request = {"model": self.model}
             headers = error.response.headers
             verdict = classify_error(error.status_code, error.body, headers, request=request, server=self.server)
-            said = redact(verdict.message or shorten(error), self.key)
+            said = self.redact(verdict.message or shorten(error))
             if verdict.action is not Action.STOP:
                 said = f"{self.server}: a batch request failed ({error.status_code}: {said}). {RESUME}"
             raise InputError(said) from None

@@ -17,7 +17,7 @@ from typing import Any
 
 from inpars_lib.cli import InputError, report, shorten, warn
 from inpars_lib.llm.budget import TokenBudget
-from inpars_lib.llm.errors import RESUME, Action, Verdict, classify_error, redact
+from inpars_lib.llm.errors import RESUME, Access, Action, Verdict, classify_error
 from inpars_lib.llm.protocol import AnswerError, ModelApi, NoLogProbs, PromptTemplate
 from inpars_lib.llm.query_store import QueryStore, RequestKey
 from inpars_lib.llm.server import Server, backoff
@@ -38,7 +38,7 @@ class ClientConfig:
 
     Attributes:
         urls: Base URLs, one per server; empty for OpenAI.
-        key: API key, or None.
+        access: API key and headers.
         concurrency: Upper bound of requests in flight.
         timeout: Seconds for one answer.
         patience: Seconds without an answer after which the run stops.
@@ -47,8 +47,8 @@ class ClientConfig:
         api_settled: The user has named the API, so no other is tried.
     """
 
-    urls: tuple[str, ...] = ()
-    key: str | None = None
+    urls: tuple[str, ...]
+    access: Access
     concurrency: int = 8
     timeout: float = 120.0
     patience: float = 3600.0
@@ -104,7 +104,8 @@ class GenerationClient:
         self.only_first = only_first
         urls = config.urls or (None,)
         limit = max(1, math.ceil(config.concurrency / len(urls)))
-        self.servers = [Server(url, config.key, limit, config.timeout) for url in urls]
+        self.servers = [Server(url, config.access, limit, config.timeout) for url in urls]
+        self.redact = config.access.redact
         self.bar = tqdm(desc="Generating", total=total, initial=finished, unit=f" {store.unit}", smoothing=0.05)
         self.api_switched = False
         self.queue: list[Job] = []  # heap of documents to try again, by the time of the next try
@@ -204,7 +205,7 @@ class GenerationClient:
         return None
 
     def _prompt_bytes(self, job: Job) -> int:
-        return len(self.template.fill(job.doc).encode(errors="replace"))
+        return len((self.api.config.system_prompt + self.template.fill(job.doc)).encode(errors="replace"))
 
     def _interrupt(self) -> None:
         if isinstance(self.error, KeyboardInterrupt):  # the second Ctrl-C
@@ -240,8 +241,7 @@ class GenerationClient:
         import openai
 
         prompt = self.template.fill(job.doc)
-        request, path = self.api.request(prompt, job.key.number), self.api.path
-        sent_at, usage = self.now(), NO_TOKENS
+        request, path, sent_at, usage = self.api.request(prompt, job.key.number), self.api.path, self.now(), NO_TOKENS
         try:
             async with asyncio.timeout(self.config.timeout):  # the client's own limit is for each read
                 answer = await server.client.post(path, body=request, cast_to=object)
@@ -252,7 +252,7 @@ class GenerationClient:
             broken = not isinstance(error, openai.APITimeoutError | TimeoutError)
             if broken or isinstance(error.__cause__, httpx2.ConnectTimeout):
                 server.on_connection_failure(self.now())
-                reason = redact(shorten(error.__cause__ or error), self.config.key)
+                reason = self.redact(shorten(error.__cause__ or error))
                 return self._on_connection_error(job, server, reason)
             server.on_overload(self.now(), sent_at)
             # An overloaded server times out for all. If a later request was answered, the document is the cause.
@@ -269,7 +269,7 @@ class GenerationClient:
                 can_switch_api=not (self.config.api_settled or self.store.answered or self.api_switched),
                 answered=bool(self.store.done),
             )
-            verdict = verdict._replace(message=redact(verdict.message or shorten(error), self.config.key))
+            verdict = verdict._replace(message=self.redact(verdict.message or shorten(error)))
             self._act_on(verdict, job, server, request, path, sent_at)
         except NoLogProbs as error:
             if not self.store.done:
@@ -281,10 +281,11 @@ class GenerationClient:
             self._give_up(job, str(error), usage, error.answer)
         except ValueError as error:  # not JSON, or not the JSON of an answer
             server.on_contact()
+            reason = f"the answer is malformed ({self.redact(str(error))})"
             if not self.store.done:
-                problem = f"{server.name}: the answer is malformed ({error})"
-                return self._stop(InputError(f"{problem}. Check --engine, and that --base_url ends in /v1."))
-            self._retry(job, server, f"the answer is malformed ({error})", usage=usage)
+                problem = f"{server.name}: {reason}. Check --engine, and that --base_url ends in /v1."
+                return self._stop(InputError(problem))
+            self._retry(job, server, reason, usage=usage)
         else:
             server.on_contact()
             server.on_answer()
@@ -302,6 +303,8 @@ class GenerationClient:
                 self.api.use_api("completions" if self.api.api == "chat" else "chat")
                 self.api_switched = True
                 heapq.heappush(self.queue, job)
+            case Action.ADAPT if verdict.parameter in self.api.config.extra_body and self.store.done:
+                self._give_up(job, verdict.message)
             case Action.ADAPT:
                 try:
                     if path == self.api.path and verdict.parameter:

@@ -6,7 +6,7 @@ verdict = classify_error(429, error_object, headers, request=body, server="OpenA
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from enum import Enum
@@ -24,6 +24,7 @@ REPLACEMENTS = (
     "--engine NAME), or the demo's local server (python demo/serve_llm.py --port 8080, then --base_url "
     "http://127.0.0.1:8080/v1 --engine smollm2-135m-instruct)."
 )
+MIN_SECRET = 6  # characters; shorter words of a header are no keys
 RESUME = "Answers so far are saved. Run the same command again to resume."
 
 
@@ -68,9 +69,39 @@ def read_key(environment: Mapping[str, str], urls: Sequence[str]) -> str | None:
     return None
 
 
-def redact(text: str, key: str | None) -> str:
-    """Return a server's message without the key, which the server may quote."""
-    return text.replace(key, "<key>") if key else text
+class Access(NamedTuple):
+    """API key and HTTP headers of every request. Both may hold secrets."""
+
+    key: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def client_options(self, url: str | None, http_client: Callable[..., Any], timeout: float) -> dict[str, Any]:
+        """Return the arguments of an OpenAI client for this address, which may have a user and a query string."""
+        import httpx2
+
+        def without_key(request: httpx2.Request) -> httpx2.Request:
+            del request.headers["Authorization"]
+            return request
+
+        address, headers = httpx2.URL(url or ""), dict(self.headers)
+        auth: Any = (address.username, address.password) if address.username else None  # aiohttp wants no user in a URL
+        if headers and not self.key and "authorization" not in map(str.lower, headers):
+            auth = auth or without_key
+        return {
+            "base_url": str(address.copy_with(userinfo=b"", query=None)) if url else None,
+            "default_query": dict(address.params),
+            "default_headers": headers,
+            "api_key": self.key or "none",  # a local server needs no key, but the client insists on one
+            "timeout": timeout,
+            "http_client": http_client(timeout=timeout, auth=auth),
+        }
+
+    def redact(self, text: str) -> str:
+        """Return a server's message without the key and the words of the headers, which the server may quote."""
+        words = {word for _, value in self.headers for word in (value, *value.split()) if len(word) >= MIN_SECRET}
+        for secret in sorted(words | {self.key or ""} - {""}, key=len, reverse=True):
+            text = text.replace(secret, "<key>")
+        return text
 
 
 def retired_model_error(name: str) -> InputError | None:

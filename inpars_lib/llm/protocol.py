@@ -8,12 +8,15 @@
 This module sends nothing and reads no files. `client.py` and `batch.py` both use it.
 """
 
+import argparse
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from inpars_lib.cli import InputError, warn
+from inpars_lib.line_parsers import json_object
 from inpars_lib.llm.errors import error_message
 from inpars_lib.llm.tokens import align, log_probs_within, read_tokens
 from inpars_lib.records import Doc
@@ -21,6 +24,9 @@ from inpars_lib.records import Doc
 SLOT = "{document_text}"  # where a prompt takes the document
 STOP = "\n\n"  # a prompt separates its examples by an empty line, so the model writes one after its query
 OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+# What --extra_body may not hold: flags decide the first line, and reading answers depends on the others.
+OWN_PARAMETERS = {"model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "reasoning_effort"}
+OWN_PARAMETERS |= {"messages", "prompt", "n", "best_of", "stream", "stream_options", "logprobs", "top_logprobs", "echo"}
 NEEDS_NO_REASONING = ("logprobs", "top_logprobs", "temperature", "top_p")  # reasoning models take them with effort none
 
 
@@ -71,6 +77,8 @@ class ModelConfig:
         good_bad: The prompt asks for a good question and a bad question.
         echo: Request the document's log-probabilities too; completions API only.
         reasoning_effort: Passed on as it is. None sends nothing, or `none` to a model that needs it.
+        system_prompt: System message before the prompt, chat API only; none if empty.
+        extra_body: Further fields of every request.
     """
 
     name: str
@@ -82,6 +90,20 @@ class ModelConfig:
     good_bad: bool = False
     echo: bool = False
     reasoning_effort: str | None = None
+    system_prompt: str = ""
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_extra_body(word: str) -> dict[str, Any]:
+    """Return the fields of --extra_body, or raise an argparse error."""
+    try:
+        body = json_object(word)
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object: {error}") from None
+    if own := sorted(OWN_PARAMETERS & body.keys()):
+        raise argparse.ArgumentTypeError(f"{', '.join(own)}: set by this script. Use its flags")
+    return body
 
 
 class ModelApi:
@@ -132,8 +154,10 @@ class ModelApi:
 
     def request(self, prompt: str, number: int = 1) -> dict[str, Any]:
         """Return the JSON body of a request. Each of several requests with the same prompt has a seed of its own."""
-        content = {"messages": [{"role": "user", "content": prompt}]} if self.api == "chat" else {"prompt": prompt}
-        body = {"model": self.config.name, **content, **self.parameters}
+        messages = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
+        messages.append({"role": "user", "content": prompt})
+        content = {"messages": messages} if self.api == "chat" else {"prompt": prompt}
+        body = {"model": self.config.name, **content, **self.parameters, **self.config.extra_body}
         if "seed" in body:
             body["seed"] += number - 1
         return body
@@ -149,6 +173,8 @@ class ModelApi:
         Raises:
             InputError: Answers without this parameter would be useless.
         """
+        if parameter in self.config.extra_body:
+            raise InputError(f"{self.config.name}: --extra_body {parameter} was refused ({reason}). Omit it.")
         current = self.parameters.get(parameter)
         if current is None or (request[parameter] != current and parameter != "seed"):
             return  # an earlier refusal has changed it already

@@ -10,14 +10,15 @@ from contextlib import suppress
 from itertools import islice
 from typing import IO, Any, NamedTuple
 
-from inpars_lib.cli import InputError, warn
+from inpars_lib.cli import InputError, shorten, warn
 from inpars_lib.formats import SyntheticRow, read_synthetic_queries
 from inpars_lib.llm.tokens import NO_TOKENS, Usage
 from inpars_lib.storage import FORMAT_VERSION, atomic_write, is_special, json_line, lock, repair_last_line
 
 META_INTERVAL = 1.0  # seconds between two writes of OUTPUT.meta.json
 DUPLICATE = "duplicate of another query of this document"
-OPTIONAL = ("sampling_seed", "truncate_doc_chars")  # settings that are recorded only if they are set
+# Settings that are recorded only if they are set
+OPTIONAL = ("sampling_seed", "truncate_doc_chars", "system_prompt", "extra_body")
 
 
 class RequestKey(NamedTuple):
@@ -50,6 +51,7 @@ class QueryStore:
         failed: Requests that were given up.
         request: State of `ModelApi` that an earlier run found out, or None.
         usage: Tokens of all runs on this output.
+        written: Number of queries written in this run.
 
     Raises:
         InputError: Another process holds the output, or its settings differ.
@@ -59,9 +61,10 @@ class QueryStore:
         self, path: str | None, settings: Mapping[str, Any], force: bool = False, queries_per_doc: int = 1
     ) -> None:
         self.path, self.queries_per_doc = path, queries_per_doc
-        self.settings = {name: value for name, value in settings.items() if value is not None or name not in OPTIONAL}
+        self.settings = {name: value for name, value in settings.items() if value or name not in OPTIONAL}
+        self.unit = "documents" if queries_per_doc == 1 else "requests"  # what is counted in messages
         self.request: dict[str, Any] | None = None
-        self.usage = NO_TOKENS
+        self.usage, self.written = NO_TOKENS, 0
         self.done: set[RequestKey] = set()
         self.duplicates: set[RequestKey] = set()
         self.failed: set[RequestKey] = set()
@@ -79,8 +82,7 @@ class QueryStore:
                 self._read_done(path)
             self._read_errors()
             self._read_meta(force)
-        self._done_before, self._duplicates_before = len(self.done), len(self.duplicates)
-        self._usage_before = self.usage
+        self._done_before, self._usage_before = len(self.done), self.usage
 
     @property
     def answered(self) -> int:
@@ -88,19 +90,9 @@ class QueryStore:
         return len(self.done) - self._done_before
 
     @property
-    def written(self) -> int:
-        """Number of queries written in this run."""
-        return self.answered - (len(self.duplicates) - self._duplicates_before)
-
-    @property
     def usage_now(self) -> Usage:
         """Tokens of this run."""
         return Usage(*(a - b for a, b in zip(self.usage, self._usage_before, strict=True)))
-
-    @property
-    def unit(self) -> str:
-        """What is counted in messages."""
-        return "documents" if self.queries_per_doc == 1 else "requests"
 
     def name(self, key: RequestKey) -> str:
         """Return the name of a request in files and messages."""
@@ -165,7 +157,8 @@ class QueryStore:
         if not names:
             self.request = meta.get("request")
         elif begun and not force:
-            differences = ", ".join(f"{name} {before.get(name)}, now {self.settings.get(name)}" for name in names)
+            values = ((name, shorten(before.get(name)), shorten(self.settings.get(name))) for name in names)
+            differences = ", ".join(f"{name} {old}, now {new}" for name, old, new in values)
             raise InputError(
                 f"{self.path}: made with other settings ({differences}). Use those settings, name another --output, or "
                 "mix both with --force."
@@ -179,6 +172,7 @@ class QueryStore:
             self.duplicates.add(key)
             self._append_error(key, DUPLICATE, row["question"])
         elif self.path:
+            self.written += 1
             self._append(self._file, row if self.queries_per_doc == 1 else {**row, "request": self.name(key)})
         self.add_usage(usage)
 

@@ -1,7 +1,7 @@
 """One OpenAI-compatible server: its client and how many requests at a time it can take."""
 
 from inpars_lib.cli import InputError, report, shorten, warn
-from inpars_lib.llm.errors import public_url
+from inpars_lib.llm.errors import Access, public_url
 
 FIRST_WAIT = 0.5  # seconds before the second try; doubles with each further failure
 SHORTEST_WAIT = 0.25  # seconds after status 429, even if the server asks for none
@@ -14,21 +14,14 @@ class Server:
     Additive increase, multiplicative decrease, as in TCP (Jacobson, 1988).
     """
 
-    def __init__(self, url: str | None, key: str | None, max_limit: int, timeout: float) -> None:
-        import httpx2
+    def __init__(self, url: str | None, access: Access, max_limit: int, timeout: float) -> None:
         import openai
 
-        # A local server needs no key, but the client insists on one. The client's own retries are off, because every
-        # failure must be seen here to lower the limit.
         try:
             # aiohttp: the time that httpx needs per request grows with the number of connections.
-            address = httpx2.URL(url or "")
-            user = (address.username, address.password) if address.username else None  # aiohttp refuses these in a URL
-            http = openai.DefaultAioHttpClient(timeout=timeout, auth=user)
-            base_url = str(address.copy_with(userinfo=b"")) if url else None
-            self.client = openai.AsyncOpenAI(
-                api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout, http_client=http
-            )
+            options = access.client_options(url, openai.DefaultAioHttpClient, timeout)
+            # The client's own retries are off, because every failure must be seen here to lower the limit.
+            self.client = openai.AsyncOpenAI(**options, max_retries=0)
         except (ImportError, ValueError) as error:  # a SOCKS proxy without its package, a malformed address
             raise InputError(f"{public_url(url)}: {shorten(error)}. Check --base_url and the proxy settings.") from None
         self.name = public_url(url)
