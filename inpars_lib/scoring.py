@@ -21,7 +21,7 @@ from inpars_lib.storage import FORMAT_VERSION, atomic_write
 if TYPE_CHECKING:
     import numpy
 
-    from inpars_lib.rerankers import Reranker
+    from inpars_lib.reranker_base import Reranker
 
 T = TypeVar("T")
 

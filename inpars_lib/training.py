@@ -19,7 +19,7 @@ from inpars_lib.cli import InputError, warn
 from inpars_lib.dev_set import DevSet
 from inpars_lib.evaluation import MEASURES, evaluate_per_query, mean_values, rerank_hits
 from inpars_lib.records import Triple
-from inpars_lib.rerankers import Reranker
+from inpars_lib.reranker_base import Reranker
 from inpars_lib.storage import FORMAT_VERSION, atomic_write
 
 PUBLISH = "publish the model after training: hf upload YOU/NAME MODEL --exclude 'checkpoint-*/*'"

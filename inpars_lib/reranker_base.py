@@ -1,0 +1,168 @@
+"""Base class of the rerankers: tokenization, batches, scoring."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from inpars_lib.cli import InputError
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+CPU_BATCH_TOKENS = 2048  # tokens per batch on a CPU; larger batches no longer fit its caches
+GPU_BATCH_TOKENS = 65536  # upper bound of tokens per batch on a GPU
+
+
+class Reranker:
+    """Base class of the rerankers: tokenization, batches, scoring.
+
+    Attributes:
+        model: The transformers model, on any device.
+        tokenizer: Its tokenizer.
+        max_length: Tokens per pair.
+        batch_tokens: Tokens per batch. None until the device decides.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.batch_tokens: int | None = None
+
+    def _check_max_length(self, added_tokens: int) -> None:
+        if self.max_length < added_tokens + 2:
+            raise InputError(
+                f"--max_length {self.max_length}: too short for {added_tokens} special tokens and a token of query "
+                f"and document each. Use at least {added_tokens + 2}."
+            )
+
+    # ------------------------------------------------------------------------------------------------------ tokens
+
+    def tokenize(self, texts: Sequence[str]) -> list["numpy.ndarray"]:
+        """Return the token ids of each text, int32, without special tokens, truncated to `max_length`."""
+        import numpy
+
+        if not len(texts):
+            return []
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, truncation=True, max_length=self.max_length, verbose=False
+        )
+        return [numpy.array(ids, dtype=numpy.int32) for ids in encoded.input_ids]
+
+    def tokenize_queries(self, queries: Sequence[str]) -> list["numpy.ndarray"]:
+        """Return the token ids of each query, as `build_input` takes them."""
+        return self.tokenize(queries)
+
+    def build_input(self, query: "numpy.ndarray", text: "numpy.ndarray") -> tuple["numpy.ndarray", int]:
+        """Return the model input of a pair, at most `max_length` tokens, and the position of its second segment.
+
+        A pair that is too long loses tokens of the document.
+        """
+        raise NotImplementedError
+
+    def encode(self, query: str, text: str) -> tuple["numpy.ndarray", int]:
+        """Return `build_input` of two strings."""
+        return self.build_input(*self.tokenize_queries([query]), *self.tokenize([text]))
+
+    def pad(self, inputs: Sequence[tuple["numpy.ndarray", int]]) -> dict[str, "torch.Tensor"]:
+        """Return a batch of inputs from `build_input`, int64 tensors of shape (pairs, longest input)."""
+        import torch
+
+        shape = len(inputs), max(len(ids) for ids, _ in inputs)
+        batch = {"input_ids": torch.full(shape, self.tokenizer.pad_token_id)}
+        batch |= {name: torch.zeros(shape, dtype=torch.int64) for name in ("attention_mask", "token_type_ids")}
+        arrays = {name: tensor.numpy() for name, tensor in batch.items()}
+        for i, (ids, second_segment) in enumerate(inputs):
+            arrays["input_ids"][i, : len(ids)] = ids
+            arrays["attention_mask"][i, : len(ids)] = 1
+            arrays["token_type_ids"][i, second_segment : len(ids)] = 1
+        return {name: tensor for name, tensor in batch.items() if name in self.tokenizer.model_input_names}
+
+    # ----------------------------------------------------------------------------------------------------- training
+
+    def labels(self, relevant: list[bool]) -> "torch.Tensor":
+        """Return the training targets of pairs, as the model's own loss takes them."""
+        raise NotImplementedError
+
+    def collate(self, examples: Sequence[tuple[str, str, bool]]) -> dict[str, "torch.Tensor"]:
+        """Return a training batch of (query, document, relevant or not) examples."""
+        queries, texts, relevant = map(list, zip(*examples, strict=True))
+        batch = self.pad(list(map(self.build_input, self.tokenize_queries(queries), self.tokenize(texts))))
+        return {**batch, "labels": self.labels(relevant)}
+
+    def relevance_logits(self, model: Any, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Return the relevance logit of each pair, shape (pairs,), differentiable. `model` may be a DDP wrapper."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------ scoring
+
+    def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Return the scores of a padded batch, shape (pairs,)."""
+        raise NotImplementedError
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> "numpy.ndarray":
+        """Return the scores of (query, document) pairs of strings, shape (pairs,), float32, in the order given."""
+        queries, texts = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
+        query_ids = dict(zip(queries, self.tokenize_queries(queries), strict=True))
+        text_ids = dict(zip(texts, self.tokenize(texts), strict=True))
+        return self.score_tokens([(query_ids[query], text_ids[text]) for query, text in pairs])
+
+    def score_tokens(self, pairs: Sequence[tuple["numpy.ndarray", "numpy.ndarray"]]) -> "numpy.ndarray":
+        """Return the scores of pairs of token ids, from `tokenize_queries` and `tokenize`.
+
+        Batches hold pairs of similar length, the longest first, so that little is padding and memory runs out at
+        once or not at all. The same pairs give the same batches, and so the same bits.
+        """
+        import numpy
+        import torch
+
+        inputs = [self.build_input(*pair) for pair in pairs]
+        lengths = numpy.array([len(ids) for ids, _ in inputs])
+        order = numpy.argsort(-lengths, kind="stable").tolist()
+        scores = numpy.empty(len(pairs), dtype=numpy.float32)
+        self.batch_tokens = self.batch_tokens or self.default_batch_tokens()
+        training = self.model.training
+        self.model.eval()
+        start = 0
+        with torch.inference_mode():
+            while start < len(order):
+                chosen = order[start : start + max(1, self.batch_tokens // max(1, int(lengths[order[start]])))]
+                try:
+                    batch = self.pad([inputs[i] for i in chosen])
+                    scored = self.forward({k: v.to(self.model.device) for k, v in batch.items()}).float().cpu()
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if len(chosen) == 1 or not _is_out_of_memory(error):
+                        raise
+                    self.batch_tokens = max(1, self.batch_tokens // 2)
+                    continue
+                if not torch.isfinite(scored).all():
+                    ids = inputs[chosen[int(torch.isfinite(scored).int().argmin())]][0]
+                    raise InputError(
+                        f"{self.model.config.name_or_path}: the score of {self.tokenizer.decode(ids)[:200]!r} is not a "
+                        "finite number. Use --dtype float32, or another model."
+                    )
+                scores[chosen] = scored
+                start += len(chosen)
+        self.model.train(training)
+        return scores
+
+    def default_batch_tokens(self) -> int:
+        """Return the tokens per batch whose activations fill about a quarter of the GPU's memory.
+
+        The estimate uses the total memory, not the free memory, so that equal GPUs build equal batches.
+        """
+        import torch
+
+        if self.model.device.type != "cuda":
+            return CPU_BATCH_TOKENS
+        config = self.model.config
+        width: Any = getattr(config, "d_ff", None) or getattr(config, "intermediate_size", 3072)
+        heads: Any = getattr(config, "num_heads", None) or getattr(config, "num_attention_heads", 12)
+        # Input and output of the widest layer, and each head's bias towards every other token; times four.
+        bytes_per_token = 4 * self.model.dtype.itemsize * (2 * width + heads * self.max_length)
+        memory = torch.cuda.mem_get_info(self.model.device)[1] // 4
+        return max(self.max_length, min(GPU_BATCH_TOKENS, memory // bytes_per_token))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
