@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # mT5 has only "yes" and "no".
 TARGET_WORDS = [("true", "false"), ("yes", "no")]
 T5_TYPES = ("t5", "mt5", "umt5")  # sequence-to-sequence models whose tokens never cross a space
+RELEVANT_LABELS = ("relevant", "true", "yes")  # names of the relevant one of an encoder's two outputs, in id2label
 OUTPUT_LAYERS = ("pooler", "pre_classifier", "classifier", "score")  # of encoders, after the last hidden states
 
 
@@ -111,15 +112,20 @@ class MonoT5(Reranker):
 
 
 class CrossEncoder(Reranker):
-    """Encoder that reads query and document together and has one output, the score (arXiv 1901.04085).
+    """Encoder that reads query and document together (arXiv 1901.04085), as in InPars-light (arXiv 2301.02998).
 
-    As in InPars-light (arXiv 2301.02998). The training loss is the binary cross-entropy of each pair.
+    One output is the score; of two, the score is the relevant one minus the other. The training loss is the binary
+    cross-entropy of each pair.
+
+    Attributes:
+        relevant: Number of the relevant output of two, None of one.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, relevant: int | None = None) -> None:
         import numpy
 
         super().__init__(model, tokenizer, max_length)
+        self.relevant = relevant
         # Special tokens before, between and after the two segments: [CLS], [SEP], [SEP] or this tokenizer's own.
         pair = tokenizer("a", "a")
         segments = pair.sequence_ids()
@@ -147,8 +153,8 @@ class CrossEncoder(Reranker):
         return joined, len(self._prefix) + len(query) + len(self._separator)
 
     def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
-        """Return the model's output."""
-        return self.model(**batch).logits[:, 0]
+        """Return the relevance logits."""
+        return self.relevance_logits(self.model, batch)
 
     def labels(self, relevant: list[bool]) -> "torch.Tensor":
         """Return 1.0 or 0.0 per pair, shape (pairs, 1)."""
@@ -157,8 +163,9 @@ class CrossEncoder(Reranker):
         return torch.tensor([[float(r)] for r in relevant])
 
     def relevance_logits(self, model: Any, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
-        """Return the model's output."""
-        return model(**batch).logits[:, 0]
+        """Return the model's output, or the difference of its two outputs."""
+        logits: torch.Tensor = model(**batch).logits
+        return logits[:, 0] if self.relevant is None else logits[:, self.relevant] - logits[:, 1 - self.relevant]
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -168,6 +175,23 @@ def checkpoint_name(name: str) -> str:
     """Return a checkpoint's name on the hub: the paper's `t5_base` is `google-t5/t5-base`."""
     size = name.removeprefix("t5_").removeprefix("t5-")
     return f"google-t5/t5-{size}" if name != size and size in ("small", "base", "large", "3b", "11b") else name
+
+
+def _relevant_output(name: str, config: Any) -> int:
+    """Return which output of a cross-encoder with two says that a document is relevant."""
+    labels: list[str] = [str(config.id2label.get(i)) for i in range(config.num_labels)]
+    if len(labels) != 2:
+        raise InputError(f"{name}: this cross-encoder has {len(labels)} outputs. Name one with one or two outputs.")
+    if labels == ["LABEL_0", "LABEL_1"]:  # transformers' names if a config has none
+        warn(f"{name}: its outputs have no names, so the second is taken for relevant, the usual order.")
+        return 1
+    named = [i for i, label in enumerate(labels) if label.lower() in RELEVANT_LABELS]
+    if len(named) != 1:
+        raise InputError(
+            f"{name}: its two outputs are called {labels[0]!r} and {labels[1]!r}. If this is a reranker, call the "
+            'relevant one "relevant" in "id2label" of its config.json.'
+        )
+    return named[0]
 
 
 def load_reranker(
@@ -216,26 +240,24 @@ def load_reranker(
             model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=getattr(torch, dtype))
             return MonoT5(model.to(device), tokenizer, max_length, targets)
         trained = any("ForSequenceClassification" in architecture for architecture in config.architectures or [])
+        relevant = None
         if trained and config.num_labels != 1:
-            if not new_head:
-                raise InputError(
-                    f"{name}: this cross-encoder has {config.num_labels} outputs. Name one with one output."
-                )
-            warn(f"{name}: the output layer has {config.num_labels} outputs. A new one with one output is trained.")
+            if new_head:
+                warn(f"{name}: the output layer has {config.num_labels} outputs. A new one with one output is trained.")
+            else:
+                relevant = _relevant_output(name, config)
         if not tokenizer.is_fast:
             raise InputError(f"{name}: its tokenizer has no fast version (tokenizer.json). Name another model.")
         if tokenizer.pad_token_id is None:
             raise InputError(f"{name}: its tokenizer has no padding token. Name another model.")
         if not trained and not new_head:
             raise InputError(f"{name}: this encoder was never trained to rerank. Train it first with train_t5.py.")
+        head: dict[str, Any] = {"num_labels": 1, "ignore_mismatched_sizes": new_head}
+        head["problem_type"] = "multi_label_classification"  # transformers' name for binary cross-entropy per output
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name,
-            num_labels=1,
-            ignore_mismatched_sizes=new_head,
-            problem_type="multi_label_classification",  # transformers' name for a binary cross-entropy per output
-            dtype=getattr(torch, dtype),
+            name, dtype=getattr(torch, dtype), **(head if relevant is None else {})
         )
-        return CrossEncoder(model.to(device), tokenizer, max_length)
+        return CrossEncoder(model.to(device), tokenizer, max_length, relevant)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{name}: cannot load this model: {shorten(error)}. Name the folder of a checkpoint or a model on the "

@@ -266,18 +266,67 @@ def test_unsupported_types_are_refused_before_training(tiny_t5: Path, tmp_path: 
         rerankers.load_reranker(str(folder), new_head=True)
 
 
+def save_classifier(folder: Path, tiny_encoder: Path, labels: list[str]) -> Path:
+    """Save an encoder with an output per label."""
+    torch.manual_seed(2)
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_encoder, **names)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "relevant", "note"),
+    [
+        (["LABEL_0", "LABEL_1"], 1, "its outputs have no names, so the second is taken for relevant"),
+        (["relevant", "not relevant"], 0, ""),
+        (["no", "Yes"], 1, ""),
+    ],
+)
+def test_the_score_of_two_outputs_is_their_difference(
+    tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, labels: list[str], relevant: int, note: str
+) -> None:
+    folder = save_classifier(tmp_path / "two", tiny_encoder, labels)
+    reranker = rerankers.load_reranker(str(folder), dtype="float32", device="cpu")
+    said = capsys.readouterr().err
+    assert note in said
+    assert bool(said) == bool(note)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    pairs = [("what are tides", "the study of tides and bees in detail"), ("bread", "buy bread")]
+    for pair, score in zip(pairs, reranker.score(pairs), strict=True):
+        logits = model(**reranker.tokenizer(*pair, return_tensors="pt")).logits[0]
+        assert score == pytest.approx((logits[relevant] - logits[1 - relevant]).item(), abs=1e-5)
+    similar = [("what are tides", f"{a} {b}") for a in WORDS for b in WORDS]
+    low = torch.from_numpy(rerankers.load_reranker(str(folder), dtype="bfloat16", device="cpu").score(similar))
+    assert not torch.equal(low, low.bfloat16().float())  # the difference is taken in float32
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["a", "b", "c"], "has 3 outputs"),
+        (["entailment", "not_entailment"], "called 'entailment' and 'not_entailment'"),
+        (["true", "relevant"], "called 'true' and 'relevant'"),
+    ],
+)
+def test_outputs_without_a_relevant_one_are_refused(
+    tiny_encoder: Path, tmp_path: Path, labels: list[str], words: str
+) -> None:
+    folder = save_classifier(tmp_path / "model", tiny_encoder, labels)
+    with pytest.raises(InputError, match=words):
+        rerankers.load_reranker(str(folder))
+
+
 def test_cross_encoders_with_two_outputs_are_base_models(
     tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_encoder, num_labels=2)
-    model.save_pretrained(tmp_path / "two")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_encoder)
-    tokenizer.save_pretrained(tmp_path / "two")
-    with pytest.raises(InputError, match="has 2 outputs"):
-        rerankers.load_reranker(str(tmp_path / "two"))
+    save_classifier(tmp_path / "two", tiny_encoder, ["LABEL_0", "LABEL_1"])
     reranker = rerankers.load_reranker(str(tmp_path / "two"), new_head=True)
+    assert reranker.model.config.num_labels == 1
     assert reranker.score([("what", "tides")]).shape == (1,)
     assert "A new one with one output is trained" in capsys.readouterr().err
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_encoder)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "two")
     with pytest.raises(InputError, match="has no padding token"):
