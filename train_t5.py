@@ -31,12 +31,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from inpars_lib.cli import InputError, at_least, run_script, script_parser
+from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
 from inpars_lib.dev_set import DevSet, read_dev_set, read_held_out_dev_set
 from inpars_lib.evaluation import MEASURES, check_threshold, format_value
-from inpars_lib.triples import TripleFile
+from inpars_lib.losses import LOSSES
+from inpars_lib.triples import TrainingExamples, TripleFile
 
-LOSSES = ("pointwise", "pairwise")
 # Flags that decide the weights. A training that is resumed must repeat them.
 DECISIVE = ("base_model", "per_device_train_batch_size", "loss", "learning_rate", "warmup_steps", "weight_decay",
             "max_length", "bf16", "seed", "token_true", "token_false", "select_by")  # fmt: skip
@@ -51,11 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--base_model", default="t5_base", help="folder, hub name, or t5_SIZE (default: %(default)s)")
     add("--triples_train", required=True, help="training triples, TSV")
     add("--output_dir", required=True, help="folder for the model, its checkpoints and results")
-    add("--per_device_train_batch_size", type=at_least(2), default=8, help="examples per batch (default: %(default)s)")
+    add("--per_device_train_batch_size", type=at_least(2), default=8, help="examples per batch; with --loss listwise a "
+        "multiple of 1 + n, for n negatives per query (default: %(default)s)")  # fmt: skip
     add("--gradient_accumulation_steps", type=at_least(1), default=16, help="batches per step, shared by the processes "
         "of torchrun (default: %(default)s)")  # fmt: skip
-    add("--loss", choices=LOSSES, default="pointwise", help="pointwise: each example alone, as in the paper; pairwise: "
-        "positive against negative (default: %(default)s)")  # fmt: skip
+    add("--loss", choices=list(LOSSES), default="pointwise", help="pointwise: each example alone, as in the paper; "
+        "pairwise: positive against negative; listwise: softmax over a positive and its n negatives in adjacent "
+        "triples, as in RankT5 (default: %(default)s)")  # fmt: skip
     add("--learning_rate", type=float, default=3e-4, help="constant after the warm-up (default: %(default)s)")
     add("--warmup_steps", type=at_least(0), default=0, help="steps of linear warm-up (default: %(default)s)")
     add("--weight_decay", type=float, default=5e-5, help="not for biases and norms (default: %(default)s)")
@@ -120,7 +122,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
             parser.error("an evaluation needs the whole model on each GPU: omit --fsdp, and use ZeRO stage 1 or 2")
     if args.report_to != "none" and not find_spec(args.report_to):
         parser.error(f"--report_to {args.report_to} needs this package: pip install {args.report_to}")
-    if args.per_device_train_batch_size % 2:
+    if args.loss != "listwise" and args.per_device_train_batch_size % 2:
         parser.error("--per_device_train_batch_size must be even: a triple is a positive and a negative example")
     if bool(args.token_true) != bool(args.token_false):
         parser.error("--token_true and --token_false need each other")
@@ -167,9 +169,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 1. The data
     checkpoint = training.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     dev = read_dev(args)
-    examples = training.TrainingExamples(TripleFile(args.triples_train))
-    examples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * len(examples) / examples_per_step))
+    examples = TrainingExamples(TripleFile(args.triples_train), args.loss)
+    batch_size, size = args.per_device_train_batch_size, examples.group_size
+    if batch_size % size:
+        raise InputError(
+            f"--per_device_train_batch_size {batch_size}: not a multiple of {size}, the examples of a group (a "
+            f"positive and {size - 1} negatives). Use {max(batch_size // size, 1) * size}."
+        )
+    items_per_batch = batch_size // examples.item_size
+    examples_per_step = batch_size * args.gradient_accumulation_steps
+    items_per_step = items_per_batch * args.gradient_accumulation_steps
+    steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * len(examples) / items_per_step))
     decisive = {name: getattr(args, name) for name in DECISIVE} | {"steps": steps, **trainer_flags}
     decisive |= {"examples_per_step": examples_per_step, "triples": training.file_sha256(args.triples_train)}
     record = training.TrainingRecord(args.output_dir, decisive)
@@ -198,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {
         "output_dir": args.output_dir,
         "max_steps": steps,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "per_device_train_batch_size": items_per_batch,
         "gradient_accumulation_steps": args.gradient_accumulation_steps // processes,
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": "constant_with_warmup",
@@ -233,8 +243,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     family = type(reranker).__name__
     if main_process:
+        listwise = args.loss == "listwise"
+        if listwise and size == 2:
+            warn(f"{args.triples_train}: one negative per query, so --loss listwise equals pairwise. Sample more with "
+                 "generate_triples_train.py --n_samples, and keep the triples of a query adjacent.")  # fmt: skip
+        groups = f" in {len(examples):,} groups of at most {size} examples" if listwise else ""
         print(
-            f"Training {family} from {args.base_model}: {len(examples.triples):,} triples, {examples_per_step} "
+            f"Training {family} from {args.base_model}: {len(examples.triples):,} triples{groups}, {examples_per_step} "
             f"examples per step, {steps:,} steps" + (f", resumed from {checkpoint}" if checkpoint else ""),
             file=sys.stderr,
         )
@@ -254,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.write_results()
     step = trainer.state.best_global_step if args.select_by else trainer.state.global_step
     shown = {name: settings[name] for name in (*CARD_SETTINGS, *trainer_flags)}
-    shown |= {"loss": args.loss, "gradient_accumulation_steps": args.gradient_accumulation_steps}  # of all processes
+    shown |= {"loss": args.loss, "per_device_train_batch_size": batch_size}
+    shown |= {"gradient_accumulation_steps": args.gradient_accumulation_steps}  # of all processes
     info = CardInfo(
         output_dir=args.output_dir,
         base_model=args.base_model,

@@ -1,13 +1,13 @@
-"""Training: examples, sampler, the Trainer that evaluates by reranking, checkpoints, results."""
+"""Training: the Trainer that evaluates by reranking, checkpoints, results."""
 
 import csv
 import hashlib
 import json
 import math
 import os
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerStat
 from inpars_lib.cli import InputError, warn
 from inpars_lib.dev_set import DevSet
 from inpars_lib.evaluation import MEASURES, evaluate_per_query, mean_values, rerank_hits
-from inpars_lib.records import Triple
+from inpars_lib.losses import LOSSES
 from inpars_lib.reranker_base import Reranker
 from inpars_lib.storage import FORMAT_VERSION, atomic_write
+from inpars_lib.triples import LengthSortedSampler, TrainingExamples
 
 PUBLISH = "publish the model after training: hf upload YOU/NAME MODEL --exclude 'checkpoint-*/*'"
 REFUSED_FLAGS = {  # of transformers.TrainingArguments
@@ -39,60 +40,6 @@ REFUSED_FLAGS = {  # of transformers.TrainingArguments
 PLOTTED = (("nDCG@10", "tab:blue"), ("MRR@10", "tab:orange"))
 
 
-class TrainingExamples:
-    """Two examples per triple: (query, document, relevant or not), first the positive and then the negative."""
-
-    def __init__(self, triples: Sequence[Triple]) -> None:
-        self.triples = triples
-
-    def __len__(self) -> int:
-        return 2 * len(self.triples)
-
-    def __getitem__(self, i: int) -> tuple[str, str, bool]:
-        triple = self.triples[i // 2]
-        return triple.query, triple.negative if i % 2 else triple.positive, i % 2 == 0
-
-
-class LengthSortedSampler:
-    """Triples in random order, the examples of each optimizer step sorted by length, longest first.
-
-    Each step has as many positives as negatives, the same examples as without sorting, and so the same mean gradient.
-    Its batches hold examples of similar length, so little is padding.
-
-    Args:
-        examples: The examples.
-        examples_per_step: Examples of an optimizer step, an even number.
-        seed: Seed of the order.
-        keep_pairs: Keep the two examples of a triple next to each other.
-    """
-
-    def __init__(self, examples: TrainingExamples, examples_per_step: int, seed: int, keep_pairs: bool = False) -> None:
-        self.examples, self.examples_per_step, self.seed, self.epoch = examples, examples_per_step, seed, 0
-        self.keep_pairs = keep_pairs
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which changes the order. The Trainer calls this method."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(range(len(self.examples) // 2))
-        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        triples_per_step = self.examples_per_step // 2
-        for start in range(0, len(order), triples_per_step):
-            lengths: dict[int, int] = {}
-            for i in order[start : start + triples_per_step]:
-                triple = self.examples.triples[i]
-                lengths |= {2 * i: len(triple.query + triple.positive), 2 * i + 1: len(triple.query + triple.negative)}
-            if self.keep_pairs:
-                longest = {i: max(lengths[i], lengths[i + 1]) for i in lengths if i % 2 == 0}
-                yield from (j for i in sorted(longest, key=lambda i: -longest[i]) for j in (i, i + 1))
-            else:
-                yield from sorted(lengths, key=lambda i: -lengths[i])
-
-
 # ----------------------------------------------------------------------------------------------------------- trainer
 
 
@@ -101,7 +48,7 @@ class TrainingConfig:
     """What the Trainer needs beside `transformers.TrainingArguments`.
 
     Attributes:
-        loss: `pointwise` or `pairwise`.
+        loss: A name in `LOSSES`.
         examples_per_step: Examples of an optimizer step, over all processes and accumulated batches.
         seed: Seed of the order of examples.
         relevance_threshold: Lowest relevant grade of the evaluation.
@@ -142,7 +89,7 @@ class RerankerTrainer(Trainer):
             args=arguments,
             train_dataset=examples,
             eval_dataset=list(dev.run) if dev else None,
-            data_collator=reranker.collate,
+            data_collator=self.collate,
             callbacks=[EvaluateAtEnd(dev is not None)],
         )
         self.first_stage: dict[str, float] = {}  # the measures of the dev set's run
@@ -151,15 +98,24 @@ class RerankerTrainer(Trainer):
 
     def _get_train_sampler(self, *_: object, **__: object) -> Any:
         config = self.config
-        return LengthSortedSampler(self.examples, config.examples_per_step, config.seed, config.loss == "pairwise")
+        return LengthSortedSampler(self.examples, config.examples_per_step, config.seed)
+
+    def collate(self, items: Sequence[list[tuple[str, str, bool]]]) -> dict[str, Any]:
+        """Return a batch of the items' examples. For losses of groups, the groups' sizes replace the labels."""
+        batch = self.reranker.collate(list(chain.from_iterable(items)))
+        if LOSSES[self.config.loss]:
+            del batch["labels"]
+            batch["group_sizes"] = torch.tensor([len(item) for item in items])
+        return batch
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the loss of a batch: the model's own, or the pairwise logistic loss of positive against negative."""
-        if self.config.loss == "pointwise":
+        """Return the loss of a batch: the model's own, or that of `LOSSES`."""
+        loss = LOSSES[self.config.loss]
+        if not loss:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        inputs.pop("labels")
-        logits = self.reranker.relevance_logits(model, inputs).view(-1, 2)  # (triples, positive and negative)
-        return -torch.nn.functional.logsigmoid(logits[:, 0] - logits[:, 1]).mean()
+        sizes = inputs.pop("group_sizes").tolist()
+        logits = list(torch.split(self.reranker.relevance_logits(model, inputs), sizes))
+        return loss(torch.nn.utils.rnn.pad_sequence(logits, batch_first=True, padding_value=-math.inf))
 
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
         """Rerank the dev set and return its measures, with the prefix `eval_`."""

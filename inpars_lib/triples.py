@@ -1,12 +1,16 @@
-"""Training triples on disk: TSV `query<TAB>positive<TAB>negative`, read at random."""
+"""Training triples on disk (TSV `query<TAB>positive<TAB>negative`), their groups, and the examples of batches."""
 
 import array
 import os
-from collections.abc import Sequence
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 from inpars_lib.cli import InputError
+from inpars_lib.losses import LOSSES_OF_TRIPLES
 from inpars_lib.records import Triple
 from inpars_lib.text_lines import read_records
 
@@ -44,3 +48,87 @@ class TripleFile(Sequence[Triple]):
             raise IndexError(i)
         start, end = self._spans[2 * i : 2 * i + 2]
         return self._parse(os.pread(self._file.fileno(), end - start, start).decode().removeprefix("\ufeff"))
+
+
+def group_starts(triples: Sequence[Triple]) -> Sequence[int]:
+    """Return the first triple of each group, and the number of triples at the end.
+
+    A group is at most n adjacent triples of one query and positive, where n is the most frequent number of them. A
+    longer row, such as two queries with the same words for copies of a document, makes several groups.
+    """
+    rows = (len(list(row)) for _, row in groupby(triples, key=lambda triple: triple[:2]))
+    sizes = array.array("q", rows)
+    counts = Counter(sizes)
+    n = max(counts, key=lambda size: (counts[size], size))
+    ends = array.array("q", accumulate(sizes, initial=0))
+    return array.array("q", [i for start, end in pairwise(ends) for i in range(start, end, n)] + [len(triples)])
+
+
+class TrainingExamples:
+    """Items of training batches: single examples for the pointwise loss, groups of a positive and negatives for others.
+
+    An example is (query, document, relevant or not).
+
+    Args:
+        triples: The triples.
+        loss: A name in `LOSSES`.
+
+    Attributes:
+        group_size: Examples of a full group, 1 + n.
+        item_size: Examples that an item counts as.
+    """
+
+    def __init__(self, triples: Sequence[Triple], loss: str = "pointwise") -> None:
+        self.triples = triples
+        self.starts = range(len(triples) + 1) if loss in LOSSES_OF_TRIPLES else group_starts(triples)
+        self.group_size = 1 + max(end - start for start, end in pairwise(self.starts))
+        self.item_size = 1 if loss == "pointwise" else self.group_size
+
+    def __len__(self) -> int:
+        return (len(self.starts) - 1) * self.group_size // self.item_size
+
+    def group(self, i: int) -> list[tuple[str, str, bool]]:
+        """Return the examples of a group, the positive first."""
+        triples = [self.triples[j] for j in range(self.starts[i], self.starts[i + 1])]
+        return [(*triples[0][:2], True), *((triple.query, triple.negative, False) for triple in triples)]
+
+    def __getitem__(self, i: int) -> list[tuple[str, str, bool]]:
+        return self.group(i) if self.item_size > 1 else [self.group(i // 2)[i % 2]]
+
+    def item_lengths(self, i: int) -> dict[int, int]:
+        """Return the items of a group with the characters of their longest examples."""
+        lengths = [len(query + text) for query, text, _ in self.group(i)]
+        return {i: max(lengths)} if self.item_size > 1 else {2 * i: lengths[0], 2 * i + 1: lengths[1]}
+
+
+class LengthSortedSampler:
+    """Groups in random order, the items of each optimizer step sorted by length, longest first.
+
+    Each step has the same examples as without sorting, all examples of its groups, and so the same mean gradient. Its
+    batches hold items of similar length, so little is padding.
+
+    Args:
+        examples: The examples.
+        examples_per_step: Examples of an optimizer step, a multiple of `group_size`.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, examples: TrainingExamples, examples_per_step: int, seed: int) -> None:
+        self.examples, self.groups_per_step = examples, examples_per_step // examples.group_size
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which changes the order. The Trainer calls this method."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(len(self.examples.starts) - 1))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        for start in range(0, len(order), self.groups_per_step):
+            lengths: dict[int, int] = {}
+            for i in order[start : start + self.groups_per_step]:
+                lengths |= self.examples.item_lengths(i)
+            yield from sorted(lengths, key=lambda i: -lengths[i])

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,8 +19,8 @@ from safetensors.torch import load_file
 from training_helpers import QUICK, dev, dev_but, train, train_flags
 
 from inpars_lib.devices import has_fast_bfloat16
-from inpars_lib.training import LengthSortedSampler, TrainingExamples
-from inpars_lib.triples import TripleFile
+from inpars_lib.losses import listwise, pairwise
+from inpars_lib.triples import LengthSortedSampler, TrainingExamples, TripleFile
 
 
 @pytest.fixture(scope="module", params=["t5", "encoder"])
@@ -60,19 +61,88 @@ def test_the_model_has_a_card(trained: Path, separable: Path) -> None:
     assert str(separable) not in card.content  # no paths of this machine
 
 
-def test_positives_against_negatives(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def grouped(separable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write triples of groups: each query and positive with 3 negatives, but 1 at the start and 6 at the end."""
+    path = tmp_path_factory.mktemp("grouped") / "triples.tsv"
+    lines = (separable / "triples.tsv").read_text().splitlines()
+    negatives = [line.split("\t")[2] for line in lines]
+    sizes = [1] + [3] * (len(lines) - 2) + [6]
+    rows = [f"{line.rpartition(chr(9))[0]}\t{negatives[(i + j) % len(lines)]}\n"
+            for i, (line, size) in enumerate(zip(lines, sizes, strict=True)) for j in range(size)]  # fmt: skip
+    path.write_text("".join(rows))
+    return path
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "listwise"])
+@pytest.mark.parametrize("base", ["tiny_t5", "tiny_encoder"])
+def test_positives_against_negatives(
+    separable: Path, grouped: Path, request: pytest.FixtureRequest, tmp_path: Path, loss: str, base: str
+) -> None:
     args = ["--max_steps", 30, "--learning_rate", 5e-3, "--gradient_accumulation_steps", 2, "--logging_steps", 5]
-    ok(train(separable, tiny_t5, tmp_path / "model", *dev(separable), *args, "--loss", "pairwise"))
+    args += ["--loss", loss, *dev(separable)]
+    if loss == "listwise":
+        args += ["--triples_train", grouped]
+    done = ok(train(separable, request.getfixturevalue(base), tmp_path / "model", *args))
     with (tmp_path / "model/results.csv").open() as file:
         [row] = csv.DictReader(file)
-    assert float(row["loss"]) < 0.3  # 0.69 as it came
+    assert float(row["loss"]) < (0.3 if loss == "pairwise" else 0.5)  # log 2 and log 4 as it came
     assert float(row["nDCG@10"]) > 0.8
-    examples = TrainingExamples(TripleFile(str(separable / "triples.tsv")))
-    order = list(LengthSortedSampler(examples, 16, seed=1, keep_pairs=True))
+    assert ("301 triples in 101 groups of at most 4 examples, 16 examples per step" in done.stderr) == (
+        loss == "listwise"
+    )
+    assert "| per_device_train_batch_size | 8 |" in (tmp_path / "model/README.md").read_text()
+
+
+def test_adjacent_triples_form_groups(grouped: Path, tmp_path: Path) -> None:
+    triples = TripleFile(str(grouped))
+    examples = TrainingExamples(triples, "listwise")
+    groups = [examples[i] for i in range(len(examples))]
+    assert [len(group) for group in groups] == [2] + [4] * 98 + [4, 4]  # the positive once per group
+    assert [relevant for _, _, relevant in groups[1]] == [True, False, False, False]
+    rows = [(query, group[0][1], text) for group in groups for query, text, relevant in group if not relevant]
+    assert rows == list(triples)  # no triple is lost
+    sampler = LengthSortedSampler(examples, examples_per_step=16, seed=1)
+    order = list(sampler)
     assert sorted(order) == list(range(len(examples)))
-    assert all(negative == positive + 1 for positive, negative in zip(order[::2], order[1::2], strict=True))
-    apart = list(LengthSortedSampler(examples, 16, seed=1))
-    assert all(sorted(order[i : i + 16]) == sorted(apart[i : i + 16]) for i in range(0, len(order), 16))
+    for start in range(0, len(order), 4):
+        lengths = [max(len(query + text) for query, text, _ in examples[i]) for i in order[start : start + 4]]
+        assert lengths == sorted(lengths, reverse=True)
+    pairs = list(LengthSortedSampler(TrainingExamples(triples, "pairwise"), 16, seed=1))
+    apart = list(LengthSortedSampler(TrainingExamples(triples), 16, seed=1))
+    for start in range(0, len(pairs), 8):
+        both = [j for i in pairs[start : start + 8] for j in (2 * i, 2 * i + 1)]
+        assert sorted(both) == sorted(apart[2 * start : 2 * start + 16])
+
+
+def test_losses_of_groups() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0], requires_grad=True)
+    padded = torch.stack([logits[:3], torch.cat([logits[3:], torch.tensor([-torch.inf])])])  # a group lacks a negative
+    one, two = 1 + math.exp(-1) + math.exp(-2), 1 + math.exp(4)
+    listwise(padded).backward()
+    assert listwise(padded).item() == pytest.approx((math.log(one) + math.log(two)) / 2)
+    assert logits.grad.tolist() == pytest.approx(
+        [(1 / one - 1) / 2, math.exp(-1) / one / 2, math.exp(-2) / one / 2, (1 / two - 1) / 2, (1 - 1 / two) / 2]
+    )
+    pairs = torch.randn(9, 2, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(listwise(pairs), pairwise(pairs))
+
+
+def test_batches_hold_whole_groups(separable: Path, grouped: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    args = [*QUICK, "--loss", "listwise", "--triples_train", grouped, "--per_device_train_batch_size"]
+    for size, use in ((2, 4), (9, 8)):
+        refused = error_line(train(separable, tiny_t5, tmp_path / "model", *args, size))
+        assert f"batch_size {size}: not a multiple of 4, the examples of a group (a positive and 3" in refused
+        assert refused.endswith(f"Use {use}.")
+    assert not (tmp_path / "model").exists()
+    hint = "one negative per query, so --loss listwise equals pairwise"
+    assert hint not in ok(train(separable, tiny_t5, tmp_path / "model", *args, 4)).stderr
+    done = ok(train(separable, tiny_t5, tmp_path / "pairs", *QUICK, "--loss", "listwise"))
+    assert hint in done.stderr
+    ok(train(separable, tiny_t5, tmp_path / "same", *QUICK, "--loss", "pairwise"))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("pairs", "same"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=0)
 
 
 def test_the_best_checkpoint_is_kept(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
@@ -200,9 +270,11 @@ def test_publishing_is_one_command_of_the_hub(separable: Path, tiny_t5: Path, tm
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["pointwise", "listwise"])
+def test_two_processes_train_like_one(separable: Path, grouped: Path, tiny_t5: Path, tmp_path: Path, loss: str) -> None:
     """Under torchrun the ranks share a step's batches and the queries of an evaluation."""
-    args = ["--base_model", tiny_t5, "--triples_train", separable / "triples.tsv", "--max_length", 64, "--max_steps", 4]
+    triples = grouped if loss == "listwise" else separable / "triples.tsv"
+    args = ["--base_model", tiny_t5, "--triples_train", triples, "--loss", loss, "--max_length", 64, "--max_steps", 4]
     args += ["--gradient_accumulation_steps", 4, "--eval_steps", 4, "--logging_steps", 1, *dev(separable)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     command = [*torchrun, ROOT / "train_t5.py", *args, "--output_dir", tmp_path / "two"]
@@ -237,7 +309,7 @@ def test_a_step_has_the_examples_of_its_triples_longest_first(tmp_path: Path) ->
         assert order == list(sampler)  # a resumed run needs this
         assert sorted(order) == list(range(40)) == sorted(range(len(sampler)))
         for start in (0, 16, 32):
-            step = [examples[i] for i in order[start : start + 16]]
+            step = [example for i in order[start : start + 16] for example in examples[i]]
             assert sum(relevant for *_, relevant in step) == len(step) / 2
             lengths = [len(query + text) for query, text, _ in step]
             assert lengths == sorted(lengths, reverse=True)
