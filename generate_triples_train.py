@@ -1,17 +1,20 @@
-r"""Stage 3: pair each synthetic query with its source document and a hard negative from BM25.
+r"""Stage 3: pair each synthetic query with its source document and a hard negative from BM25 or another first stage.
 
-Reads   filtered synthetic queries, the collection, a BM25 index of the collection
+Reads   filtered synthetic queries, the collection, a BM25 index of the collection or a run of the queries
 Writes  OUTPUT, triples as TSV: query, positive document, negative document (texts)
         OUTPUT_IDS, TSV: line of the input (counted from 0), positive id, negative id
         OUTPUT.holdout.jsonl with --holdout: synthetic queries that are in no triple
+        OUTPUT.holdout.run.txt with --holdout and --run: their hits
 
     python generate_triples_train.py --input data/msmarco/filtered_synthetic_queries.jsonl \
         --output data/msmarco/synthetic.triples.train.tsv --output_ids data/msmarco/synthetic.triples.train.ids.tsv \
         --corpus data/msmarco/collection.tsv --index msmarco-passage
 
 --index is a folder with a Lucene index, a prebuilt index of Pyserini, or a path that does not exist yet, at which the
-corpus is then indexed. No Java has to be installed. Negatives are sampled from the first --max_hits hits. A document
-with the positive's text is never a negative. After a kill, run the same command again to resume.
+corpus is then indexed. No Java has to be installed. --run replaces the index by a run of any first stage, whose query
+ids are lines of the input, counted from 0 (docs/first-stage.md). Negatives are sampled from the hits at ranks
+--min_rank to --max_hits. A document with the positive's text is never a negative. After a kill, run the same command
+again to resume.
 """
 
 import argparse
@@ -23,10 +26,12 @@ from collections.abc import Sequence
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
-from inpars_lib.formats import read_synthetic_queries, read_texts, tsv_line
-from inpars_lib.negatives import NegativesConfig, sample_negatives
+from inpars_lib.formats import read_synthetic_queries, read_texts, tsv_line, write_run
+from inpars_lib.negatives import NegativesConfig, QueryRun, sample_negatives
 from inpars_lib.records import SyntheticQuery
 from inpars_lib.storage import atomic_write, exclusive
+
+EXPECTED_RECALL = 0.1  # a first stage that retrieves fewer source documents is suspicious
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,8 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", required=True, help="triples of texts to write, TSV")
     add("--output_ids", required=True, help="triples of ids to write, TSV")
     add("--corpus", required=True, help="collection that the queries were written for")
-    add("--index", default="msmarco-passage", help="BM25 index of the corpus (default: %(default)s)")
+    first_stage = parser.add_mutually_exclusive_group().add_argument
+    first_stage("--index", default="msmarco-passage", help="BM25 index of the corpus (default: %(default)s)")
+    first_stage("--run", help="run to sample negatives from instead of BM25's hits, TREC or MS MARCO format; its query "
+        "ids are lines of the input, counted from 0")  # fmt: skip
     add("--max_hits", type=at_least(1), default=1000, help="hits to sample negatives from (default: %(default)s)")
+    add("--min_rank", type=at_least(1), default=1, help="first rank to sample negatives from (default: %(default)s)")
     add("--n_samples", type=at_least(1), default=1, help="negatives per query (default: %(default)s, as in the paper)")
     add("--holdout", type=at_least(0), default=0, metavar="N", help="queries to hold out from training (default: 0)")
     add("--seed", type=int, default=1, help="seed of the sampling of negatives (default: %(default)s)")
@@ -70,24 +79,30 @@ def read_queries(path: str) -> list[SyntheticQuery]:
     return queries
 
 
-def hold_out(queries: list[SyntheticQuery], n: int, seed: int, path: str, source: str) -> list[SyntheticQuery]:
-    """Write `n` random queries to `path` and return the others.
+def hold_out(args: argparse.Namespace, queries: list[SyntheticQuery], run: QueryRun | None) -> list[SyntheticQuery]:
+    """Write random queries, and their hits if there is a run, to OUTPUT.holdout.* and return the other queries.
 
-    With several queries per document, those of a held-out document are held out together, which may exceed `n`.
+    With several queries per document, those of a held-out document are held out together, which may exceed --holdout.
     """
+    n = args.holdout
     if n >= len(queries):
-        raise InputError(f"{source}: {len(queries):,} usable rows, so --holdout {n} leaves none. Lower --holdout.")
+        raise InputError(f"{args.input}: {len(queries):,} usable rows, so --holdout {n} leaves none. Lower --holdout.")
     document = {query.line: query.doc_id for query in queries}
-    lines = random.Random(f"{seed} holdout").sample(list(document), n)
+    lines = random.Random(f"{args.seed} holdout").sample(list(document), n)
     sizes, held_out_docs, size = Counter(document.values()), set(), 0
     for line in lines:
         if size < n and document[line] not in held_out_docs:
             held_out_docs.add(document[line])
             size += sizes[document[line]]
     if size == len(queries):
-        raise InputError(f"{source}: no document is left with --holdout {n}. Lower --holdout.")
-    with atomic_write(path) as file:
-        file.writelines(query.line_text + "\n" for query in queries if query.doc_id in held_out_docs)
+        raise InputError(f"{args.input}: no document is left with --holdout {n}. Lower --holdout.")
+    held_out = [query for query in queries if query.doc_id in held_out_docs]
+    with atomic_write(f"{args.output}.holdout.jsonl") as file:
+        file.writelines(query.line_text + "\n" for query in held_out)
+    if run:
+        by_query = (run.hits.get(str(query.line), ()) for query in held_out)
+        hits = (hit._replace(query_id=str(i)) for i, found in enumerate(by_query) for hit in found)
+        write_run(f"{args.output}.holdout.run.txt", hits, tag="first-stage")
     return [query for query in queries if query.doc_id not in held_out_docs]
 
 
@@ -97,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if os.path.realpath(args.output) == os.path.realpath(args.output_ids):
         parser.error("--output and --output_ids name the same file")
+    if args.min_rank > args.max_hits:
+        parser.error("--min_rank must not be above --max_hits")
+    if args.run and (args.k1, args.b, args.language) != (None, None, None):
+        parser.error("--k1, --b and --language are for BM25 on --index, not for --run")
 
     with exclusive(args.output):
         write_triples(args)
@@ -106,20 +125,28 @@ def write_triples(args: argparse.Namespace) -> None:
     """Do the work of `main` while no other process writes the output."""
     # 1. The queries
     queries = read_queries(args.input)
+    run = QueryRun(args.run, queries, args.input) if args.run else None
+    first_stage, kind = (args.run, "run") if args.run else (args.index, "index")
     if args.holdout:
-        queries = hold_out(queries, args.holdout, args.seed, f"{args.output}.holdout.jsonl", args.input)
+        queries = hold_out(args, queries, run)
 
     # 2. Their negatives
     search = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
-    config = NegativesConfig(args.index, args.corpus, args.max_hits, args.n_samples, args.seed, search)
+    counts = args.max_hits, args.n_samples, args.seed
+    config = NegativesConfig(args.index, args.corpus, *counts, search, args.min_rank, run)
     log_path = f"{args.output}.negatives.jsonl"
     sampled = sample_negatives(queries, config, log_path, args.resume)
     mrr = sum(1 / hits.source_rank for hits in sampled if hits.source_rank) / len(queries)
     recall = sum(hits.source_found for hits in sampled) / len(queries)
     print(
-        f"BM25 retrieves the source documents with MRR@10 {mrr:.4f} and R@{args.max_hits} {recall:.4f}",
+        f"{args.run or 'BM25'} retrieves the source documents with MRR@10 {mrr:.4f} and R@{args.max_hits} {recall:.4f}",
         file=sys.stderr,
     )
+    if run:
+        if missing := sum(str(query.line) not in run.hits for query in queries):
+            warn(f"{args.run}: {missing:,} of {len(queries):,} queries have no hits.")
+        if recall < EXPECTED_RECALL:
+            warn(f"{args.run}: few source documents are among the hits of their query. Is it the run of {args.input}?")
 
     # 3. The texts of the negatives
     wanted = {doc_id for hits in sampled for doc_id in hits.doc_ids}
@@ -127,10 +154,10 @@ def write_triples(args: argparse.Namespace) -> None:
     texts = {doc_id: clean_text(text) for doc_id, text in texts.items()}
     absent = sorted(doc_id for doc_id in wanted if not texts.get(doc_id))
     if len(absent) == len(wanted) > 0:
+        action = "Set --index to a path that does not exist yet, and the corpus is indexed there."
         raise InputError(
-            f"{args.index}: none of the {len(wanted):,} sampled documents has a text in {args.corpus} ({absent[0]} for "
-            "example), so the index is of another collection. Set --index to a path that does not exist yet, and the "
-            "corpus is indexed there."
+            f"{first_stage}: none of the {len(wanted):,} sampled documents has a text in {args.corpus} ({absent[0]} "
+            f"for example), so the {kind} is of another collection. {'Pass its run.' if args.run else action}"
         )
 
     # 4. The triples
@@ -144,11 +171,13 @@ def write_triples(args: argparse.Namespace) -> None:
             triples += len(usable)
             unserved += not usable
         if not triples:
+            ranks = f" at ranks {args.min_rank} to {args.max_hits}" if args.min_rank > 1 else ""
             raise InputError(
-                f"{args.index}: no query has a hit other than its source document. Pass an index of {args.corpus}."
+                f"{first_stage}: no query has a hit{ranks} other than its source document. Pass the {kind} of "
+                f"{args.corpus}{', or lower --min_rank' if ranks else ''}."
             )
     if absent:
-        warn(f"{args.corpus}: no text for {len(absent):,} documents of the index, the first is {absent[0]}.")
+        warn(f"{args.corpus}: no text for {len(absent):,} documents of the {kind}, the first is {absent[0]}.")
     os.remove(log_path)
     print(f"{args.output}: {triples:,} triples; {unserved:,} queries without a usable hit", file=sys.stderr)
 

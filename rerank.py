@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         "`auto`, the best weight on --holdout (default: 1, the reranker alone)",
     )
     add("--holdout", help="held-out synthetic queries, from generate_triples_train.py --holdout")
+    add("--holdout_run", metavar="RUN", help="first-stage run of the --holdout queries, instead of BM25 on --index")
     add("--dry_run", action="store_true", help="write nothing; count the tokens and project the time")
     add("--batch_tokens", type=at_least(1), help="tokens per batch (default: what suits the device)")
     add("--max_length", type=at_least(1), default=512, help="tokens per query and document (default: %(default)s)")
@@ -98,8 +99,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--plot and --judged_only need --qrels")
     if not args.run and not args.index:
         parser.error("--run or --index is required")
-    if args.interpolation_weight is None and not (args.holdout and args.index):
-        parser.error("--interpolation_weight auto needs --holdout, and --index to retrieve hits for it")
+    if args.interpolation_weight is None and not (args.holdout and (args.holdout_run or args.index)):
+        parser.error("--interpolation_weight auto needs --holdout, and --holdout_run or --index for its hits")
+    if args.holdout_run and args.interpolation_weight is not None:
+        parser.error("--holdout_run needs --interpolation_weight auto")
     if bool(args.token_true) != bool(args.token_false):
         parser.error("--token_true and --token_false need each other")
     return args
@@ -168,7 +171,8 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
     held_out = HeldOutQueries({}, {}, [])
     if args.interpolation_weight is None:
         config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
-        held_out = read_held_out_queries(args.holdout, args.index, args.corpus, config, args.top_k)
+        files = args.holdout, args.index, args.corpus
+        held_out = read_held_out_queries(*files, config, args.top_k, args.holdout_run)
 
     # 2. The model's scores, of the held-out queries first
     from inpars_lib.devices import choose_dtype, default_device

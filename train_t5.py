@@ -13,9 +13,9 @@ Writes  into --output_dir: the model, its card (README.md), checkpoint-N folders
 
 After a kill, the same command with --resume_from_checkpoint resumes from the last complete checkpoint.
 
-Without judgements, --holdout replaces topics, qrels and run: synthetic queries from generate_triples_train.py
---holdout, whose hits BM25 retrieves from --index and whose source documents are relevant. --select_by nDCG@10 keeps the
-best checkpoint instead of the last one.
+Without judgements, --holdout replaces topics and qrels: synthetic queries from generate_triples_train.py --holdout,
+whose source documents are relevant. BM25 retrieves their hits from --index, or --run has them. --select_by nDCG@10
+keeps the best checkpoint instead of the last one.
 
 The config of the base model decides what is trained: T5, mT5 and Flan-T5 become monoT5, an encoder becomes a
 cross-encoder. The defaults are the paper's (arXiv 2202.05144), with the learning rate of its released scripts. Any
@@ -79,10 +79,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("evaluation during training").add_argument
     add("--queries", help="topics of the dev set")
     add("--qrels", help="relevance judgements of the dev set")
-    add("--run", help="first-stage run of the dev topics, TREC or MS MARCO format")
+    add("--run", help="first-stage run of the dev topics, or with --holdout of these queries; TREC or MS MARCO format")
     add("--corpus", help="collection of the run or of the index")
-    add("--holdout", help="held-out synthetic queries instead of --queries, --qrels and --run")
-    add("--index", help="BM25 index to retrieve hits for --holdout")
+    add("--holdout", help="held-out synthetic queries instead of --queries and --qrels")
+    add("--index", help="BM25 index to retrieve hits for --holdout, if there is no --run")
     add("--relevance_threshold", type=at_least(1), default=1, help="lowest relevant grade (default: %(default)s)")
     add("--max_eval_queries", type=int, default=-1, help="use the first judged queries only (default: all)")
     add("--max_eval_docs_per_query", type=at_least(1), default=100, help="hits per query to rerank "
@@ -106,13 +106,14 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
             trainer_flags = parse_trainer_flags(others)
         except ValueError as error:
             parser.error(str(error))
-    judged, held_out = [args.queries, args.qrels, args.run], [args.holdout, args.index]
-    if any(judged) and not (all(judged) and args.corpus):
+    judged, held_out = [args.queries, args.qrels], [args.holdout, args.index]
+    if any(held_out):
+        if any(judged) or not (args.holdout and args.corpus and bool(args.index) != bool(args.run)):
+            parser.error("--holdout needs --corpus and one of --index and --run, and excludes --queries and --qrels")
+    elif any([*judged, args.run]) and not (all([*judged, args.run]) and args.corpus):
         parser.error("an evaluation needs all of --queries, --qrels, --run and --corpus")
-    if any(held_out) and (any(judged) or not (all(held_out) and args.corpus)):
-        parser.error("--holdout needs --index and --corpus, and excludes --queries, --qrels and --run")
     if args.select_by and not any(judged + held_out):
-        parser.error("--select_by needs --queries, --qrels, --run, --corpus or --holdout, --index, --corpus")
+        parser.error("--select_by needs --queries, --qrels, --run and --corpus, or --holdout with its own flags")
     if args.early_stopping_patience and not args.select_by:
         parser.error("--early_stopping_patience needs --select_by")
     if any(judged + held_out) and trainer_flags:
@@ -133,7 +134,7 @@ def read_dev(args: argparse.Namespace) -> DevSet | None:
     """Return the dev set that the flags name, or None."""
     limits = args.max_eval_queries, args.max_eval_docs_per_query
     if args.holdout:
-        return read_held_out_dev_set(args.holdout, args.index, args.corpus, *limits)
+        return read_held_out_dev_set(args.holdout, args.index, args.corpus, *limits, args.run)
     if args.queries:
         dev = read_dev_set(args.queries, args.qrels, args.run, args.corpus, *limits)
         check_threshold(dev.qrels, args.relevance_threshold, args.qrels, args.select_by)

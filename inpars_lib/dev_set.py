@@ -14,11 +14,12 @@ from inpars_lib.formats import (
     read_texts,
     read_topics,
 )
+from inpars_lib.negatives import QueryRun
 from inpars_lib.records import Qrel, ScoredDoc
 
 
 class HeldOutQueries(NamedTuple):
-    """Held-out queries with their BM25 hits and judgements.
+    """Held-out queries with their first-stage hits and judgements.
 
     Attributes:
         topics: Query text by query id.
@@ -31,8 +32,10 @@ class HeldOutQueries(NamedTuple):
     qrels: list[Qrel]
 
 
-def read_held_out_queries(path: str, index: str, corpus: str | None, config: BM25Config, k: int) -> HeldOutQueries:
-    """Read held-out queries and retrieve the first `k` BM25 hits of each.
+def read_held_out_queries(
+    path: str, index: str | None, corpus: str | None, config: BM25Config, k: int, run: str | None = None
+) -> HeldOutQueries:
+    """Read held-out queries and the first `k` hits of each, from a run or from BM25.
 
     Args:
         path: Synthetic queries from `generate_triples_train.py --holdout`.
@@ -40,22 +43,29 @@ def read_held_out_queries(path: str, index: str, corpus: str | None, config: BM2
         corpus: The collection, or None if the index exists.
         config: How to search.
         k: Hits per query.
+        run: Run of these queries instead of an index. Its query ids are the lines of `path`, from 0.
 
     Raises:
-        InputError: No query has a hit.
+        InputError: No query has a hit, or the run is of other queries.
     """
-    searcher = open_index(index, corpus, config)
     rows = {f"holdout {row.line}": row for row in read_synthetic_queries(path) if row.question}
+    searcher = QueryRun(run, rows.values(), path) if run else open_index(index or "", corpus, config)
     topics = {query_id: row.question for query_id, row in rows.items()}  # ids of topics never contain a space
-    run: dict[str, Sequence[ScoredDoc]] = {}
-    for query_id, hits in searcher.search(topics, k):
-        if hits:
-            run[query_id] = hits
-    if not run:
+    found: dict[str, Sequence[ScoredDoc]] = {query_id: hits for query_id, hits in searcher.search(topics, k) if hits}
+    if run and not any(hit.doc_id == rows[query_id].doc_id for query_id in found for hit in found[query_id]):
+        raise InputError(
+            f"{run}: no source document of {path} is among the first {k} hits of its query. Pass the run of these "
+            "queries, retrieved from their own collection."
+        )
+    if not found:
         raise InputError(
             f"{path}: none of the {len(topics):,} queries has a hit in {index}. Use the index of the same collection."
         )
-    return HeldOutQueries(topics, run, [Qrel(query_id, row.doc_id, 1) for query_id, row in rows.items()])
+    if len(found) < len(topics):
+        warn(
+            f"{path}: {len(topics) - len(found):,} of {len(topics):,} queries have no hits. Their measures count as 0."
+        )
+    return HeldOutQueries(topics, found, [Qrel(query_id, row.doc_id, 1) for query_id, row in rows.items()])
 
 
 class DevSet(NamedTuple):
@@ -118,8 +128,10 @@ def read_dev_set(queries: str, qrels: str, run: str, corpus: str, max_queries: i
     return DevSet(topics, [qrel for qrel in judged if qrel.query_id in topics], hits, texts)
 
 
-def read_held_out_dev_set(path: str, index: str, corpus: str, max_queries: int, max_docs: int) -> DevSet:
-    """Read held-out queries, retrieve their BM25 hits and read the texts of the hits.
+def read_held_out_dev_set(
+    path: str, index: str | None, corpus: str, max_queries: int, max_docs: int, run_path: str | None = None
+) -> DevSet:
+    """Read held-out queries, their hits in a run or from BM25, and the texts of the hits.
 
     Args:
         path: Synthetic queries from `generate_triples_train.py --holdout`.
@@ -127,11 +139,12 @@ def read_held_out_dev_set(path: str, index: str, corpus: str, max_queries: int, 
         corpus: The collection.
         max_queries: Use the first queries only; a negative number for all.
         max_docs: Hits per query.
+        run_path: Run of these queries instead of an index.
 
     Raises:
-        InputError: No query has a hit, or the index is of another collection.
+        InputError: No query has a hit, or run or index are of another collection.
     """
-    topics, run, qrels = read_held_out_queries(path, index, None, BM25Config(), max_docs)
+    topics, run, qrels = read_held_out_queries(path, index, None, BM25Config(), max_docs, run_path)
     if max_queries >= 0:
         topics = dict(islice(topics.items(), max_queries))
     run = {query_id: hits for query_id, hits in run.items() if query_id in topics}

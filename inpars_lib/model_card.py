@@ -23,7 +23,7 @@ CARD = """---
 # {title}
 
 A reranker trained without labelled queries, by InPars ([Bonifacio et al., 2022](https://arxiv.org/abs/2202.05144)). A
-language model wrote a query for each of many documents. BM25 retrieved the negatives.
+language model wrote a query for each of many documents. A first stage such as BM25 retrieved the negatives.
 
 ## Use
 

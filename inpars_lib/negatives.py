@@ -1,15 +1,17 @@
-"""Hard negatives: sample documents from the BM25 hits of each synthetic query, with a log to resume from."""
+"""Hard negatives: sample documents from the first-stage hits of each synthetic query, with a log to resume from."""
 
 import hashlib
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from inpars_lib.bm25 import BM25Config, index_fingerprint, open_index
-from inpars_lib.records import ScoredDoc, SyntheticQuery
+from inpars_lib.cli import InputError
+from inpars_lib.formats import read_run
+from inpars_lib.records import RankedList, ScoredDoc, SyntheticQuery
 from inpars_lib.storage import ResumeLog
 
 TIE = 1e-4  # Anserini rounds scores to this, and takes some millionths from the later ones of equal scores
@@ -31,6 +33,31 @@ class SampledHits(NamedTuple):
     source_found: bool
 
 
+class QueryRun:
+    """First-stage run of synthetic queries, searched like an index. Its query ids are lines of `source`, from 0.
+
+    Raises:
+        InputError: The run is of other queries.
+    """
+
+    def __init__(self, path: str, queries: Iterable[SyntheticQuery], source: str) -> None:
+        self.hits = read_run(path, desc="Reading the run")  # refuses pipes
+        with open(path, "rb") as file:
+            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        last = max((query.line for query in queries), default=0)
+        if other := self.hits.keys() - set(map(str, range(last + 1))):
+            raise InputError(
+                f"{path}: the query id {min(other)} is no line of {source}, whose lines count from 0 to {last}. Pass "
+                "the run of these queries; docs/first-stage.md shows how to make one."
+            )
+
+    def search(self, queries: Mapping[str, str], k: int, bar: bool = True) -> Iterator[tuple[str, RankedList]]:
+        """Yield (query id, first `k` hits, best first) in the order of `queries`. An id's last word is the line."""
+        for query_id in queries:
+            hits = self.hits.get(query_id.split()[-1], ())[:k]
+            yield query_id, RankedList(query_id, [hit.doc_id for hit in hits], (hit.score for hit in hits))
+
+
 @dataclass(frozen=True)
 class NegativesConfig:
     """How to sample negatives.
@@ -38,10 +65,12 @@ class NegativesConfig:
     Attributes:
         index: Folder of an index, a prebuilt index of Pyserini, or a new path.
         corpus: The collection, indexed first if `index` is a new path.
-        max_hits: BM25 hits per query to sample from.
+        max_hits: Hits per query, and so the last rank to sample from.
         n_samples: Negatives per query.
         seed: Seed of the sampling.
         bm25: How to search.
+        min_rank: First rank to sample from.
+        run: Run of the queries to sample from, or None to search `index`.
     """
 
     index: str
@@ -50,12 +79,14 @@ class NegativesConfig:
     n_samples: int = 1
     seed: int = 1
     bm25: BM25Config = field(default_factory=BM25Config)
+    min_rank: int = 1
+    run: QueryRun | None = None
 
 
 def sample_negatives(
     queries: Sequence[SyntheticQuery], config: NegativesConfig, log_path: str, resume: bool = True
 ) -> list[SampledHits]:
-    """Sample negatives for each query from its BM25 hits.
+    """Sample negatives for each query from its first-stage hits.
 
     The sample depends on the seed and on the query's line only, not on the number of threads or on a kill.
 
@@ -67,12 +98,16 @@ def sample_negatives(
     """
     from tqdm import tqdm
 
-    searcher = open_index(config.index, config.corpus, config.bm25)
+    searcher = config.run or open_index(config.index, config.corpus, config.bm25)
     fingerprint = hashlib.sha256(index_fingerprint(config.index).encode())
     for query in queries:
         fingerprint.update(f"{query.line}\t{query.doc_id}\t{query.question}\n".encode(errors="replace"))
     settings = {name: getattr(config, name) for name in ("index", "max_hits", "n_samples", "seed")}
     settings |= {name: getattr(config.bm25, name) for name in ("k1", "b", "language")}
+    if config.min_rank > 1:  # logs of earlier versions have neither of these two
+        settings["min_rank"] = config.min_rank
+    if config.run:
+        settings["run"] = config.run.sha256
     log = ResumeLog(log_path, {**settings, "queries": fingerprint.hexdigest()})
     if not resume and os.path.exists(log_path):
         os.remove(log_path)
@@ -81,15 +116,18 @@ def sample_negatives(
     rest = {str(query.line): query for query in queries if query.line not in sampled}
     questions = {number: query.question for number, query in rest.items()}
     found = searcher.search(questions, config.max_hits, bar=False)
-    for number, hits in tqdm(found, desc="BM25", total=len(queries), initial=len(sampled), unit=" queries"):
+    for number, hits in tqdm(
+        found, desc="Hits" if config.run else "BM25", total=len(queries), initial=len(sampled), unit=" queries"
+    ):
         query = rest[number]
-        sampled[query.line] = sample_hits(hits, query.doc_id, config.n_samples, f"{config.seed} {query.line}")
+        seed = f"{config.seed} {query.line}"
+        sampled[query.line] = sample_hits(hits, query.doc_id, config.n_samples, seed, config.min_rank)
         log.write({"line": query.line, **sampled[query.line]._asdict()})
     log.close()
     return [sampled[query.line] for query in queries]
 
 
-def sample_hits(hits: Sequence[ScoredDoc], source: str, n: int, seed: str) -> SampledHits:
+def sample_hits(hits: Sequence[ScoredDoc], source: str, n: int, seed: str, min_rank: int = 1) -> SampledHits:
     """Sample `n` hits of a query, without the source document.
 
     Hits with the source document's score, duplicates of its text for example, are used only if there are no others.
@@ -99,13 +137,15 @@ def sample_hits(hits: Sequence[ScoredDoc], source: str, n: int, seed: str) -> Sa
         source: Id of the source document.
         n: Documents to sample.
         seed: Seed of the sample.
+        min_rank: First rank to sample from. The source document has a rank too.
     """
     rank = next((rank for rank, hit in enumerate(hits) if hit.doc_id == source), None)
     source_score = math.inf if rank is None else hits[rank].score
-    generator, left = random.Random(seed), list(range(len(hits)))
+    generator, left = random.Random(seed), list(range(min_rank - 1, len(hits)))
+    fewest = len(left) - n - SPARE_SAMPLES
     others: list[str] = []
     ties: list[str] = []
-    while left and len(others) < n and len(hits) - len(left) < n + SPARE_SAMPLES:
+    while left and len(others) < n and len(left) > fewest:
         hit = hits[left.pop(generator.randrange(len(left)))]
         if abs(hit.score - source_score) > TIE:
             others.append(hit.doc_id)

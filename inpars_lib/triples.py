@@ -53,11 +53,10 @@ class TripleFile(Sequence[Triple]):
 def group_starts(triples: Sequence[Triple]) -> Sequence[int]:
     """Return the first triple of each group, and the number of triples at the end.
 
-    A group is at most n adjacent triples of one query and positive, where n is the most frequent number of them. A
-    longer row, such as two queries with the same words for copies of a document, makes several groups.
+    A group is at most n adjacent triples of one query and positive, where n is their most frequent number. More
+    triples form several groups: two equal queries for copies of a document, for example.
     """
-    rows = (len(list(row)) for _, row in groupby(triples, key=lambda triple: triple[:2]))
-    sizes = array.array("q", rows)
+    sizes = array.array("q", (sum(1 for _ in row) for _, row in groupby(triples, key=lambda triple: triple[:2])))
     counts = Counter(sizes)
     n = max(counts, key=lambda size: (counts[size], size))
     ends = array.array("q", accumulate(sizes, initial=0))
@@ -67,11 +66,7 @@ def group_starts(triples: Sequence[Triple]) -> Sequence[int]:
 class TrainingExamples:
     """Items of training batches: single examples for the pointwise loss, groups of a positive and negatives for others.
 
-    An example is (query, document, relevant or not).
-
-    Args:
-        triples: The triples.
-        loss: A name in `LOSSES`.
+    An example is (query, document, relevant or not). `loss` is a name in `LOSSES`.
 
     Attributes:
         group_size: Examples of a full group, 1 + n.

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SUBJECTS, command_of, error_line, ok, rows, run, save_t5, write_rows
-from training_helpers import dev, dev_but, train
+from training_helpers import QUICK, dev, dev_but, train
 
-from inpars_lib.formats import read_run
+from inpars_lib.formats import read_run, write_texts
+from inpars_lib.records import Topic
 from inpars_lib.rerankers import load_reranker
 from inpars_lib.scoring import ScoreStore
 from inpars_lib.storage import exclusive
@@ -232,8 +233,51 @@ def test_auto_interpolation_uses_the_queries_held_out(separable: Path, tiny_t5: 
     card = (tmp_path / "model/README.md").read_text()
     assert "Evaluated on t.tsv.holdout.jsonl (synthetic queries held out from training" in card
 
+    # A run of the held-out queries serves like the index.
+    first = [["--holdout", tmp_path / "t.tsv.holdout.jsonl"], ["--output", tmp_path / "held.txt", "--hits", 100]]
+    write_texts(str(tmp_path / "held.tsv"), [Topic(str(i), row["question"]) for i, row in enumerate(held)])
+    ok(run("inpars_lib.bm25", "search", *index[2:], "--topics", tmp_path / "held.tsv", *first[1]))
+    with_run = [*mixing, "--holdout_run", tmp_path / "held.txt", "--run", tmp_path / "fixed.txt.bm25.txt"]
+    again = ok(run("rerank.py", *files[:4], *index[:2], *with_run, "--output", tmp_path / "x", "--max_length", 64))
+    assert re.findall("by interpolation weight.*", again.stderr) == re.findall("by interpolation weight.*", done.stderr)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "auto.txt").read_bytes()
+    with_run = [*first[0], "--run", tmp_path / "held.txt", *index[:2], "--select_by", "nDCG@10", "--eval_steps", 1]
+    assert (
+        f"first stage: nDCG@10 {first_stage}"
+        in ok(train(separable, tiny_t5, tmp_path / "run", *with_run, *quick)).stderr
+    )
+    assert (tmp_path / "run/results.csv").read_bytes() == (tmp_path / "model/results.csv").read_bytes()
+
     assert "needs --holdout" in error_line(run("rerank.py", *files, *mixing[:2], "--output", tmp_path / "x"), 2)
     assert "from 0 to 1" in error_line(run("rerank.py", *files, *mixing[:1], "2", "--output", tmp_path / "x"), 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("2 Q0 p0-0 1 1.0 x\n", "run.txt: the query id 2 is no line of"),
+        ("0 Q0 n1-1 1 1.0 x\n", "run.txt: no source document of"),
+        ("", "run.txt: no usable line found"),
+        ("0 Q0 p0-0 1 1.0 x\n", "1 of 2 queries have no hits. Their measures count as 0."),
+    ],
+)
+@pytest.mark.parametrize("script", ["train_t5.py", "rerank.py"])
+def test_runs_of_held_out_queries(
+    separable: Path, tiny_t5: Path, tmp_path: Path, script: str, text: str, words: str
+) -> None:
+    (tmp_path / "run.txt").write_text(text)
+    held = [{"doc_id": f"p{i}-0", "doc_text": "x", "question": "what are tides", "log_probs": [-1]} for i in range(2)]
+    corpus = ["--corpus", separable / "collection.tsv", "--holdout", write_rows(tmp_path / "held.jsonl", held)]
+    if script == "train_t5.py":
+        done = train(separable, tiny_t5, tmp_path / "model", *corpus, "--run", tmp_path / "run.txt", *QUICK)
+    else:
+        args = ["--holdout_run", tmp_path / "run.txt", "--max_length", 64, *dev(separable)[:-2], *corpus]
+        auto = ["--interpolation_weight", "auto"]
+        done = run(script, "--model", tiny_t5, *args, *auto, "--output", tmp_path / "out.txt")
+        refused = run(script, "--model", tiny_t5, *args, "--output", tmp_path / "out.txt")
+        assert "--holdout_run needs --interpolation_weight auto" in error_line(refused, 2)
+    assert words in done.stderr
+    assert (done.returncode == 0) == ("count as 0" in words)
 
 
 @pytest.mark.parametrize(

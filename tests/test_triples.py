@@ -1,15 +1,19 @@
-"""Stage 3 on real Lucene, and the Java that Lucene runs on."""
+"""Stage 3 on real Lucene or on a run, and the Java that Lucene runs on."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, error_line, ok, run, write_rows
+from conftest import ROOT, Done, error_line, ok, rows, run, write_rows
 
 from inpars_lib import lucene
+from inpars_lib.formats import read_run
 
 SCRIPT = "generate_triples_train.py"
 
@@ -134,6 +138,106 @@ def test_collections_that_cannot_be_indexed(
     assert not (tmp_path / "new").exists()  # a half-made index is never taken for a whole one
     assert not (tmp_path / "new.unfinished").exists()
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def retrieved(mined: Path, demo_data: Path) -> Path:
+    """Write a run of the queries with the commands of docs/first-stage.md."""
+    [line] = [line for line in (ROOT / "docs/first-stage.md").read_text().splitlines() if "write_texts" in line]
+    [code] = re.findall('^python -c "(.+)"$', line)
+    code = code.replace("filtered.jsonl", "queries.jsonl")
+    subprocess.run([sys.executable, "-c", code], cwd=mined, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    args = ["--index", mined / "index", "--topics", mined / "topics.tsv", "--output", mined / "run.txt", "--hits", 30]
+    ok(run("inpars_lib.bm25", "search", *args))
+    return mined
+
+
+def mine_run(folder: Path, queries: Path, data: Path, *args: object) -> Done:
+    files = ["--input", queries, "--corpus", data / "collection.tsv"]
+    return run(SCRIPT, *files, "--output", folder / "run.tsv", "--output_ids", folder / "run.ids.tsv", *args)
+
+
+def test_a_run_serves_like_its_index(retrieved: Path, demo_data: Path, tmp_path: Path) -> None:
+    args = ["--max_hits", 25, "--n_samples", 3, "--holdout", 10]
+    ok(run(SCRIPT, *mine_args(retrieved, demo_data, "index"), *args))
+    done = ok(mine_run(tmp_path, retrieved / "queries.jsonl", demo_data, *args, "--run", retrieved / "run.txt"))
+    assert "run.txt retrieves the source documents with MRR@10 " in done.stderr
+    for name in ("tsv", "ids.tsv", "tsv.holdout.jsonl"):
+        assert (tmp_path / f"run.{name}").read_bytes() == (retrieved / f"index.{name}").read_bytes()
+    # The hits of the held-out queries, whose lines are others in their new file
+    lines = (retrieved / "queries.jsonl").read_text().splitlines()
+    held_out = (tmp_path / "run.tsv.holdout.jsonl").read_text().splitlines()
+    before, after = read_run(str(retrieved / "run.txt")), read_run(str(tmp_path / "run.tsv.holdout.run.txt"))
+    expected = {str(i): before.get(str(lines.index(line)), []) for i, line in enumerate(held_out)}
+    assert {i: [hit[1:] for hit in hits] for i, hits in after.items()} == {
+        i: [hit[1:] for hit in hits] for i, hits in expected.items() if hits
+    }
+
+
+def test_negatives_of_a_range_of_ranks(retrieved: Path, demo_data: Path, tmp_path: Path) -> None:
+    args = ["--run", retrieved / "run.txt", "--n_samples", 50]
+    done = ok(mine_run(tmp_path, retrieved / "queries.jsonl", demo_data, *args, "--min_rank", 5, "--max_hits", 20))
+    queries = rows(retrieved / "queries.jsonl")
+    negatives = [tuple(line.split("\t")[::2]) for line in (tmp_path / "run.ids.tsv").read_text().splitlines()]
+    run = read_run(str(retrieved / "run.txt"))
+    expected = [(line, hit.doc_id) for line, hits in run.items() for hit in hits[4:20]
+                if hit.doc_id != queries[int(line)]["doc_id"]]  # fmt: skip
+    assert sorted(negatives) == sorted(expected)
+    assert f"{39 - len(dict(negatives))} queries without a usable hit" in done.stderr
+    nothing = mine_run(tmp_path, retrieved / "queries.jsonl", demo_data, *args, "--min_rank", 31)
+    assert "no query has a hit at ranks 31 to 1000 other than its source document" in error_line(nothing)
+    wrong = mine_run(tmp_path, retrieved / "queries.jsonl", demo_data, *args, "--min_rank", 5, "--max_hits", 4)
+    assert "--min_rank must not be above --max_hits" in error_line(wrong, 2)
+
+
+@pytest.mark.parametrize("change", [None, "--min_rank", "run.txt"])
+def test_a_log_belongs_to_its_run_and_ranks(
+    retrieved: Path, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str | None
+) -> None:
+    shutil.copy(retrieved / "run.txt", tmp_path)
+    log, kept = tmp_path / "run.tsv.negatives.jsonl", tmp_path / "kept"
+    args = [tmp_path, retrieved / "queries.jsonl", demo_data, "--run", tmp_path / "run.txt"]
+    with monkeypatch.context() as patch:
+        patch.setattr("os.remove", lambda path: shutil.move(path, kept) if "negatives" in path else os.unlink(path))
+        ok(mine_run(*args))
+    settings, *finished = rows(kept)
+    write_rows(log, [settings, *[{**row, "doc_ids": []} for row in finished[:10]]])  # shows whether the log is used
+    if change == "run.txt":
+        with (tmp_path / change).open("a") as file:
+            file.write("0 Q0 one-more 99 0.1 x\n")
+    done = ok(mine_run(*args, *(["--min_rank", 2] if change == "--min_rank" else [])))
+    unserved = int(re.search("([0-9]+) queries without", done.stderr)[1])
+    assert (unserved >= 10) == (change is None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("40 Q0 a 1 1 x\n", "the query id 40 is no line of"),
+        ("q1\ta\t1\n", "the query id q1 is no line of"),
+        ("007\ta\t1\n", "the query id 007 is no line of"),
+        ("", "no usable line found"),
+        ("0 Q0 absent 1 1 x\n", "the run is of another collection. Pass its run."),
+        ("3 Q0 absent 1 1 x\n", "no query has a hit other than its source document"),  # its question is empty
+    ],
+)
+def test_runs_of_other_queries(mined: Path, demo_data: Path, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "run.txt").write_text(text)
+    done = mine_run(tmp_path, mined / "queries.jsonl", demo_data, "--run", tmp_path / "run.txt")
+    assert words in error_line(done)
+    assert not (tmp_path / "run.tsv").exists()
+
+
+def test_a_suspicious_run_is_reported(retrieved: Path, demo_data: Path, tmp_path: Path) -> None:
+    lines = (retrieved / "run.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "run.txt").write_text("".join(line for line in lines if int(line.split()[0]) < 9))
+    write_rows(tmp_path / "queries.jsonl", rows(retrieved / "queries.jsonl")[::-1])
+    done = ok(mine_run(tmp_path, tmp_path / "queries.jsonl", demo_data, "--run", tmp_path / "run.txt"))
+    assert "of 39 queries have no hits." in done.stderr
+    assert "few source documents are among the hits of their query" in done.stderr
+    for flags in (["--index", "x"], ["--k1", 1], ["--language", "de"]):
+        refused = mine_run(tmp_path, tmp_path / "queries.jsonl", demo_data, "--run", tmp_path / "run.txt", *flags)
+        assert " not " in error_line(refused, 2)
 
 
 def test_lucene_starts_without_pyserinis_modules() -> None:
