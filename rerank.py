@@ -24,6 +24,8 @@ from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, between, run_script, script_parser, warn
 from inpars_lib.dev_set import HeldOutQueries, read_held_out_queries
 from inpars_lib.evaluation import (
+    MEASURES,
+    add_measure_flags,
     best_weight,
     check_threshold,
     comparison_table,
@@ -67,8 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top_k", type=at_least(1), default=1000, help="hits per query to rerank (default: %(default)s)")
     add("--qrels", help="judgements; prints the table of both rankings")
     add("--judged_only", action="store_true", help="rerank only the queries that --qrels judges")
-    add("--plot", metavar="PNG", help="plot of each query's gain in nDCG@10 to write; needs --qrels")
-    add("--relevance_threshold", type=at_least(1), default=1, help="lowest relevant grade (default: %(default)s)")
+    add("--plot", metavar="PNG", help="plot of each query's gain in nDCG@10 to write, or in the first of --measures if "
+        "nDCG@10 is none of them; needs --qrels")  # fmt: skip
+    add_measure_flags(add)
     add(
         "--interpolation_weight",
         type=interpolation_weight,
@@ -95,8 +98,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags and check how they combine."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if (args.plot or args.judged_only) and not args.qrels:
-        parser.error("--plot and --judged_only need --qrels")
+    if (args.plot or args.judged_only or args.measures != MEASURES) and not args.qrels:
+        parser.error("--plot, --judged_only and --measures need --qrels")
     if not args.run and not args.index:
         parser.error("--run or --index is required")
     if args.interpolation_weight is None and not (args.holdout and (args.holdout_run or args.index)):
@@ -161,7 +164,7 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
         raise InputError(f"{args.qrels}: no query of {args.queries} is judged here. Use files of one collection.")
     judged = {qrel.query_id for qrel in qrels}
     if qrels and group.rank == 0:
-        check_threshold(qrels, args.relevance_threshold, args.qrels)
+        check_threshold(qrels, args.relevance_threshold, args.qrels, measures=args.measures)
     if args.judged_only:
         topics = {query_id: text for query_id, text in topics.items() if query_id in judged}
     elif qrels and len(judged) < len(topics) and group.rank == 0:
@@ -235,11 +238,14 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
     # 5. The table
     if args.qrels:
         print(f"{len(judged):,} judged queries, first {args.top_k} hits reranked by {args.model}{interpolated}\n")
-        before = evaluate_per_query(qrels, run, args.relevance_threshold)
-        after = evaluate_per_query(qrels, read_run(args.output, judged), args.relevance_threshold)
+        before, after = (
+            evaluate_per_query(qrels, ranking, args.relevance_threshold, args.measures)
+            for ranking in (run, read_run(args.output, judged))
+        )
         print(comparison_table(before, after))
         if args.plot:
-            plot_gains(args.plot, before["nDCG@10"], after["nDCG@10"], "nDCG@10")
+            plotted = "nDCG@10" if "nDCG@10" in before else args.measures[0]
+            plot_gains(args.plot, before[plotted], after[plotted], plotted)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from typing import Any
 
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
 from inpars_lib.dev_set import DevSet, read_dev_set, read_held_out_dev_set
-from inpars_lib.evaluation import MEASURES, check_threshold, format_value
+from inpars_lib.evaluation import MEASURES, add_measure_flags, check_threshold, format_value
 from inpars_lib.losses import LOSSES
 from inpars_lib.triples import TrainingExamples, TripleFile
 
@@ -83,12 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--corpus", help="collection of the run or of the index")
     add("--holdout", help="held-out synthetic queries instead of --queries and --qrels")
     add("--index", help="BM25 index to retrieve hits for --holdout, if there is no --run")
-    add("--relevance_threshold", type=at_least(1), default=1, help="lowest relevant grade (default: %(default)s)")
+    add_measure_flags(add)
     add("--max_eval_queries", type=int, default=-1, help="use the first judged queries only (default: all)")
     add("--max_eval_docs_per_query", type=at_least(1), default=100, help="hits per query to rerank "
         "(default: %(default)s)")  # fmt: skip
     add("--eval_steps", type=at_least(1), default=100, help="steps per evaluation (default: %(default)s)")
-    add("--select_by", choices=list(MEASURES), help="keep the checkpoint that is best by this measure, not the last")
+    add("--select_by", metavar="MEASURE", help="keep the checkpoint that is best by this one of --measures, not the "
+        "last")  # fmt: skip
     add("--early_stopping_patience", type=at_least(1), metavar="N", help="stop after N evaluations without a better "
         "one; needs --select_by")  # fmt: skip
     return parser
@@ -112,8 +113,11 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
             parser.error("--holdout needs --corpus and one of --index and --run, and excludes --queries and --qrels")
     elif any([*judged, args.run]) and not (all([*judged, args.run]) and args.corpus):
         parser.error("an evaluation needs all of --queries, --qrels, --run and --corpus")
-    if args.select_by and not any(judged + held_out):
-        parser.error("--select_by needs --queries, --qrels, --run and --corpus, or --holdout with its own flags")
+    for flag, given in (("--select_by", args.select_by), ("--measures", args.measures != MEASURES)):
+        if given and not any(judged + held_out):
+            parser.error(f"{flag} needs --queries, --qrels, --run and --corpus, or --holdout with its own flags")
+    if args.select_by and args.select_by not in args.measures:
+        parser.error(f"--select_by {args.select_by}: not one of --measures. Choose from {', '.join(args.measures)}")
     if args.early_stopping_patience and not args.select_by:
         parser.error("--early_stopping_patience needs --select_by")
     if any(judged + held_out) and trainer_flags:
@@ -134,10 +138,12 @@ def read_dev(args: argparse.Namespace) -> DevSet | None:
     """Return the dev set that the flags name, or None."""
     limits = args.max_eval_queries, args.max_eval_docs_per_query
     if args.holdout:
-        return read_held_out_dev_set(args.holdout, args.index, args.corpus, *limits, args.run)
+        dev = read_held_out_dev_set(args.holdout, args.index, args.corpus, *limits, args.run)
+        check_threshold(dev.qrels, 1, args.holdout, args.select_by, args.measures)
+        return dev
     if args.queries:
         dev = read_dev_set(args.queries, args.qrels, args.run, args.corpus, *limits)
-        check_threshold(dev.qrels, args.relevance_threshold, args.qrels, args.select_by)
+        check_threshold(dev.qrels, args.relevance_threshold, args.qrels, args.select_by, args.measures)
         return dev
     return None
 
@@ -182,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     items_per_step = items_per_batch * args.gradient_accumulation_steps
     steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * len(examples) / items_per_step))
     decisive = {name: getattr(args, name) for name in DECISIVE} | {"steps": steps, **trainer_flags}
+    if args.measures != MEASURES:  # results.csv has the same columns in all rows
+        decisive["measures"] = " ".join(args.measures)
     decisive |= {"examples_per_step": examples_per_step, "triples": training.file_sha256(args.triples_train)}
     record = training.TrainingRecord(args.output_dir, decisive)
     if checkpoint and (finished := record.check()) is not None:
@@ -238,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 4. Training
     threshold = 1 if args.holdout else args.relevance_threshold  # source documents of held-out queries have grade 1
-    config = training.TrainingConfig(args.loss, examples_per_step, args.seed, threshold)
+    config = training.TrainingConfig(args.loss, examples_per_step, args.seed, threshold, args.measures)
     trainer = training.RerankerTrainer(reranker, examples, config, arguments, dev)
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))

@@ -1,19 +1,31 @@
 """Measures, significance, interpolation of scores, tables and plots.
 
-The measures are those of the paper's script, computed by ir-measures: https://ir-measur.es
+    python -m inpars_lib.evaluation --qrels qrels.txt bm25.txt reranked.txt
+
+prints a table of runs and compares each other run with the first. The mean is over all judged queries, as with
+trec_eval's `-c`: a query without hits counts as 0. ir-measures computes the measures: https://ir-measur.es
 """
 
+import argparse
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
 from statistics import fmean, pstdev
+from typing import Any
 
-from inpars_lib.cli import InputError, warn
-from inpars_lib.formats import RUN_SCORE
+from inpars_lib.cli import InputError, at_least, report, run_script, script_parser, warn
+from inpars_lib.formats import RUN_SCORE, read_qrels, read_run
 from inpars_lib.records import Qrel, ScoredDoc
 from inpars_lib.storage import atomic_write
 
 MEASURES = ("nDCG@10", "nDCG@20", "MRR@10", "MAP", "P@20", "R@1000")
-BINARY_MEASURES = MEASURES[2:]  # those that depend on the relevance threshold
+# Means over queries that ir-measures computes without another program. IPrec is missing: its recall level is rounded.
+FAMILIES = ("nDCG", "RR", "AP", "P", "R", "Success", "Rprec", "Bpref", "infAP", "Judged", "SetP", "SetR", "SetF",
+            "SetAP", "Compat")  # fmt: skip
+MEASURE = re.compile(r"\w+(\((rel=[1-9]\d{0,5})?,?(judged_only=True)?\))?(@[1-9]\d{0,5})?", re.ASCII)
+COLUMNS = f"{'change':>9}{'p':>8}{'won':>6}{'tied':>6}{'lost':>6}"  # of tables that compare runs
 INTERPOLATION_WEIGHTS = [i / 10 for i in range(11)]  # the grid that `auto` searches
 
 Run = Mapping[str, Sequence[ScoredDoc]]
@@ -46,37 +58,82 @@ def rerank_hits(hits: Sequence[ScoredDoc], scores: Mapping[str, float]) -> list[
     return reranked + [hit._replace(score=reranked[-1].score - 1 - i) for i, hit in enumerate(rest)]
 
 
-def evaluate_per_query(qrels: Iterable[Qrel], run: Run, relevance_threshold: int) -> MeasureValues:
+def parse_measures(words: str) -> tuple[str, ...]:
+    """Return the names of measures, which whitespace separates (an argparse type)."""
+    from ir_measures import compat, judged, msmarco, parse_measure, pytrec_eval
+    from ir_measures.measures import registry
+
+    names: dict[Any, str] = {}
+    families = {name.lower(): name for name, family in reversed(registry.items()) if family.NAME in FAMILIES}
+    for word in words.split() or [""]:
+        supported = False
+        with suppress(ValueError, NameError, AssertionError):  # what ir-measures raises
+            measure = parse_measure(word if MEASURE.fullmatch(word) else "")
+            provided = any(provider.supports(measure) for provider in (pytrec_eval, judged, msmarco, compat))
+            supported = provided and measure.NAME in FAMILIES
+        if not supported:
+            near = get_close_matches(re.split(r"[@(]", word)[0].lower().rstrip("_.0123456789"), families)
+            closest = ", ".join(families[name] for name in near) or "none"
+            raise argparse.ArgumentTypeError(
+                f"{word!r} is not a supported measure. Closest: {closest}. Supported: {', '.join(FAMILIES)}; with a "
+                "cutoff, which P, R and Success need, `rel` or `judged_only`, such as nDCG@10 or P(rel=2)@20"
+            )
+        if measure in names:
+            raise argparse.ArgumentTypeError(f"{names[measure]} and {word} are the same measure. Keep one")
+        names[measure] = word
+    return tuple(names.values())
+
+
+def add_measure_flags(add: Callable[..., Any]) -> None:
+    """Add --relevance_threshold and --measures with the `add_argument` of a parser or of a group."""
+    text = "measures of ir-measures, separated by spaces; `rel` in a name, as in AP(rel=2), replaces "
+    text += "--relevance_threshold (default: %(default)s)"
+    add("--relevance_threshold", type=at_least(1), default=1, help="lowest relevant grade (default: %(default)s)")
+    add("--measures", type=parse_measures, default=" ".join(MEASURES), metavar="NAMES", help=text)
+
+
+def _with_threshold(measures: Iterable[str], relevance_threshold: int) -> dict[str, Any]:
+    from ir_measures import parse_measure
+
+    parsed = {name: parse_measure(name) for name in measures}
+    binary = [name for name, measure in parsed.items() if "rel" in measure.SUPPORTED_PARAMS.keys() - measure.params]
+    return parsed | {name: parsed[name](rel=relevance_threshold) for name in binary}
+
+
+def evaluate_per_query(
+    qrels: Iterable[Qrel], run: Run, relevance_threshold: int, measures: Iterable[str] = MEASURES
+) -> MeasureValues:
     """Return each measure's value for each judged query, 0 for a query without hits.
 
-    Ties are broken as in trec_eval. If no judgement reaches the threshold, the measures that depend on the threshold
-    are NaN.
+    Ties are broken as in trec_eval. A measure whose lowest relevant grade no judgement reaches is NaN.
 
     Args:
         qrels: Judgements.
         run: Hits by query id.
-        relevance_threshold: Lowest grade that counts as relevant in MRR@10, MAP, P@20 and R@1000, as with trec_eval's
-            `-l`. nDCG uses the grades as they are.
+        relevance_threshold: Lowest grade that counts as relevant in binary measures without a `rel` of their own, as
+            with trec_eval's `-l`. nDCG uses the grades as they are.
+        measures: Names of measures that `parse_measures` accepts.
     """
-    from ir_measures import AP, RR, P, R, iter_calc, nDCG
+    from ir_measures import iter_calc
 
-    level = relevance_threshold
-    measures = nDCG @ 10, nDCG @ 20, RR(rel=level) @ 10, AP(rel=level), P(rel=level) @ 20, R(rel=level) @ 1000
-    named = dict(zip(measures, MEASURES, strict=True))
     judged: dict[str, list[Qrel]] = {}
     for qrel in qrels:
         judged.setdefault(qrel.query_id, []).append(qrel)
-    values = {name: dict.fromkeys(judged, 0.0) for name in named.values()}
-    for query_id in judged.keys() & run.keys():  # one query at a time keeps memory flat
-        # The providers of ir-measures break ties differently, so the run gets scores without ties.
+    named = _with_threshold(measures, relevance_threshold)
+    highest = highest_grade(judged.values())
+    reached = {measure for measure in named.values() if measure.params.get("rel", highest) <= highest}
+    values = {measure: dict.fromkeys(judged, 0.0 if measure in reached else math.nan) for measure in named.values()}
+    for query_id in judged.keys() & run.keys() if reached else ():  # one query at a time keeps memory flat
+        # The providers of ir-measures break ties differently, so the run gets scores without ties. They are positive,
+        # because Compat takes the score of a document that is not in the run to be 0.
         hits = sorted(run[query_id], key=trec_order, reverse=True)
-        hits = [hit._replace(score=float(-rank)) for rank, hit in enumerate(hits)]
-        for metric in iter_calc(list(named), judged[query_id], hits):
-            values[named[metric.measure]][query_id] = metric.value
-    if highest_grade(judged.values()) < level:
-        for name in BINARY_MEASURES:
-            values[name] = dict.fromkeys(judged, math.nan)
-    return values
+        hits = [hit._replace(score=float(len(hits) - rank)) for rank, hit in enumerate(hits)]
+        grades = judged[query_id]
+        if highest_grade([grades]) < 0:  # pytrec_eval crashes; 0 gives the same values
+            grades = [qrel._replace(relevance=0) for qrel in grades]
+        for metric in iter_calc(reached, grades, hits):
+            values[metric.measure][query_id] = metric.value
+    return {name: values[measure] for name, measure in named.items()}
 
 
 def highest_grade(judged: Iterable[Iterable[Qrel]]) -> int:
@@ -84,21 +141,28 @@ def highest_grade(judged: Iterable[Iterable[Qrel]]) -> int:
     return max((qrel.relevance for qrels in judged for qrel in qrels), default=0)
 
 
-def check_threshold(qrels: Sequence[Qrel], relevance_threshold: int, source: str, select_by: str | None = None) -> None:
-    """Warn if no judgement reaches the relevance threshold.
+def check_threshold(
+    qrels: Sequence[Qrel],
+    relevance_threshold: int,
+    source: str,
+    select_by: str | None = None,
+    measures: Sequence[str] = MEASURES,
+) -> None:
+    """Warn of the measures whose lowest relevant grade no judgement reaches.
 
     Raises:
-        InputError: `select_by` is a measure that depends on the threshold.
+        InputError: `select_by` is one of these measures, or all are.
     """
     highest = highest_grade([qrels])
-    if highest >= relevance_threshold:
+    named = _with_threshold(measures, relevance_threshold)
+    lost = [name for name, measure in named.items() if measure.params.get("rel", highest) > highest]
+    if not lost:
         return
-    problem = (
-        f"{source}: no judgement reaches --relevance_threshold {relevance_threshold}. The highest grade is {highest}."
-    )
-    if select_by in BINARY_MEASURES:
-        raise InputError(f"{problem} Lower the threshold, or select by nDCG@10.")
-    warn(f"{problem} {', '.join(BINARY_MEASURES)} are not available.")
+    grade = f"--relevance_threshold {relevance_threshold}" if highest < relevance_threshold else f"`rel` of {lost[0]}"
+    problem = f"{source}: no judgement reaches {grade}. The highest grade is {highest}."
+    if select_by in lost or len(lost) == len(measures):
+        raise InputError(f"{problem} Lower the threshold, or {'select by' if select_by else 'add'} nDCG@10.")
+    warn(f"{problem} {', '.join(lost)} {'is' if len(lost) == 1 else 'are'} not available.")
 
 
 def format_value(value: float) -> str:
@@ -111,22 +175,65 @@ def mean_values(values: MeasureValues) -> dict[str, float]:
     return {name: sum(per_query.values()) / len(per_query) for name, per_query in values.items()}
 
 
-def comparison_table(first_stage: MeasureValues, reranked: MeasureValues) -> str:
-    """Return a text table of both rankings: means, paired t-test over the queries, queries won, tied and lost."""
+def compare(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[float, float, int, int, int]:
+    """Return how a measure of the second run differs, from values by query id.
+
+    Returns:
+        Change of the mean, p of the paired t-test (1 if there is nothing to test), queries won, tied and lost.
+    """
     from scipy.stats import ttest_rel
 
-    lines = [f"{'':10}{'first stage':>12}{'reranked':>10}{'change':>9}{'p':>8}{'won':>6}{'tied':>6}{'lost':>6}"]
+    pairs = [(value, second[query_id]) for query_id, value in first.items()]
+    won, lost = sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)
+    p = ttest_rel(*zip(*pairs, strict=True)).pvalue if won + lost and len(pairs) > 1 else 1.0
+    change = sum(b for _, b in pairs) / len(pairs) - sum(a for a, _ in pairs) / len(pairs)
+    return change, float(p), won, len(pairs) - won - lost, lost
+
+
+def comparison_table(first_stage: MeasureValues, reranked: MeasureValues) -> str:
+    """Return a text table of both rankings: means, paired t-test over the queries, queries won, tied and lost."""
+    width = max(10, *(len(name) + 1 for name in first_stage))
+    lines = [f"{'':{width}}{'first stage':>12}{'reranked':>10}{COLUMNS}"]
+    after = mean_values(reranked)
     for name, old in mean_values(first_stage).items():
-        pairs = [(value, reranked[name][query_id]) for query_id, value in first_stage[name].items()]
-        new = sum(b for _, b in pairs) / len(pairs)
-        won, lost = sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)
         if math.isnan(old):
-            lines.append(f"{name:10}{'n/a':>12}{'n/a':>10}")
+            lines.append(f"{name:{width}}{'n/a':>12}{'n/a':>10}")
             continue
-        p = ttest_rel(*zip(*pairs, strict=True)).pvalue if won + lost and len(pairs) > 1 else 1.0
-        lines.append(
-            f"{name:10}{old:12.4f}{new:10.4f}{new - old:+9.4f}{p:8.4f}{won:6}{len(pairs) - won - lost:6}{lost:6}"
-        )
+        change, p, won, tied, lost = compare(first_stage[name], reranked[name])
+        lines.append(f"{name:{width}}{old:12.4f}{after[name]:10.4f}{change:+9.4f}{p:8.4f}{won:6}{tied:6}{lost:6}")
+    return "\n".join(lines)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values after Holm's correction (Scandinavian Journal of Statistics, 1979), in the same order."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        adjusted[i] = highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+    return adjusted
+
+
+def run_table(runs: Sequence[tuple[str, MeasureValues]]) -> str:
+    """Return a text table of the measures of named runs, in which the other runs are compared with the first."""
+    first, queries = runs[0][1], len(next(iter(runs[0][1].values())))
+    lines = [f"judged queries: {queries:,}"]
+    if len(runs) > 1:
+        lines.append(f"change, p (paired t-test), won, tied, lost: against {runs[0][0]}")
+    if len(runs) > 1 and queries == 1:
+        lines.append("p: n/a, because a test needs two queries")
+    elif len(runs) > 2:
+        lines.append(f"p: Holm's correction over the {len(runs) - 1} compared runs, for each measure separately")
+    wide, width = max(map(len, first)) + 2, max(len(name) for name, _ in runs)
+    lines += ["", f"{'':{wide + width}}{'mean':>8}{COLUMNS if len(runs) > 1 else ''}"]
+    for name in first:
+        compared = [compare(first[name], values[name]) for _, values in runs]
+        adjusted = [1.0, *holm([p for _, p, *_ in compared[1:]])]
+        for i, (run, values) in enumerate(runs):
+            mean, (change, _, won, tied, lost) = mean_values(values)[name], compared[i]
+            line = f"{'' if i else name:{wide}}{run:{width}}{format_value(mean):>8}"
+            if i and not math.isnan(mean):
+                p = format_value(adjusted[i] if queries > 1 else math.nan)
+                line += f"{change:+9.4f}{p:>8}{won:6}{tied:6}{lost:6}"
+            lines.append(line)
     return "\n".join(lines)
 
 
@@ -205,3 +312,34 @@ def best_weight(curve: Mapping[float, float]) -> float:
     if len(set(curve.values())) == 1:
         return 0.0
     return max(curve, key=lambda weight: (curve[weight], weight))
+
+
+# ---------------------------------------------------------------------------------------------------------- command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table of runs."""
+    parser = script_parser(__doc__, prog="python -m inpars_lib.evaluation")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="runs, TREC or MS MARCO format")
+    parser.add_argument("--qrels", required=True, help="judgements")
+    add_measure_flags(parser.add_argument)
+    args = parser.parse_args(argv)
+    qrels = list(read_qrels(args.qrels))
+    check_threshold(qrels, args.relevance_threshold, args.qrels, measures=args.measures)
+    judged = {qrel.query_id for qrel in qrels}
+    evaluated = []
+    for path in args.runs:
+        run = read_run(path)
+        found = len(run.keys() & judged)
+        if not found:
+            raise InputError(f"{path}: none of the {len(run):,} queries is judged in {args.qrels}. Use its topics.")
+        if found < len(run):
+            report(f"{path}: {len(run) - found:,} of {len(run):,} queries are not judged and were skipped")
+        if found < len(judged):
+            warn(f"{path}: {len(judged) - found:,} of {len(judged):,} judged queries have no hits. They count as 0.")
+        evaluated.append((path, evaluate_per_query(qrels, run, args.relevance_threshold, args.measures)))
+    print(run_table(evaluated))
+
+
+if __name__ == "__main__":
+    run_script(main)

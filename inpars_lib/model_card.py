@@ -124,8 +124,8 @@ def model_card(info: CardInfo) -> str:
 def _results(info: CardInfo) -> str:
     chosen = f"the best by {info.select_by}" if info.select_by else "the last"
     text = f"The weights are from step {info.step:,}, {chosen}."
-    at_step = (entry for entry in info.history if entry["step"] == info.step and "eval_nDCG@10" in entry)
-    evaluation = next(at_step, None)
+    at_step = (entry for entry in info.history if entry["step"] == info.step)
+    evaluation = next((entry for entry in at_step if any(f"eval_{name}" in entry for name in info.first_stage)), None)
     if evaluation is None:
         return f"{text} The model was not evaluated during training."
     source = info.dev_name

@@ -37,7 +37,7 @@ REFUSED_FLAGS = {  # of transformers.TrainingArguments
     "hub_model_id": PUBLISH,
     "hub_token": PUBLISH,
 }
-PLOTTED = (("nDCG@10", "tab:blue"), ("MRR@10", "tab:orange"))
+PLOTTED = ("nDCG@10", "MRR@10")  # in learning_curve.png, or the first two measures if one of these is missing
 
 
 # ----------------------------------------------------------------------------------------------------------- trainer
@@ -52,12 +52,14 @@ class TrainingConfig:
         examples_per_step: Examples of an optimizer step, over all processes and accumulated batches.
         seed: Seed of the order of examples.
         relevance_threshold: Lowest relevant grade of the evaluation.
+        measures: Names of the measures.
     """
 
     loss: str = "pointwise"
     examples_per_step: int = 128
     seed: int = 2
     relevance_threshold: int = 1
+    measures: tuple[str, ...] = MEASURES
 
 
 class RerankerTrainer(Trainer):
@@ -94,7 +96,8 @@ class RerankerTrainer(Trainer):
         )
         self.first_stage: dict[str, float] = {}  # the measures of the dev set's run
         if dev:
-            self.first_stage = mean_values(evaluate_per_query(dev.qrels, dev.run, config.relevance_threshold))
+            values = evaluate_per_query(dev.qrels, dev.run, config.relevance_threshold, config.measures)
+            self.first_stage = mean_values(values)
 
     def _get_train_sampler(self, *_: object, **__: object) -> Any:
         config = self.config
@@ -131,7 +134,8 @@ class RerankerTrainer(Trainer):
         for query_id, doc_id, value in gather_object(scored):
             scores.setdefault(query_id, {})[doc_id] = value
         run = {query_id: rerank_hits(hits, scores[query_id]) for query_id, hits in dev.run.items()}
-        means = mean_values(evaluate_per_query(dev.qrels, run, self.config.relevance_threshold))
+        per_query = evaluate_per_query(dev.qrels, run, self.config.relevance_threshold, self.config.measures)
+        means = mean_values(per_query)
         metrics = {f"eval_{name}": value for name, value in means.items() if not math.isnan(value)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -282,7 +286,7 @@ def write_results(output_dir: str, history: Sequence[Mapping[str, Any]], first_s
     Args:
         output_dir: Folder to write to.
         history: The Trainer's log.
-        first_stage: Measures of the dev set's run, drawn as lines.
+        first_stage: Measures of the dev set's run, drawn as lines. Their names are the columns of results.csv.
     """
     from matplotlib.figure import Figure
 
@@ -290,8 +294,8 @@ def write_results(output_dir: str, history: Sequence[Mapping[str, Any]], first_s
     loss = None
     for entry in history:
         loss = entry.get("loss", loss)
-        if "eval_nDCG@10" in entry:
-            values = {name: entry.get(f"eval_{name}") for name in MEASURES}
+        if any(f"eval_{name}" in entry for name in first_stage):
+            values = {name: entry.get(f"eval_{name}") for name in first_stage}
             rows.append({"step": entry["step"], "epoch": round(entry["epoch"], 3), "loss": loss, **values})
     if rows:
         with atomic_write(os.path.join(output_dir, "results.csv")) as file:
@@ -305,7 +309,8 @@ def write_results(output_dir: str, history: Sequence[Mapping[str, Any]], first_s
     panels = figure.subplots(1, 2 if rows else 1, squeeze=False)[0]
     panels[0].plot(*zip(*losses, strict=True))
     panels[0].set(xlabel="step", ylabel="training loss")
-    for name, color in PLOTTED if rows else ():
+    plotted = PLOTTED if first_stage.keys() >= set(PLOTTED) else list(first_stage)[:2]
+    for name, color in zip(plotted, ("tab:blue", "tab:orange"), strict=False) if rows else ():
         if rows[-1][name] is None:
             continue
         panels[1].plot([row["step"] for row in rows], [row[name] for row in rows], "o-", color=color, label=name)

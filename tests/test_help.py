@@ -31,7 +31,7 @@ def test_help_of_bm25_names_its_commands() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [*SCRIPTS, "inpars_lib.bm25"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "inpars_lib.bm25", "inpars_lib.evaluation"])
 def test_each_script_is_a_program(script: str) -> None:
     done = ok(run_process(script, "--help"))
     assert done.stdout.startswith(f"usage: {'python -m ' if '/' not in script and '_lib' in script else ''}{script}")
@@ -41,8 +41,9 @@ def test_each_script_is_a_program(script: str) -> None:
 
 
 def test_help_loads_no_heavy_library() -> None:
-    modules = [script.removesuffix(".py") for script in SCRIPTS] + ["inpars_lib.bm25"]
+    modules = [script.removesuffix(".py") for script in SCRIPTS] + ["inpars_lib.bm25", "inpars_lib.evaluation"]
     heavy = {"torch", "transformers", "pyserini", "openai", "numpy", "matplotlib", "ftfy", "jnius", "tqdm"}
+    heavy |= {"ir_measures", "scipy"}
     code = f"import sys, {', '.join(modules)}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -59,6 +59,22 @@ def test_reranking_puts_positives_first(trained: Path, separable: Path, tmp_path
     assert list(map(float, table["R@1000"])) == [1, 1, 0, 1, 0, 10, 0]
 
 
+def test_other_measures(trained: Path, separable: Path, tmp_path: Path) -> None:
+    args = ["rerank.py", "--model", trained, "--output", tmp_path / "run.txt", "--max_length", 64]
+    measures = ["--measures", "P(rel=2,judged_only=True)@5 RR@1 Judged@10", "--plot", tmp_path / "gains.png"]
+    said = ok(run(*args, *dev(separable), *measures)).stdout
+    header, *lines = said.split("\n\n")[1].splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["P(rel=2,judged_only=True)@5", "0.4000"],
+        ["RR@1", "0.0000"],
+        ["Judged@10", "0.5000"],
+    ]
+    assert len({len(line) for line in (header, *lines)}) == 1  # columns are aligned
+    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
+    unjudged = [word for word in dev(separable) if word not in ("--qrels", separable / "qrels.txt")]
+    assert "--measures need --qrels" in error_line(run(*args, *unjudged, "--measures", "RR@1"), 2)
+
+
 def test_the_table_agrees_with_ir_measures(trained: Path, separable: Path, tmp_path: Path) -> None:
     import ir_measures
     from ir_measures import AP, RR, nDCG

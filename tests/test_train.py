@@ -164,6 +164,35 @@ def test_the_best_checkpoint_is_kept(separable: Path, tiny_t5: Path, tmp_path: P
     assert f"| MRR@10 | 1.0000 | {value:.4f} |" in card
 
 
+def test_other_measures(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    args = [*QUICK, *dev(separable), "--eval_steps", 1, "--save_every_n_steps", 1, "--relevance_threshold", 2]
+    measures = ["--measures", "R@3 RR(rel=1)@10 P(rel=9)@3", "--select_by", "RR(rel=1)@10"]
+    said = ok(train(separable, tiny_t5, tmp_path / "model", *args, *measures)).stderr
+    assert "`rel` of P(rel=9)@3. The highest grade is 2. P(rel=9)@3 is not available." in said
+    assert "first stage: R@3 0.0000, RR(rel=1)@10 0.5000, P(rel=9)@3 n/a\n" in said
+    with (tmp_path / "model/results.csv").open() as file:
+        results = list(csv.DictReader(file))
+    assert list(results[0]) == ["step", "epoch", "loss", "R@3", "RR(rel=1)@10", "P(rel=9)@3"]
+    assert [row["P(rel=9)@3"] for row in results] == ["", ""]
+    best = max(results, key=lambda row: (float(row["RR(rel=1)@10"]), -int(row["step"])))
+    card = (tmp_path / "model/README.md").read_text()
+    assert f"are from step {best['step']}, the best by RR(rel=1)@10" in card
+    assert f"| RR(rel=1)@10 | 0.5000 | {float(best['RR(rel=1)@10']):.4f} |" in card
+    assert "| P(rel=9)@3 | n/a | n/a |" in card
+    assert (tmp_path / "model/learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    # A resumed run has the same columns.
+    others = [*measures[2:], "--measures", "RR(rel=1)@10"]
+    resumed = train(separable, tiny_t5, tmp_path / "model", *args, *others, "--resume_from_checkpoint")
+    assert f"(measures {measures[1]}, now RR(rel=1)@10)" in error_line(resumed)
+    for flags, problem, code in (
+        (["--select_by", "RR@10"], "--select_by RR@10: not one of --measures. Choose from nDCG@10, nDCG@20, MRR@10", 2),
+        (["--measures", "P(rel=9)@3"], "no judgement reaches `rel` of P(rel=9)@3", 1),
+    ):
+        assert problem in error_line(train(separable, tiny_t5, tmp_path / "x", *args, *flags), code)
+    unevaluated = train(separable, tiny_t5, tmp_path / "x", "--measures", "RR@10")
+    assert "--measures needs --queries" in error_line(unevaluated, 2)
+
+
 @pytest.mark.slow
 def test_a_kill_and_a_resumed_training(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     """A run that is killed and resumed ends with the same weights and figures as one that is not."""
