@@ -369,6 +369,15 @@ def test_a_failing_request_does_not_affect_the_others_of_its_document(numbered: 
     assert set(map(len, queries(numbered).values())) == {3}
 
 
+def test_a_refused_document_with_many_queries_stops_no_run(numbered: Path, openai_server: StandIn) -> None:
+    openai_server.respond = lambda request: (
+        error(400, "content policy") if document_of(request) == "two" else seeded(request)
+    )
+    ok(generate(numbered, openai_server.url, *SEVERAL, "--queries_per_doc", 12, "--concurrency", 1))
+    assert set(errors(numbered)) == {f"a#1#{i}" for i in range(1, 13)}
+    assert len(rows(numbered.parent / "queries.jsonl")) == 36
+
+
 @pytest.mark.slow
 def test_kills_request_no_answered_query_again(numbered: Path, openai_server: StandIn) -> None:
     output, reached = numbered.parent / "queries.jsonl", threading.Event()
@@ -404,6 +413,8 @@ def test_sampling_has_a_seed_of_its_own(collection: Path, openai_server: StandIn
     ok(generate(collection, openai_server.url, *args, "--sampling_seed", 1))  # the same settings, said otherwise
     said = error_line(generate(collection, openai_server.url, *args, "--sampling_seed", 7))
     assert "made with other settings (sampling_seed None, now 7)" in said
+    said = error_line(generate(collection, openai_server.url, *args, "--sampling_seed", 0))
+    assert "made with other settings (sampling_seed None, now 0)" in said
     (collection.parent / "queries.jsonl").unlink()
     openai_server.requests.clear()
     ok(generate(collection, openai_server.url, *args, "--sampling_seed", 7))
@@ -862,8 +873,8 @@ def test_a_server_that_turns_bad_stops_the_run(large: Path, openai_server: Stand
     openai_server.respond = lambda request: (
         error(400, "bad") if len(openai_server.requests) > 30 else openai_server.answer(request)
     )
-    assert "10 documents in a row failed" in error_line(generate(large, openai_server.url))
-    assert len(errors(large)) < 20
+    assert "10 documents in a row failed" in error_line(generate(large, openai_server.url, "--concurrency", 1))
+    assert len(errors(large)) == 10
 
 
 def test_a_key_with_a_newline_is_stripped_and_never_shown(collection: Path, openai_server: StandIn) -> None:

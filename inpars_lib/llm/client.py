@@ -111,7 +111,7 @@ class GenerationClient:
         self.queue: list[Job] = []  # heap of documents to try again, by the time of the next try
         self.in_flight = 0
         self.budget = TokenBudget(config.max_total_tokens, api.config.max_tokens)
-        self.failures_in_a_row = 0
+        self.failed_in_a_row: set[str] = set()  # documents
         self.first_answer_at = self.steady_until = 0.0  # between them, --concurrency requests were in flight
         self.steady_answers = 0
         self.accepting, self.all_sent = True, False
@@ -377,8 +377,8 @@ class GenerationClient:
         self.store.add_failure(job.key, reason, answer, usage)
         if len(self.store.failed) <= SHOWN_FAILURES:
             warn(f"document {self.store.name(job.key)}: {reason}.")
-        self.failures_in_a_row += not too_long
-        if self.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+        self.failed_in_a_row |= set() if too_long else {job.doc.doc_id}
+        if len(self.failed_in_a_row) >= MAX_FAILURES_IN_A_ROW:
             problem = f"{MAX_FAILURES_IN_A_ROW} documents in a row failed, the last one because: {reason}"
             self._stop(InputError(f"{problem}. Check the engine, the prompt and the server. {RESUME}"))
 
@@ -389,7 +389,7 @@ class GenerationClient:
             if not self.config.api_settled:
                 report(f"{self.api.config.name} is used through the {self.api.api} API")
         store.add_answer(job.key, row, usage)
-        self.failures_in_a_row = 0
+        self.failed_in_a_row.clear()
         if store.answered == 1:
             self.first_answer_at = self.now()
         elif not self.all_sent:

@@ -84,16 +84,15 @@ class Access(NamedTuple):
             return request
 
         address, headers = httpx2.URL(url or ""), dict(self.headers)
-        auth: Any = (address.username, address.password) if address.username else None  # aiohttp wants no user in a URL
-        if headers and not self.key and "authorization" not in map(str.lower, headers):
-            auth = auth or without_key
+        made_up = headers and not self.key and "authorization" not in map(str.lower, headers)
+        user = (address.username, address.password) if address.username else None  # aiohttp refuses these in a URL
         return {
             "base_url": str(address.copy_with(userinfo=b"", query=None)) if url else None,
             "default_query": dict(address.params),
             "default_headers": headers,
             "api_key": self.key or "none",  # a local server needs no key, but the client insists on one
             "timeout": timeout,
-            "http_client": http_client(timeout=timeout, auth=auth),
+            "http_client": http_client(timeout=timeout, auth=user or (without_key if made_up else None)),
         }
 
     def redact(self, text: str) -> str:

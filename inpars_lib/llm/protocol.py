@@ -1,8 +1,7 @@
 """The OpenAI-compatible protocol: requests for a query and what answers contain.
 
     api = ModelApi(ModelConfig("gpt-6-luna"), "chat")
-    prompt = PromptTemplate("Document: {document_text} Relevant Query:").fill(doc)
-    body = api.request(prompt)                               # POST it to api.path
+    body = api.request("Document: ... Relevant Query:")      # POST it to api.path
     row = api.read_answer(answer, prompt, doc)               # doc_id, doc_text, question, log_probs
 
 This module sends nothing and reads no files. `client.py` and `batch.py` both use it.

@@ -17,8 +17,7 @@ from inpars_lib.storage import FORMAT_VERSION, atomic_write, is_special, json_li
 
 META_INTERVAL = 1.0  # seconds between two writes of OUTPUT.meta.json
 DUPLICATE = "duplicate of another query of this document"
-# Settings that are recorded only if they are set
-OPTIONAL = ("sampling_seed", "truncate_doc_chars", "system_prompt", "extra_body")
+OPTIONAL = ("sampling_seed", "truncate_doc_chars", "system_prompt", "extra_body")  # settings recorded only if set
 
 
 class RequestKey(NamedTuple):
@@ -61,7 +60,7 @@ class QueryStore:
         self, path: str | None, settings: Mapping[str, Any], force: bool = False, queries_per_doc: int = 1
     ) -> None:
         self.path, self.queries_per_doc = path, queries_per_doc
-        self.settings = {name: value for name, value in settings.items() if value or name not in OPTIONAL}
+        self.settings = {n: v for n, v in settings.items() if n not in OPTIONAL or v not in (None, "", {})}
         self.unit = "documents" if queries_per_doc == 1 else "requests"  # what is counted in messages
         self.request: dict[str, Any] | None = None
         self.usage, self.written = NO_TOKENS, 0
@@ -157,8 +156,8 @@ class QueryStore:
         if not names:
             self.request = meta.get("request")
         elif begun and not force:
-            values = ((name, shorten(before.get(name)), shorten(self.settings.get(name))) for name in names)
-            differences = ", ".join(f"{name} {old}, now {new}" for name, old, new in values)
+            now = self.settings
+            differences = ", ".join(f"{n} {shorten(before.get(n))}, now {shorten(now.get(n))}" for n in names)
             raise InputError(
                 f"{self.path}: made with other settings ({differences}). Use those settings, name another --output, or "
                 "mix both with --force."
