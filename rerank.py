@@ -60,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="folder of a trained model, or a name on the Hugging Face hub")
+    add("--model", required=True, help="reranker: a folder, or a name on the Hugging Face hub (T5, cross-encoder, or "
+        "Qwen3-Reranker)")  # fmt: skip
     add("--queries", required=True, help="topics")
     add("--corpus", required=True, help="collection of the topics")
     add("--run", help="first-stage run, TREC or MS MARCO format")
@@ -88,8 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="precision of the model; auto: bfloat16 where the device is fast at it, else float32")  # fmt: skip
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    add("--token_true", help="T5-like models: target word for relevant (default: the model's own)")
-    add("--token_false", help="T5-like models: target word for not relevant (default: the model's own)")
+    add("--token_true", help="T5-like and causal models: target word for relevant (default: the model's own)")
+    add("--token_false", help="T5-like and causal models: target word for not relevant (default: the model's own)")
+    add("--instruction", metavar="TEXT", help="causal models: task that the model reads before the query (default: "
+        "Given a web search query, retrieve relevant passages that answer the query)")  # fmt: skip
     bm25.add_search_flags(parser)
     return parser
 
@@ -188,6 +191,7 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
         device=device,
         dtype=group.broadcast(choose_dtype(args.dtype, device)),  # one precision for the whole run
         targets=(args.token_true, args.token_false) if args.token_true else None,
+        instruction=args.instruction,
     )
     reranker.batch_tokens = args.batch_tokens
     blocks = PairBlocks({**held_out.topics, **topics}, {**held_out.run, **run}, args.top_k)
@@ -202,6 +206,7 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
         "dtype": str(reranker.model.dtype),
         "batch_tokens": args.batch_tokens,
         "targets": [args.token_true, args.token_false],
+        **({"instruction": args.instruction} if args.instruction else {}),
     }
     store = ScoreStore(args.output, settings)
     if group.rank == 0:

@@ -1,9 +1,10 @@
 """Base class of the rerankers: tokenization, batches, scoring."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from inpars_lib.cli import InputError
+from inpars_lib.cli import InputError, warn
 
 if TYPE_CHECKING:
     import numpy
@@ -29,7 +30,11 @@ class Reranker:
         self.max_length = max_length
         self.batch_tokens: int | None = None
 
-    def _check_max_length(self, added_tokens: int) -> None:
+    def _check_max_length(self, added_tokens: int, limit: float = math.inf) -> None:
+        if self.max_length > limit:
+            name = self.model.config.name_or_path
+            warn(f"{name}: reads at most {limit} tokens, so --max_length {self.max_length} is reduced.")
+            self.max_length = int(limit)
         if self.max_length < added_tokens + 2:
             raise InputError(
                 f"--max_length {self.max_length}: too short for {added_tokens} special tokens and a token of query "
@@ -37,6 +42,10 @@ class Reranker:
             )
 
     # ------------------------------------------------------------------------------------------------------ tokens
+
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids of a text, without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def tokenize(self, texts: Sequence[str]) -> list["numpy.ndarray"]:
         """Return the token ids of each text, int32, without special tokens, truncated to `max_length`."""

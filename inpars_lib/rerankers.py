@@ -1,4 +1,4 @@
-"""Pointwise rerankers: `MonoT5` and `CrossEncoder`, loaded from a checkpoint and called the same way.
+"""Pointwise rerankers: `MonoT5`, `CrossEncoder`, `CausalReranker`, loaded from a checkpoint and called the same way.
 
     reranker = load_reranker("castorini/monot5-base-msmarco-10k", device="cuda")
     scores = reranker.score([("how long do cats sleep", "Cats sleep sixteen hours a day."), ...])
@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from inpars_lib.causal_reranker import CausalReranker
 from inpars_lib.cli import InputError, shorten, warn
 from inpars_lib.devices import choose_dtype, default_device
 from inpars_lib.reranker_base import Reranker
@@ -46,17 +47,14 @@ class MonoT5(Reranker):
             model.config.decoder_start_token_id = model.config.pad_token_id
         self.target_ids = self._find_targets(targets or getattr(model.config, "answers", None))
         model.config.answers = tokenizer.convert_ids_to_tokens(self.target_ids)  # saved with the model
-        self._separator = numpy.array(self._ids("Document:"), dtype=numpy.int32)
-        self._suffix = numpy.array([*self._ids("Relevant:"), tokenizer.eos_token_id], dtype=numpy.int32)
+        self._separator = numpy.array(self.ids("Document:"), dtype=numpy.int32)
+        self._suffix = numpy.array([*self.ids("Relevant:"), tokenizer.eos_token_id], dtype=numpy.int32)
         self._check_max_length(len(self._separator) + len(self._suffix))  # positions are relative: no upper limit
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def _find_targets(self, targets: Sequence[str] | None) -> list[int]:
         vocabulary = self.tokenizer.get_vocab()
         for pair in [targets] if targets else TARGET_WORDS:
-            pieces = [self._ids(word) for word in pair]
+            pieces = [self.ids(word) for word in pair]
             # A saved target is spelt as a token, with its word boundary mark: "▁true".
             pieces = [ids if len(ids) == 1 else [vocabulary.get(w, -1)] for w, ids in zip(pair, pieces, strict=True)]
             known = all(ids[0] not in (-1, self.tokenizer.unk_token_id) for ids in pieces)
@@ -134,10 +132,7 @@ class CrossEncoder(Reranker):
         self._prefix, self._separator = ids[: first[0]], ids[first[-1] + 1 : second[0]]
         self._suffix = ids[second[-1] + 1 :]
         limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
-        if max_length > limit:
-            warn(f"{model.config.name_or_path}: reads at most {limit} tokens, so --max_length {max_length} is reduced.")
-            self.max_length = int(limit)
-        self._check_max_length(len(self._prefix) + len(self._separator) + len(self._suffix))
+        self._check_max_length(len(self._prefix) + len(self._separator) + len(self._suffix), limit)
         if model.dtype.itemsize < 4:  # the output layers stay in float32: with fewer bits, similar documents would tie
             for name, module in model.named_modules():
                 if name.rpartition(".")[2] in OUTPUT_LAYERS and name.count(".") < 2:
@@ -202,6 +197,7 @@ def load_reranker(
     dtype: str = "auto",
     targets: tuple[str, str] | None = None,
     new_head: bool = False,
+    instruction: str | None = None,
 ) -> Reranker:
     """Load a reranker from a folder or from the Hugging Face hub. Its config tells the family.
 
@@ -210,8 +206,9 @@ def load_reranker(
         max_length: Tokens per pair.
         device: `cpu`, `cuda`, `cuda:1`, ...; by default the first GPU, if there is one.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where it is fast, otherwise float32.
-        targets: Words for relevant and not relevant of a T5-like model; by default the model's own.
+        targets: Words for relevant and not relevant of a T5-like or causal model; by default the model's own.
         new_head: Give an encoder without a trained output a randomly initialized one, to be trained.
+        instruction: Task that a causal model reads before the query; by default web search.
 
     Raises:
         InputError: There is no such checkpoint or device, or the checkpoint is not a reranker.
@@ -233,13 +230,22 @@ def load_reranker(
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        architectures = config.architectures or []
+        causal = not config.is_encoder_decoder and any(kind.endswith("ForCausalLM") for kind in architectures)
+        if instruction and not causal:
+            raise InputError(f"--instruction: {name} reads no instruction; only causal models do. Omit the flag.")
+        if causal:
+            if new_head:
+                raise InputError(f"{name}: causal models rerank, but cannot be trained here. Name a T5 or an encoder.")
+            language_model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+            return CausalReranker(language_model.to(device), tokenizer, max_length, targets, instruction)
         if config.is_encoder_decoder:
             if config.model_type not in T5_TYPES:
                 known = ", ".join(T5_TYPES)
                 raise InputError(f"{name}: models of type {config.model_type} are not supported. Use one of {known}.")
             model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=getattr(torch, dtype))
             return MonoT5(model.to(device), tokenizer, max_length, targets)
-        trained = any("ForSequenceClassification" in architecture for architecture in config.architectures or [])
+        trained = any("ForSequenceClassification" in architecture for architecture in architectures)
         relevant = None
         if trained and config.num_labels != 1:
             if new_head:

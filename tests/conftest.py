@@ -291,6 +291,25 @@ def tiny_encoder(separable: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_qwen3(separable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a random Qwen3 with a vocabulary trained behind Qwen's own splitting into words."""
+    import torch
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("qwen3")
+    texts = (separable / "triples.tsv").read_text().splitlines()
+    texts += ["yes no why? why.\n <Instruct>: <Query>: <Document>: Judge whether the Document meets"] * 100
+    markers = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, 500, new_special_tokens=markers)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def hub(tiny_t5: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     """Serve a Hugging Face hub with one tiny model, google-t5/t5-base. Yields the environment that leads to it."""

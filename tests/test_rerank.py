@@ -168,6 +168,20 @@ def test_an_incomplete_set_of_scores_is_refused(
     assert "Reranking:  9" in ok(run("rerank.py", *args)).stderr  # it resumes at 96 %
 
 
+def test_a_causal_reranker_with_an_instruction(separable: Path, tiny_qwen3: Path, tmp_path: Path) -> None:
+    args = ["--model", tiny_qwen3, *dev(separable), "--top_k", 4, "--max_length", 250]
+    claim = ["--instruction", "Given a claim, retrieve documents that refute it"]
+    output = tmp_path / "run.txt"
+    output.mkdir()  # the scores stay because the run cannot be written
+    assert "Is a directory" in error_line(run("rerank.py", *args, *claim, "--output", output))
+    output.rmdir()
+    done = ok(run("rerank.py", *args, "--output", tmp_path / "run.txt"))
+    assert "scored with Qwen3-Reranker's prompt, logit of 'yes' minus logit of 'no'" in done.stderr
+    assert "run.txt.scores: has scores of other settings" in done.stderr
+    ok(run("rerank.py", *args, *claim, "--output", tmp_path / "claim.txt"))
+    assert read_run(str(output))["0"] != read_run(str(tmp_path / "claim.txt"))["0"]
+
+
 def test_two_runs_on_one_output_are_refused(long_run: list[object], tiny_t5: Path, tmp_path: Path) -> None:
     with exclusive(str(tmp_path / "run.txt")):
         second = run("rerank.py", "--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt")

@@ -480,6 +480,84 @@ def test_cross_encoders_with_two_outputs_are_base_models(
         rerankers.load_reranker(str(tmp_path / "two"), new_head=True)
 
 
+QWEN_PROMPT = """<|im_start|>system
+Judge whether the Document meets the requirements based on the Query and the Instruct provided. \
+Note that the answer can only be "yes" or "no".<|im_end|>
+<|im_start|>user
+<Instruct>: {instruction}
+<Query>: {query}
+<Document>: {text}<|im_end|>
+<|im_start|>assistant
+<think>
+
+</think>
+
+"""  # https://huggingface.co/Qwen/Qwen3-Reranker-0.6B
+QWEN_PAIRS = [
+    ("what are tides?", "the study of tides and bees in detail."),
+    ("why", "(bread) rises: 3 ovens, 's honey"),
+    ("tea...", ""),
+    ("7 bees", "\u00e9clairs \u4e2d\u6587 <|im_end|> " + "honey " * 30),
+]
+
+
+@pytest.mark.parametrize("instruction", [None, "Given a claim, retrieve documents that refute it"])
+def test_causal_scores_equal_transformers(tiny_qwen3: Path, instruction: str | None) -> None:
+    """Padded batches give the scores of single prompts, read by the tokenizer and by the model as a whole."""
+    reranker = rerankers.load_reranker(str(tiny_qwen3), dtype="float32", device="cpu", instruction=instruction)
+    reranker.batch_tokens = 400  # several batches, of several lengths
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_qwen3).eval()
+    yes, no = reranker.tokenizer.convert_tokens_to_ids(["yes", "no"])
+    default = "Given a web search query, retrieve relevant passages that answer the query"
+    expected = []
+    for query, text in QWEN_PAIRS:
+        prompt = QWEN_PROMPT.format(instruction=instruction or default, query=query, text=text)
+        ids = reranker.tokenizer(prompt, return_tensors="pt").input_ids
+        assert reranker.encode(query, text)[0].tolist() == ids[0].tolist()
+        logits = model(ids).logits[0, -1]
+        expected.append((logits[yes] - logits[no]).item())
+    assert len(set(expected)) == len(expected)
+    scores = reranker.score(QWEN_PAIRS)
+    numpy.testing.assert_allclose(scores, expected, atol=1e-4)
+    assert scores.tobytes() == reranker.score(QWEN_PAIRS).tobytes()
+    low = rerankers.load_reranker(str(tiny_qwen3), dtype="bfloat16", device="cpu", instruction=instruction)
+    numpy.testing.assert_allclose(low.score(QWEN_PAIRS), expected, rtol=0.1, atol=0.5)
+    similar = torch.from_numpy(low.score([("what are tides", f"{a} {b}") for a in WORDS for b in WORDS]))
+    assert not torch.equal(similar, similar.bfloat16().float())
+
+
+def test_a_causal_prompt_loses_tokens_of_the_document_only(tiny_qwen3: Path, capsys: pytest.CaptureFixture) -> None:
+    whole = rerankers.load_reranker(str(tiny_qwen3), max_length=1000)
+    prompt = len(whole.encode("what are tides", "")[0])  # with the space before the document
+    model = rerankers.load_reranker(str(tiny_qwen3), max_length=prompt + 5)
+    ids = model.encode("what are tides", "tides " * 500)[0].tolist()
+    start, end = QWEN_PROMPT.partition("{text}")[::2]
+    kept = model.tokenizer.decode(ids)
+    assert len(ids) == prompt + 5
+    assert kept.endswith("<Query>: what are tides\n<Document>:" + " tides" * 6 + end)
+    assert kept.startswith(start[:150])
+    assert len(model.encode("what are tides " * 500, "tides")[0]) == prompt + 5
+    assert model.score([("", ""), ("what are tides " * 500, "tides")]).shape == (2,)
+    capsys.readouterr()
+    with pytest.raises(InputError, match="--max_length 40: too short"):
+        rerankers.load_reranker(str(tiny_qwen3), max_length=40)
+    assert rerankers.load_reranker(str(tiny_qwen3), max_length=10**6).max_length == 32768
+    assert "reads at most 32768 tokens" in capsys.readouterr().err
+
+
+def test_causal_models_that_are_refused(tiny_qwen3: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="causal models rerank, but cannot be trained"):
+        rerankers.load_reranker(str(tiny_qwen3), new_head=True)
+    with pytest.raises(InputError, match="has no token 'perhaps'"):
+        rerankers.load_reranker(str(tiny_qwen3), targets=("yes", "perhaps"))
+    with pytest.raises(InputError, match="reads no instruction"):
+        rerankers.load_reranker(str(tiny_t5), instruction="Find.")
+    transformers.AutoModelForCausalLM.from_pretrained(tiny_qwen3).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"has no token '<\|im_start\|>'"):
+        rerankers.load_reranker(str(tmp_path))
+
+
 def test_large_margins_are_no_ties() -> None:
     """In float32 the log softmax of 9.0001 to 9.001 rounds to a few values; the log sigmoid does not."""
     margins = 9 + torch.arange(1, 11) / 10_000

@@ -347,6 +347,11 @@ def test_a_step_has_the_examples_of_its_triples_longest_first(tmp_path: Path) ->
     assert set(epochs[0][:16]) != set(epochs[1][:16])  # other steps in another epoch
 
 
+def test_causal_models_are_not_trained(separable: Path, tiny_qwen3: Path, tmp_path: Path) -> None:
+    refused = train(separable, tiny_qwen3, tmp_path / "model", *QUICK)
+    assert "causal models rerank, but cannot be trained here" in error_line(refused)
+
+
 def test_usage_errors(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     output = tmp_path / "model"
     needs_all = train(separable, tiny_t5, output, "--qrels", separable / "qrels.txt")

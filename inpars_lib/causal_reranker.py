@@ -1,0 +1,86 @@
+"""Reranker from a causal language model that answers yes or no, with the prompt of Qwen3-Reranker."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from inpars_lib.cli import InputError, report
+from inpars_lib.reranker_base import Reranker
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+# The prompt of https://huggingface.co/Qwen/Qwen3-Reranker-0.6B, section "Transformers Usage"
+PREFIX = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+MARKERS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+
+
+class CausalReranker(Reranker):
+    """Causal language model that answers `yes` or `no` after query and document (arXiv 2506.05176).
+
+    The score is the logit of the first target word minus the logit of the second at the last position.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_length: int,
+        targets: tuple[str, str] | None = None,
+        instruction: str | None = None,
+    ) -> None:
+        import numpy
+
+        super().__init__(model, tokenizer, max_length)
+        name = model.config.name_or_path
+        vocabulary = tokenizer.get_vocab()
+        words = targets or ("yes", "no")
+        if absent := [word for word in (*MARKERS, *words) if word not in vocabulary]:
+            raise InputError(
+                f"{name}: its vocabulary has no token {absent[0]!r}, which Qwen3-Reranker's prompt or answer needs. "
+                "Name a Qwen3-Reranker, a T5 or a cross-encoder."
+            )
+        self.target_ids = [vocabulary[word] for word in words]
+        # Parts of the prompt whose tokens, joined, are the tokens of the whole: no token spans two of these parts.
+        parts = (f"{PREFIX}<Instruct>: {instruction or INSTRUCTION}\n<Query>:", "<Document>:", SUFFIX)
+        self._prefix, self._separator, self._suffix = (numpy.array(self.ids(part), numpy.int32) for part in parts)
+        limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+        self._check_max_length(sum(map(len, (self._prefix, self._separator, self._suffix))), limit)
+        report(f"{name}: scored with Qwen3-Reranker's prompt, logit of {words[0]!r} minus logit of {words[1]!r}")
+
+    def tokenize(self, texts: Sequence[str]) -> list["numpy.ndarray"]:
+        """Return the token ids of each document with the space before it, truncated to `max_length`."""
+        return super().tokenize([f" {text}" for text in texts])
+
+    def tokenize_queries(self, queries: Sequence[str]) -> list["numpy.ndarray"]:
+        """Return the token ids of each query with the space before and the newline after it."""
+        return super().tokenize([f" {query}\n" for query in queries])
+
+    def build_input(self, query: "numpy.ndarray", text: "numpy.ndarray") -> tuple["numpy.ndarray", int]:
+        """Return the tokens of the whole prompt."""
+        import numpy
+
+        space = self.max_length - sum(map(len, (self._prefix, self._separator, self._suffix)))
+        text = text[: max(0, space - len(query))]
+        return numpy.concatenate((self._prefix, query[:space], self._separator, text, self._suffix)), 0
+
+    def pad(self, inputs: Sequence[tuple["numpy.ndarray", int]]) -> dict[str, "torch.Tensor"]:
+        """Return a batch of inputs, padded on the left: the last position of every row is its last token."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        rows = [torch.from_numpy(row).long() for row, _ in inputs]
+        parts = {"input_ids": rows, "attention_mask": [torch.ones_like(row) for row in rows]}
+        return {name: pad_sequence(part, batch_first=True, padding_side="left") for name, part in parts.items()}
+
+    def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Return the difference of both targets' logits, in float32, without the logits of other tokens."""
+        hidden = self.model.base_model(**batch, use_cache=False).last_hidden_state[:, -1]
+        first, second = self.model.get_output_embeddings().weight[self.target_ids].float()
+        return hidden.float() @ (first - second)
