@@ -16,12 +16,13 @@ Two scoring functions need no log-probabilities: `monot5` scores query and docum
 arXiv 2301.01820), and `consistency` is 1 / the rank at which BM25 retrieves the source document. With any of them,
 --consistency_k 20 --index INDEX drops queries whose source document is not among the first 20 hits (after
 Promptagator, arXiv 2209.11755). Ties are broken by mean log-probability, then by a hash of doc_id. Memory grows with
---top_k, not with the input.
+--top_k, not with the input. Scores of a reranker are saved: after a kill, run the same command again.
 """
 
 import argparse
 import heapq
 import math
+import os
 import sys
 import zlib
 from collections import Counter
@@ -34,7 +35,7 @@ from inpars_lib.formats import LARGEST, SyntheticRow, read_synthetic_queries
 from inpars_lib.line_parsers import json_object
 from inpars_lib.query_browser import QuerySample
 from inpars_lib.records import SyntheticQuery
-from inpars_lib.storage import atomic_write, json_line
+from inpars_lib.storage import ResumeLog, atomic_write, exclusive, is_special, json_line
 
 LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
     "mean_log_probs": lambda log_probs: sum(log_probs) / len(log_probs),  # arXiv 2202.05144, section 3
@@ -44,7 +45,7 @@ LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
 # Scoring functions and the bin widths of their histograms
 BIN_WIDTHS = {"mean_log_probs": 0.05, "sum_log_probs": 1.0, "mean_probs": 0.02, "monot5": 0.1, "consistency": 0.05}
 NO_LOG_PROBS = "without log-probabilities"
-BLOCK = 1024  # rows that BM25 or a reranker takes at a time
+BLOCK = 1024  # rows that BM25 takes at a time
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scoring_function", choices=list(BIN_WIDTHS), default="mean_log_probs", help="function that scores a query "
         "(default: %(default)s)")  # fmt: skip
     add("--model", help="reranker for monot5: a folder, or a hub name such as castorini/monot5-3b-msmarco-10k")
+    add("--instruction", metavar="TEXT", help="causal models: task that the model reads before the query (default: "
+        "Given a web search query, retrieve relevant passages that answer the query)")  # fmt: skip
     add("--consistency_k", type=at_least(1), metavar="K", help="drop queries whose source document is not among the "
         "first K BM25 hits")  # fmt: skip
     add("--index", help="BM25 index for --consistency_k: a folder, a prebuilt index of Pyserini, or a new path")
@@ -74,8 +77,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags and check how they combine."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if (args.scoring_function == "monot5") != bool(args.model):
-        parser.error("--scoring_function monot5 and --model need each other")
+    if (args.scoring_function == "monot5") != bool(args.model) or (args.instruction and not args.model):
+        parser.error("--scoring_function monot5 and --model need each other, and --instruction needs both")
     if args.scoring_function == "consistency" and not args.consistency_k:
         parser.error("--scoring_function consistency needs --consistency_k")
     if bool(args.consistency_k) != bool(args.index):
@@ -114,7 +117,7 @@ def source_ranks(
 
 
 def score_queries(
-    ranked: Iterator[tuple[SyntheticQuery, int | None]], args: argparse.Namespace
+    ranked: Iterator[tuple[SyntheticQuery, int | None]], args: argparse.Namespace, log_path: str
 ) -> Iterator[tuple[SyntheticQuery, float]]:
     """Yield each query with its score."""
     if args.scoring_function == "consistency":
@@ -123,12 +126,14 @@ def score_queries(
         score = LOG_PROB_SCORES[args.scoring_function]
         yield from ((query, score(query.log_probs or [])) for query, _ in ranked)
     else:
+        from inpars_lib import scoring
         from inpars_lib.rerankers import load_reranker
 
-        reranker = load_reranker(args.model)
-        while block := [query for query, _ in islice(ranked, BLOCK)]:
-            scores = reranker.score([(query.question, query.doc_text) for query in block])
-            yield from zip(block, map(float, scores), strict=True)
+        reranker = load_reranker(args.model, instruction=args.instruction)
+        settings = {"model": args.model, "instruction": args.instruction, "dtype": str(reranker.model.dtype)}
+        settings |= {"files": scoring.files_fingerprint(args.model)}
+        queries = (query for query, _ in ranked)
+        yield from scoring.score_queries(reranker, queries, args.input, ResumeLog(log_path, settings))
 
 
 def tie_break(query: SyntheticQuery) -> tuple[float, int, int]:
@@ -189,6 +194,13 @@ def plot_histogram(
 def main(argv: Sequence[str] | None = None) -> None:
     """Score every query, keep the best, say what was dropped."""
     args = parse_args(argv)
+    with exclusive(args.output):
+        filter_queries(args)
+
+
+def filter_queries(args: argparse.Namespace) -> None:
+    """Do the work of `main` while no other process writes the output."""
+    log_path = os.devnull if is_special(args.output) else f"{args.output}.scores.jsonl"  # of a reranker
     width = BIN_WIDTHS[args.scoring_function]
     dropped: Counter[str] = Counter()
     bins: Counter[int] = Counter()  # with --plot, all scored queries by score
@@ -197,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Most rows need one look at their log-probabilities, unless an option needs more.
     others = args.consistency_k or args.skip_questions_copied_from_context or args.sample_html
     log_prob_score = LOG_PROB_SCORES.get(args.scoring_function)
+    bar = None if args.model else "Scoring"  # a reranker has a bar of its own
     simple = log_prob_score and not others
 
     def count(score: float) -> None:
@@ -221,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return True
 
     def usable() -> Iterator[SyntheticQuery]:
-        for query in read_synthetic_queries(args.input, "Scoring", below_cutoff if simple else None):
+        for query in read_synthetic_queries(args.input, bar, below_cutoff if simple else None):
             if reason := drop_reason(query, args):
                 drop(query, reason)
             else:
@@ -238,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 yield query, rank
 
     # 1. The best queries
-    for query, score in score_queries(ranked(), args):
+    for query, score in score_queries(ranked(), args, log_path):
         count(score)
         if args.sample_html:
             sample.add(query, score, None)
@@ -261,6 +274,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.sample_html:
         summary = f"{len(kept):,} rows of {args.input} were kept. The score is {args.scoring_function}."
         sample.write(args.sample_html, {number for number, *_ in kept}, summary)
+    if args.model and log_path != os.devnull:
+        os.remove(log_path)
 
     # 3. What was dropped
     for reason, count in dropped.most_common():
@@ -274,4 +289,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, interrupted="Scores of a reranker are saved. Run the same command again.")

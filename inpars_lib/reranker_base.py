@@ -1,7 +1,7 @@
 """Base class of the rerankers: tokenization, batches, scoring."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from inpars_lib.cli import InputError, warn
@@ -109,18 +109,25 @@ class Reranker:
         """Return the scores of a padded batch, shape (pairs,)."""
         raise NotImplementedError
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> "numpy.ndarray":
+    def score(
+        self, pairs: Sequence[tuple[str, str]], on_batch: Callable[[int], object] | None = None
+    ) -> "numpy.ndarray":
         """Return the scores of (query, document) pairs of strings, shape (pairs,), float32, in the order given."""
         queries, texts = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
         query_ids = dict(zip(queries, self.tokenize_queries(queries), strict=True))
         text_ids = dict(zip(texts, self.tokenize(texts), strict=True))
-        return self.score_tokens([(query_ids[query], text_ids[text]) for query, text in pairs])
+        return self.score_tokens([(query_ids[query], text_ids[text]) for query, text in pairs], on_batch)
 
-    def score_tokens(self, pairs: Sequence[tuple["numpy.ndarray", "numpy.ndarray"]]) -> "numpy.ndarray":
+    def score_tokens(
+        self,
+        pairs: Sequence[tuple["numpy.ndarray", "numpy.ndarray"]],
+        on_batch: Callable[[int], object] | None = None,
+    ) -> "numpy.ndarray":
         """Return the scores of pairs of token ids, from `tokenize_queries` and `tokenize`.
 
         Batches hold pairs of similar length, the longest first, so that little is padding and memory runs out at
-        once or not at all. The same pairs give the same batches, and so the same bits.
+        once or not at all. The same pairs give the same batches, and so the same bits. `on_batch` is called after
+        each batch with the batch's size.
         """
         import numpy
         import torch
@@ -152,6 +159,8 @@ class Reranker:
                     )
                 scores[chosen] = scored
                 start += len(chosen)
+                if on_batch:
+                    on_batch(len(chosen))
         self.model.train(training)
         return scores
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from inpars_lib.cli import InputError, warn
 from inpars_lib.formats import collection_files, conflicting_texts, missing_documents, read_collection
-from inpars_lib.records import ScoredDoc
-from inpars_lib.storage import FORMAT_VERSION, atomic_write
+from inpars_lib.records import ScoredDoc, SyntheticQuery
+from inpars_lib.storage import FORMAT_VERSION, ResumeLog, atomic_write
+from inpars_lib.text_lines import count_lines
 
 if TYPE_CHECKING:
     import numpy
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+BLOCK_QUERIES = 1024  # synthetic queries scored at a time
 BLOCK_PAIRS = 256  # pairs scored at a time, of whole queries: enough to batch pairs of similar length
 TOKENIZER_BATCH = 1024  # documents tokenized at a time
 
@@ -102,9 +104,10 @@ class PairBlocks:
         return digest.hexdigest()
 
 
-def files_fingerprint(model: str, corpus: str) -> str:
+def files_fingerprint(model: str, corpus: str | None = None) -> str:
     """Return a hash of the names, sizes and modification times of a model's and a collection's files."""
-    files = [] if corpus.startswith("ir_datasets:") else [Path(path) for path in collection_files(corpus)]
+    listed = collection_files(corpus) if corpus and not corpus.startswith("ir_datasets:") else []
+    files = [Path(path) for path in listed]
     if os.path.isdir(model):
         files += sorted(path for path in Path(model).iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -255,6 +258,45 @@ def scores_by_query(block: Sequence[ScoredDoc], values: Iterable[float]) -> Iter
     scored = zip(block, values, strict=True)
     for query_id, group in groupby(scored, key=lambda pair: pair[0].query_id):
         yield query_id, {hit.doc_id: value for hit, value in group}
+
+
+def score_queries(
+    reranker: "Reranker", queries: Iterator[SyntheticQuery], source: str, log: ResumeLog
+) -> Iterator[tuple[SyntheticQuery, float]]:
+    """Yield each synthetic query with the score of its source document, with a progress bar over the input's lines.
+
+    Scores are computed in blocks. A block of the log is used again if its queries and documents are the same.
+
+    Args:
+        reranker: The reranker.
+        queries: The queries to score, in the order of the input.
+        source: The input, which also has rows that are not scored.
+        log: Log of finished blocks. The caller deletes the log when the output is complete.
+    """
+    from tqdm import tqdm
+
+    finished: dict[str, list[float]] = {row["pairs"]: row["scores"] for row in log.rows() if "pairs" in row}
+    log.open()
+    reused, bar, lines = 0, None, count_lines(source)
+    while block := list(islice(queries, BLOCK_QUERIES)):
+        pairs = [(query.question, query.doc_text) for query in block]
+        fingerprint = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+        if fingerprint in finished:
+            scores = finished[fingerprint]
+            reused += 1
+        else:
+            if bar is None:  # the first block that no earlier run has finished
+                bar = tqdm(desc="Scoring", total=lines, initial=block[0].line, unit=" rows")
+                if reused < len(finished):
+                    warn(f"{log.path}: has scores of other rows. Scoring resumes at line {block[0].line + 1:,}.")
+            scores = reranker.score(pairs, bar.update).tolist()
+            log.write({"pairs": fingerprint, "scores": scores})
+            bar.update(block[-1].line + 1 - bar.n)  # and the rows between them that are not scored
+        yield from zip(block, scores, strict=True)
+    if bar is not None:
+        bar.update(lines - bar.n)
+        bar.close()
+    log.close()
 
 
 def estimate_cost(reranker: "Reranker", blocks: PairBlocks, corpus: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
-from inpars_lib.cli import InputError
+from inpars_lib.cli import InputError, warn
 
 FORMAT_VERSION = 1  # of the resume and meta files; docs/files.md lists them
 
@@ -115,7 +115,7 @@ def repair_last_line(path: str) -> None:
 class ResumeLog:
     """Append-only JSONL log of finished work. Line 1 holds the settings.
 
-    A log with other settings is discarded when the log is opened. A torn last line is skipped.
+    A log with other settings is discarded with a warning when the log is opened. A torn last line is skipped.
     """
 
     def __init__(self, path: str, settings: Mapping[str, Any]) -> None:
@@ -139,7 +139,9 @@ class ResumeLog:
         with suppress(ValueError):
             if json.loads(self._file.readline() or b"null") == self.settings:
                 return
-        self._file.truncate(0)
+        if self._file.seek(0, os.SEEK_END):
+            warn(f"{self.path}: its finished work has other settings or another input. This run starts over.")
+            self._file.truncate(0)
         self.write(self.settings)
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -55,6 +55,11 @@ def read_blocks(paths: Sequence[str], desc: str | None = None) -> Iterator[tuple
                     raise InputError(f"{path}: damaged gzip data ({error}). Download the file again.") from None
 
 
+def count_lines(path: str) -> int:
+    """Return the number of lines of a file, empty lines included."""
+    return sum(len(lines) for *_, lines in read_blocks([path]))
+
+
 def read_records(
     paths: Sequence[str],
     parse: Callable[[str], T | None],

@@ -2,13 +2,18 @@
 
 import json
 import math
+import os
+import re
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import error_line, ok, rows, run, write_rows
+from conftest import ROOT, command_of, error_line, ok, rows, run, save_t5, write_rows
 
 from inpars_lib.query_browser import QuerySample
 from inpars_lib.records import SyntheticQuery
+from inpars_lib.storage import exclusive
 
 SCRIPT = "filter_queries_by_score.py"
 
@@ -181,3 +186,115 @@ def test_a_reranker_scores_rows_without_log_probs(tmp_path: Path, separable: Pat
     assert scores == sorted(scores, reverse=True)
     usage = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--scoring_function", "monot5"]
     assert "--scoring_function monot5 and --model need each other" in error_line(run(SCRIPT, *usage), 2)
+
+
+# ----------------------------------------------------------------------------------------------- resumed scoring
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """Return 4,200 rows, of which every seventh is dropped: 4 blocks."""
+    words = ["tides", "bread", "violins", "glaciers", "bees", "bridges", "tea", "comets", "chess", "maps"]
+    return [
+        query(
+            str(i), [-1.0] * (2 if i % 7 == 0 else 5), f"what are {words[i % 10]}", f"the {words[i // 10 % 10]} of {i}"
+        )
+        for i in range(4200)
+    ]
+
+
+def scoring_args(tmp_path: Path, data: list[dict], model: Path, output: str = "out.jsonl") -> list[object]:
+    path = write_rows(tmp_path / "in.jsonl", data)
+    files = ["--input", path, "--output", tmp_path / output, "--top_k", 3000]
+    return [*files, "--scoring_function", "monot5", "--model", model]
+
+
+def blocks(log: Path) -> int:
+    """Return the number of finished blocks in a log."""
+    return max(0, log.read_bytes().count(b"\n") - 1) if log.exists() else 0
+
+
+def kill_after(command: list[str], log: Path, finished: int) -> None:
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and blocks(log) < finished:
+        pass
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_kills_do_not_change_the_kept_queries(tmp_path: Path, many: list[dict], tiny_t5: Path) -> None:
+    """SIGKILL after one block more, several times. `KILLS=3 bash run_tests.sh -k kills` kills more often."""
+    whole = ok(run(SCRIPT, *scoring_args(tmp_path, many, tiny_t5, "whole.jsonl")))
+    assert "kept 3,000 of 4,200 rows" in whole.stderr
+    args = scoring_args(tmp_path, many, tiny_t5)
+    log = tmp_path / "out.jsonl.scores.jsonl"
+    for _ in range(min(3, int(os.environ.get("KILLS", 2)))):
+        kill_after(command_of(SCRIPT, *args), log, blocks(log) + 1)
+        assert not (tmp_path / "out.jsonl").exists()
+    with log.open("a") as file:
+        file.write('{"pairs": "torn')
+    finished = blocks(log)
+    done = ok(run(SCRIPT, *args))
+    assert "warning" not in done.stderr
+    assert int(re.search(r"Scoring: +([0-9]+)%", done.stderr)[1]) >= 100 * finished // 5 > 0  # where the bar began
+    assert re.search(r"Scoring: +100%.* 4200/4200 .*rows/s", done.stderr)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+
+
+def unfinished(args: list[object], output: Path) -> str:
+    """Score with an output that cannot be written, so that the log stays. Return the messages."""
+    output.mkdir(exist_ok=True)
+    done = run(SCRIPT, *args)
+    assert "Is a directory" in error_line(done)
+    output.rmdir()
+    return done.stderr
+
+
+def test_scores_of_other_rows_or_settings_are_not_used(
+    tmp_path: Path, many: list[dict], separable: Path, tiny_t5: Path
+) -> None:
+    data, output = many[:1300], tmp_path / "out.jsonl"
+    log = tmp_path / "out.jsonl.scores.jsonl"
+    args = scoring_args(tmp_path, data, tiny_t5)
+    unfinished(args, output)
+    assert blocks(log) == 2
+    assert "Scoring" not in unfinished(args, output)  # all is scored
+    # A changed row: the block before it is used again, its own is not.
+    changed = [*data[:1250], {**data[1250], "question": "what are changed tides"}, *data[1251:]]
+    said = unfinished(scoring_args(tmp_path, changed, tiny_t5), output)
+    assert "out.jsonl.scores.jsonl: has scores of other rows. Scoring resumes at line 1,196." in said
+    assert blocks(log) == 3
+    assert "at line 1,196" in unfinished(scoring_args(tmp_path, many[:1350], tiny_t5), output)  # more rows
+    # Another model: nothing is used again.
+    other = save_t5(tmp_path / "other", (separable / "triples.tsv").read_text().splitlines()[:50])
+    args = scoring_args(tmp_path, data, other)
+    assert "its finished work has other settings or another input. This run starts over." in unfinished(args, output)
+    assert blocks(log) == 2
+    ok(run(SCRIPT, *args))
+    ok(run(SCRIPT, *scoring_args(tmp_path, data, other, "other.jsonl")))
+    assert output.read_bytes() == (tmp_path / "other.jsonl").read_bytes()
+    assert not log.exists()
+
+
+def test_two_filters_on_one_output_are_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "in.jsonl", ROWS)
+    with exclusive(str(tmp_path / "out.jsonl")):
+        second = run(SCRIPT, "--input", path, "--output", tmp_path / "out.jsonl")
+        assert "out.jsonl: another process is writing" in error_line(second)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_causal_reranker_filters(tmp_path: Path, tiny_qwen3: Path) -> None:
+    claim = ["--instruction", "Given a claim, retrieve documents that refute it"]
+    args = scoring_args(tmp_path, ROWS, tiny_qwen3)
+    scores = []
+    for more in ([], claim):
+        done = ok(run(SCRIPT, *args, *more))
+        assert "scored with Qwen3-Reranker's prompt" in done.stderr
+        scores.append([row["score"] for row in rows(tmp_path / "out.jsonl")])
+    assert scores[0] != scores[1]
+    assert "--instruction needs both" in error_line(run(SCRIPT, *args[:4], *claim), 2)
+    special = [*args[:3], "/dev/null", *args[4:]]
+    assert "kept 4 of 4 rows" in ok(run(SCRIPT, *special)).stderr
