@@ -13,10 +13,11 @@ Scoring functions of the log-probabilities of a query's tokens:
     mean_probs       the mean of the probabilities: less strict about a single unlikely token
 
 Two scoring functions need no log-probabilities: `monot5` scores query and document with a trained reranker (InPars-v2,
-arXiv 2301.01820), and `consistency` is 1 / the rank at which BM25 retrieves the source document. With any of them,
---consistency_k 20 --index INDEX drops queries whose source document is not among the first 20 hits (after
-Promptagator, arXiv 2209.11755). Ties are broken by mean log-probability, then by a hash of doc_id. Memory grows with
---top_k, not with the input. Scores of a reranker are saved: after a kill, run the same command again.
+arXiv 2301.01820), and `consistency` is 1 / the rank at which the first stage retrieves the source document. With any of
+them, --consistency_k 20 --index INDEX drops queries whose source document is not among the first 20 BM25 hits (after
+Promptagator, arXiv 2209.11755); --run RUN is any other first stage. Ties are broken by mean log-probability, then by a
+hash of doc_id. Memory grows with --top_k and the run, not with the input. Scores of a reranker are saved: after a kill,
+run the same command again.
 """
 
 import argparse
@@ -31,10 +32,11 @@ from itertools import islice
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser
+from inpars_lib.first_stage import read_run_of_lines
 from inpars_lib.formats import LARGEST, SyntheticRow, read_synthetic_queries
 from inpars_lib.line_parsers import json_object
 from inpars_lib.query_browser import QuerySample
-from inpars_lib.records import SyntheticQuery
+from inpars_lib.records import ScoredDoc, SyntheticQuery
 from inpars_lib.storage import ResumeLog, atomic_write, exclusive, is_special, json_line
 
 LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
@@ -61,8 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--instruction", metavar="TEXT", help="causal models: task that the model reads before the query (default: "
         "Given a web search query, retrieve relevant passages that answer the query)")  # fmt: skip
     add("--consistency_k", type=at_least(1), metavar="K", help="drop queries whose source document is not among the "
-        "first K BM25 hits")  # fmt: skip
+        "first K hits of --index or --run")  # fmt: skip
     add("--index", help="BM25 index for --consistency_k: a folder, a prebuilt index of Pyserini, or a new path")
+    add("--run", help="run for --consistency_k instead of --index; its query ids are the lines of --input, from 0")
     add("--corpus", help="collection to index if --index is a new path")
     add("--min_tokens", type=at_least(1), default=3, help="drop shorter queries, in tokens (default: %(default)s)")
     add("--max_tokens", type=at_least(1), help="drop longer queries, in tokens (default: no limit)")
@@ -81,8 +84,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--scoring_function monot5 and --model need each other, and --instruction needs both")
     if args.scoring_function == "consistency" and not args.consistency_k:
         parser.error("--scoring_function consistency needs --consistency_k")
-    if bool(args.consistency_k) != bool(args.index):
-        parser.error("--consistency_k and --index need each other")
+    if bool(args.consistency_k) != bool(args.index or args.run) or (args.index and args.run):
+        parser.error("--consistency_k and either --index or --run need each other")
     return args
 
 
@@ -103,17 +106,20 @@ def drop_reason(query: SyntheticQuery | SyntheticRow, args: argparse.Namespace) 
     return None
 
 
-def source_ranks(
+def first_stage_hits(
     queries: Iterator[SyntheticQuery], args: argparse.Namespace
-) -> Iterator[tuple[SyntheticQuery, int | None]]:
-    """Yield each query with the BM25 rank of its source document, None below rank --consistency_k."""
+) -> Iterator[tuple[SyntheticQuery, Sequence[ScoredDoc]]]:
+    """Yield each query with its first --consistency_k hits."""
+    if args.run:
+        run = read_run_of_lines(args.run, args.input, args.consistency_k)
+        yield from ((query, run.get(query.line, ())) for query in queries)
+        return
     config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
     searcher = bm25.open_index(args.index, args.corpus, config)
     while block := list(islice(queries, BLOCK)):
         questions = {str(query.line): query.question for query in block}
         found = searcher.search(questions, args.consistency_k, bar=False)
-        for query, (_, hits) in zip(block, found, strict=True):
-            yield query, next((rank for rank, hit in enumerate(hits, 1) if hit.doc_id == query.doc_id), None)
+        yield from zip(block, (hits for _, hits in found), strict=True)
 
 
 def score_queries(
@@ -244,11 +250,13 @@ def filter_queries(args: argparse.Namespace) -> None:
         if not args.consistency_k:
             yield from ((query, None) for query in usable())
             return
-        for query, rank in source_ranks(usable(), args):
-            if rank is None:
-                drop(query, f"whose source document is not among the first {args.consistency_k} hits")
-            else:
+        missed = f"whose source document is not among the first {args.consistency_k} hits"
+        for query, hits in first_stage_hits(usable(), args):
+            rank = next((rank for rank, hit in enumerate(hits, 1) if hit.doc_id == query.doc_id), None)
+            if rank:
                 yield query, rank
+            else:
+                drop(query, missed if hits or args.index else f"without hits in {args.run}")
 
     # 1. The best queries
     for query, score in score_queries(ranked(), args, log_path):

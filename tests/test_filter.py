@@ -298,3 +298,47 @@ def test_a_causal_reranker_filters(tmp_path: Path, tiny_qwen3: Path) -> None:
     assert "--instruction needs both" in error_line(run(SCRIPT, *args[:4], *claim), 2)
     special = [*args[:3], "/dev/null", *args[4:]]
     assert "kept 4 of 4 rows" in ok(run(SCRIPT, *special)).stderr
+
+
+# -------------------------------------------------------------------------------------------------- other first stages
+
+
+def run_lines(path: Path, hits: dict[int | str, list[str]]) -> Path:
+    lines = [f"{q} Q0 {doc_id} {i} {100 - i} dense\n" for q, ids in hits.items() for i, doc_id in enumerate(ids, 1)]
+    path.write_text("".join(lines))
+    return path
+
+
+def test_a_run_replaces_bm25(tmp_path: Path) -> None:
+    found = {3: ["x", "poor"], 0: ["long", "x"], 1: ["x", "y", "short"]}  # none of line 2, uneven
+    dense = run_lines(tmp_path / "dense.txt", found)
+    consistent = ["--run", dense, "--consistency_k", 2]
+    assert kept(tmp_path, ROWS, *consistent) == ["long", "poor"]
+    done = ok(run(SCRIPT, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *consistent))
+    assert "dropped 1 rows whose source document is not among the first 2 hits." in done.stderr
+    assert f"dropped 1 rows without hits in {dense}." in done.stderr
+    assert "warning" not in done.stderr
+    assert kept(tmp_path, ROWS, *consistent[:2], "--consistency_k", 3, "--scoring_function", "consistency") == [
+        "long",
+        "poor",
+        "short",
+    ]
+    assert [row["score"] for row in rows(tmp_path / "out.jsonl")] == [1, 1 / 2, 1 / 3]
+    done = ok(run(SCRIPT, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *consistent[:3], 20))
+    assert "dense.txt: has at most 3 hits per query. Ranks 4 to 20 are not searched." in done.stderr
+
+
+@pytest.mark.parametrize("query_id", ["q1", "4", "01", "-1", "\u0663"])
+def test_a_run_of_other_queries_is_refused(tmp_path: Path, query_id: str) -> None:
+    dense = run_lines(tmp_path / "dense.txt", {0: ["long"], query_id: ["short"]})
+    path = write_rows(tmp_path / "in.jsonl", ROWS)
+    files = ["--input", path, "--output", tmp_path / "out.jsonl"]
+    refused = error_line(run(SCRIPT, *files, "--run", dense, "--consistency_k", 2))
+    assert f"dense.txt: the query id {query_id} is no line of {path}, which has the lines 0 to 3." in refused
+
+
+@pytest.mark.parametrize("flags", [["--run", "r"], ["--consistency_k", 2], ["--run", "r", "--index", "i"]])
+def test_flags_of_the_first_stage_need_each_other(tmp_path: Path, flags: list[object]) -> None:
+    more = ["--consistency_k", 2] if len(flags) == 4 else []
+    done = run(SCRIPT, "--input", "in", "--output", tmp_path / "out", *flags, *more)
+    assert "--consistency_k and either --index or --run need each other" in error_line(done, 2)
