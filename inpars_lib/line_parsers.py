@@ -12,8 +12,9 @@ from inpars_lib.records import Doc
 
 Number = TypeVar("Number", int, float)
 
-TEXT_FORM = "`id<TAB>text`, or a JSON object with `id` and `contents`, `_id` and `text`, or `doc_id` and `text`"
-ID_FIELDS = ("_id", "id", "doc_id", "docid", "pid", "query_id", "qid")
+TEXT_FORM = "`id<TAB>text`, or a JSON object with an id (`id`, ...) and a text (`contents`, ...)"
+# The first of these that a JSON object has. In MS MARCO v2, `docid` is the document of the passage `pid`.
+ID_FIELDS = ("_id", "id", "doc_id", "pid", "docid", "query_id", "qid")
 _ID_FIELD_SET = frozenset(ID_FIELDS)
 TEXT_FIELDS = ("contents", "text", "body", "passage", "segment", "query")
 _NEWLINES = re.compile("[\t\n\r\v\f\x00\x1c-\x1e\x85\u2028\u2029]+")

@@ -116,8 +116,9 @@ def test_topics_of_beir_and_msmarco(tmp_path: Path) -> None:
 
 def test_other_usual_field_names(tmp_path: Path) -> None:
     data = [{"docid": "1", "title": "t", "text": "x"}, {"pid": "2", "passage": "y"}, {"qid": "3", "query": "z"}]
-    path = write_rows(tmp_path / "c.jsonl", [*data, {"id": "4", "body": "b"}, {"_id": "5", "segment": "s"}])
-    assert list(formats.read_texts(str(path), set("12345")).values()) == ["t x", "y", "z", "b", "s"]
+    data += [{"id": "4", "body": "b"}, {"_id": "5", "segment": "s"}, {"pid": "6", "passage": "p", "docid": "d"}]
+    path = write_rows(tmp_path / "c.jsonl", [*data, {"query_id": "7", "text": "t", "query": "q"}])
+    assert list(formats.read_texts(str(path), set("1234567")).values()) == ["t x", "y", "z", "b", "s", "p", "t"]
 
 
 def test_objects_without_a_text_are_refused(tmp_path: Path) -> None:
