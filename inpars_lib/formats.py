@@ -177,7 +177,7 @@ def read_qrels(path: str) -> Iterator[Qrel]:
     """Yield the judgements of a qrels file.
 
     Raises:
-        InputError: No line is usable, or a document has two different grades for a query.
+        InputError: No line is usable, a grade is not whole, or a document has two different grades for a query.
     """
     scheme, _, name = path.partition(":")
     if scheme == "ir_datasets":
@@ -187,14 +187,18 @@ def read_qrels(path: str) -> Iterator[Qrel]:
         yield from qrels
         return
 
-    def parse(line: str) -> Qrel | None:
-        columns = split_columns(line, 3, 4)
+    def parse(line: str) -> tuple[str, str, float] | None:
+        columns = split_columns(line, (3, 4))
         if columns == ["query-id", "corpus-id", "score"]:  # BEIR's header line
             return None
-        return Qrel(columns[0], columns[-2], parse_number(columns[-1], int))
+        return columns[0], columns[-2], parse_number(columns[-1], float)
 
     seen: dict[tuple[str, str], int] = {}
-    for number, qrel in read_records([path], parse, "`query_id 0 doc_id grade`, or BEIR's three columns", path):
+    form = "`query_id 0 doc_id grade`, or BEIR's three columns"
+    for number, (query_id, doc_id, grade) in read_records([path], parse, form, path):
+        if not grade.is_integer():  # to skip the line would change the measures
+            raise InputError(f"{path}, line {number}: the grade {grade} is not a whole number. Use whole grades.")
+        qrel = Qrel(query_id, doc_id, int(grade))
         if seen.setdefault(qrel[:2], qrel.relevance) != qrel.relevance:
             raise InputError(
                 f"{path}, line {number}: query {qrel.query_id} and document {qrel.doc_id} have another grade on an "
@@ -211,7 +215,8 @@ def read_run(
 ) -> dict[str, Sequence[ScoredDoc]]:
     """Return the hits of a run by query, best first: by score, ties by the rank in the file.
 
-    The number of columns tells TREC's from MS MARCO's format. MS MARCO's has no scores: minus the rank replaces them.
+    The number of columns tells TREC's, ColBERT's and MS MARCO's formats apart. MS MARCO's has no scores: minus the
+    rank replaces them.
 
     Args:
         path: The run.
@@ -219,19 +224,24 @@ def read_run(
         desc: Label of a progress bar, or None for no bar.
 
     Raises:
-        InputError: No line is usable, or a query lists a document twice.
+        InputError: No line is usable, a query lists a document twice, or the meaning of a column is ambiguous.
     """
+    widths: tuple[int, ...] = 3, 4, 6  # columns that a line may have
 
     def parse(line: str) -> tuple[str, str, float, int]:
-        columns = split_columns(line, 3, 6)
-        if len(columns) == 3:
-            rank = parse_number(columns[2], int)
-            return columns[0], columns[1], -float(rank), rank
-        return columns[0], columns[2], parse_number(columns[4], float), parse_number(columns[3], int)
+        nonlocal widths
+        columns = split_columns(line, widths)
+        if len(columns) == 6:
+            widths = (3, 6)
+            return columns[0], columns[2], parse_number(columns[4], float), parse_number(columns[3], int)
+        rank = parse_number(columns[2], int)
+        score = -float(rank) if len(columns) == 3 else parse_number(columns[3], float)
+        widths = (4,) if len(columns) == 4 else (3, 6)
+        return columns[0], columns[1], score, rank
 
     found: dict[str, tuple[list[str], array.array[float], array.array[int]]] = {}
     interned: dict[str, str] = {}  # one string object per document, however many queries retrieve the document
-    form = "TREC's six columns `query_id Q0 doc_id rank score tag`, or `query_id<TAB>doc_id<TAB>rank`"
+    form = "TREC's `query_id Q0 doc_id rank score tag`, `query_id doc_id rank score` or `query_id doc_id rank`"
     for _, (query_id, doc_id, score, rank) in read_records([path], parse, form, path, desc):
         if query_ids is None or query_id in query_ids:
             if query_id not in found:
@@ -243,10 +253,16 @@ def read_run(
     run: dict[str, Sequence[ScoredDoc]] = {}
     for query_id in list(found):
         doc_ids, scores, ranks = found.pop(query_id)
-        # A third column that falls or repeats holds scores, as Tevatron writes them.
-        if all(score == -rank for score, rank in zip(scores, ranks, strict=True)) and (
+        if widths == (4,):
+            if interned.keys() <= {"0", "Q0"} or not _are_ranks_and_scores(ranks, scores):
+                raise InputError(
+                    f"{path}: the four columns of query {query_id} are not clearly `query_id doc_id rank score`. "
+                    "Convert the run to TREC format."
+                )
+        elif all(score == -rank for score, rank in zip(scores, ranks, strict=True)) and (
             min(ranks) < 1 or len(set(ranks)) < len(ranks) or (len(ranks) > 1 and list(ranks) == sorted(ranks)[::-1])
         ):
+            # A third column that falls or repeats holds scores, as Tevatron writes them.
             raise InputError(
                 f"{path}: the third column of query {query_id} is not a rank. Convert the run to TREC format."
             )
@@ -255,6 +271,17 @@ def read_run(
         order = sorted(range(len(doc_ids)), key=lambda i: (-scores[i], ranks[i]))
         run[query_id] = RankedList(query_id, [doc_ids[i] for i in order], (scores[i] for i in order))
     return run
+
+
+def _are_ranks_and_scores(ranks: Sequence[int], scores: Sequence[float]) -> bool:
+    """Return whether the ranks of a query start at 0 or 1, its scores fall with them, and could not be ranks too."""
+
+    def could_be_ranks(values: Sequence[float]) -> bool:
+        return min(values) in (0, 1) and len(set(values)) == len(values) and all(value % 1 == 0 for value in values)
+
+    in_order = [score for _, score in sorted(zip(ranks, scores, strict=True))]
+    ambiguous = len(ranks) > 1 and could_be_ranks(scores)
+    return could_be_ranks(ranks) and in_order == sorted(scores, reverse=True) and not ambiguous
 
 
 class SyntheticRow(msgspec.Struct):

@@ -97,7 +97,7 @@ def parse_text(line: str) -> Doc:
     return Doc(parse_id(row[id_field]), single_line(text))
 
 
-def split_columns(line: str, *counts: int) -> list[str]:
+def split_columns(line: str, counts: tuple[int, ...]) -> list[str]:
     """Return the columns of a line between whitespace, of which there must be as many as one of `counts`."""
     columns = line.split()
     if len(columns) not in counts:

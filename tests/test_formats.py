@@ -163,7 +163,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 def test_qrels_of_trec_and_beir(tmp_path: Path) -> None:
     trec, beir = tmp_path / "q.txt", tmp_path / "q.tsv"
     trec.write_text("1 0 a 2\n1\t0\tb\t0\n")
-    beir.write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t0\n")
+    beir.write_text("query-id\tcorpus-id\tscore\n1\ta\t2.0\n1\tb\t0\n")
     assert (
         list(formats.read_qrels(str(trec)))
         == list(formats.read_qrels(str(beir)))
@@ -171,18 +171,50 @@ def test_qrels_of_trec_and_beir(tmp_path: Path) -> None:
     )
 
 
-def test_both_kinds_of_run_give_the_same_order(tmp_path: Path) -> None:
-    trec, msmarco = tmp_path / "r.txt", tmp_path / "r.tsv"
+def test_a_fractional_grade_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("1 0 a 1.0\n1 0 b 0.5\n")
+    with pytest.raises(InputError, match=r"q.txt, line 2: the grade 0.5 is not a whole number"):
+        list(formats.read_qrels(str(tmp_path / "q.txt")))
+
+
+def test_all_kinds_of_run_give_the_same_order(tmp_path: Path) -> None:
+    trec, msmarco, colbert = tmp_path / "r.txt", tmp_path / "r.tsv", tmp_path / "ranking.tsv"
     # Score decides, not the order of lines; a tie goes by the rank of the file.
     trec.write_text("1 Q0 c 3 2.5 x\n1 Q0 a 1 9.5 x\n1 Q0 b 2 2.5 x\n2 Q0 a 1 1.0 x\n")
     msmarco.write_text("1\tc\t3\n1\ta\t1\n1\tb\t2\n2\ta\t1\n")
-    for path in (trec, msmarco):
+    colbert.write_text("1\tc\t3\t2.5\n1\ta\t1\t9.5\n1\tb\t2\t2.5\n2\ta\t1\t1.0\n")
+    for path in (trec, msmarco, colbert):
         run = formats.read_run(str(path))
         assert {query: [hit.doc_id for hit in hits] for query, hits in run.items()} == {
             "1": ["a", "b", "c"],
             "2": ["a"],
         }
     assert list(formats.read_run(str(trec), {"2"})) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ("1 a 2 2\n1 b 1 1", "are not clearly"),  # rank and score, or score and rank
+        ("1 a 9.5 1\n1 b 8.5 2", "no usable line"),  # score and rank
+        ("1 a 30 1\n1 b 20 2", "are not clearly"),
+        ("1 a 1 1.5\n1 b 1 0.5", "are not clearly"),
+        ("1 a 1 0.5\n1 b 2 1.5", "are not clearly"),
+        ("1 0 7067032 1\n2 0 7067056 1", "are not clearly"),  # qrels
+        ("1 0 1 1", "are not clearly"),
+        ("1 Q0 7 1.5\n2 Q0 b 1 0.5 x", "are not clearly"),  # a torn line of a TREC run
+    ],
+)
+def test_four_columns_that_could_mean_something_else_are_refused(tmp_path: Path, lines: str, reason: str) -> None:
+    (tmp_path / "r.tsv").write_text(lines + "\n")
+    with pytest.raises(InputError, match=reason):
+        formats.read_run(str(tmp_path / "r.tsv"))
+
+
+def test_a_torn_line_of_a_run_is_named_and_skipped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "r.txt").write_text("1 Q0 7 1 1.5 x\n1 Q0 8 2\n")
+    assert formats.read_run(str(tmp_path / "r.txt")) == {"1": [("1", "7", 1.5)]}
+    assert "line 2: expected 3 or 6 columns, found 4" in capsys.readouterr().err
 
 
 def test_a_written_run_is_read_back_by_us_and_by_ir_measures(tmp_path: Path) -> None:
