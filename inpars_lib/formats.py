@@ -2,9 +2,9 @@
 
     collection         TSV `doc_id<TAB>text`; JSONL `id`/`contents` (Anserini), `_id`/`title`/`text` (BEIR) or
                        `doc_id`/`text`; a folder of such files, or of a BEIR data set
-    topics             TSV `query_id<TAB>text`; JSONL `_id`/`text` (BEIR)
+    topics             TSV `query_id<TAB>text`; JSONL `_id`/`text` (BEIR); TREC, see `trec_topics.py`
     qrels              TREC, four columns; BEIR, three columns below a header line
-    run                TREC, six columns; MS MARCO, `query_id<TAB>doc_id<TAB>rank`
+    run                TREC, six columns; MS MARCO, `query_id<TAB>doc_id<TAB>rank`; ColBERT, the same and the score
     synthetic queries  JSONL `doc_id`, `doc_text`, `question`, `log_probs`, as in the published InPars sets
     triples            TSV `query<TAB>positive<TAB>negative` (read by `triples.py`)
 
@@ -37,7 +37,8 @@ from inpars_lib.line_parsers import (
 )
 from inpars_lib.records import Doc, Qrel, RankedList, ScoredDoc, SyntheticQuery, Topic
 from inpars_lib.storage import atomic_write
-from inpars_lib.text_lines import read_records
+from inpars_lib.text_lines import read_blocks, read_records
+from inpars_lib.trec_topics import join_topics, parse_topic
 
 LARGEST = 1e300  # bound of log-probabilities, whose sum must be finite
 NOT_FINITE = "'log_probs' contains something other than finite numbers"
@@ -92,9 +93,8 @@ def _read_docs(path: str, wanted: Collection[str] | None, desc: str | None) -> I
             ]
 
         ids = wanted or ()
-        for _, doc in read_records(
-            collection_files(path), parse_text, TEXT_FORM, path, desc, None if wanted is None else select
-        ):
+        blocks = read_blocks(collection_files(path), desc)
+        for _, doc in read_records(blocks, parse_text, TEXT_FORM, path, None if wanted is None else select):
             yield doc
         return
     from tqdm import tqdm
@@ -154,8 +154,22 @@ def read_texts(path: str, wanted: Collection[str], desc: str | None = None) -> d
     return {doc.doc_id: doc.text for doc in read_collection(path, wanted, desc)}
 
 
+def _beir_file(path: str, part: str) -> str:
+    """Return the path itself, or of a BEIR folder the only file of `queries` or `qrels`."""
+    if not os.path.isdir(path):
+        return path
+    if part == "qrels" and os.path.isdir(os.path.join(path, part)):
+        path = os.path.join(path, part)
+    names = {"queries": ["queries.jsonl"], "qrels": ["dev.tsv", "test.tsv", "train.tsv"]}[part]
+    found = [name for name in sorted(os.listdir(path)) if name.removesuffix(".gz") in names]
+    if len(found) != 1:
+        problem = f"this folder has {', '.join(found)}" if found else f"no {' or '.join(names)} in this folder"
+        raise InputError(f"{path}: {problem}. Name a file.")
+    return os.path.join(path, found[0])
+
+
 def read_topics(path: str) -> dict[str, str]:
-    """Return the topics of a file, text by query id, in file order.
+    """Return the topics of a file or of a BEIR folder, text by query id, in file order.
 
     Raises:
         InputError: No line is usable, or a query id is on two lines.
@@ -166,7 +180,8 @@ def read_topics(path: str) -> dict[str, str]:
         dataset = ir_dataset(name, "queries")
         with download_errors(path):
             return {parse_id(query.query_id): single_line(query.default_text()) for query in dataset.queries_iter()}
-    for number, (query_id, text) in read_records([path], parse_text, TEXT_FORM, path):
+    blocks = join_topics(read_blocks([_beir_file(path, "queries")]))
+    for number, (query_id, text) in read_records(blocks, parse_topic, f"{TEXT_FORM}, or a TREC topic", path):
         if query_id in topics:
             raise InputError(f"{path}, line {number}: the query id {query_id} is repeated. Keep one of its lines.")
         topics[query_id] = text
@@ -174,7 +189,7 @@ def read_topics(path: str) -> dict[str, str]:
 
 
 def read_qrels(path: str) -> Iterator[Qrel]:
-    """Yield the judgements of a qrels file.
+    """Yield the judgements of a qrels file, or of a BEIR folder with one.
 
     Raises:
         InputError: No line is usable, a grade is not whole, or a document has two different grades for a query.
@@ -195,7 +210,7 @@ def read_qrels(path: str) -> Iterator[Qrel]:
 
     seen: dict[tuple[str, str], int] = {}
     form = "`query_id 0 doc_id grade`, or BEIR's three columns"
-    for number, (query_id, doc_id, grade) in read_records([path], parse, form, path):
+    for number, (query_id, doc_id, grade) in read_records(read_blocks([_beir_file(path, "qrels")]), parse, form, path):
         if not grade.is_integer():  # to skip the line would change the measures
             raise InputError(f"{path}, line {number}: the grade {grade} is not a whole number. Use whole grades.")
         qrel = Qrel(query_id, doc_id, int(grade))
@@ -242,7 +257,7 @@ def read_run(
     found: dict[str, tuple[list[str], array.array[float], array.array[int]]] = {}
     interned: dict[str, str] = {}  # one string object per document, however many queries retrieve the document
     form = "TREC's `query_id Q0 doc_id rank score tag`, `query_id doc_id rank score` or `query_id doc_id rank`"
-    for _, (query_id, doc_id, score, rank) in read_records([path], parse, form, path, desc):
+    for _, (query_id, doc_id, score, rank) in read_records(read_blocks([path], desc), parse, form, path):
         if query_ids is None or query_id in query_ids:
             if query_id not in found:
                 found[query_id] = [], array.array("d"), array.array("q")
@@ -346,7 +361,7 @@ def read_synthetic_queries(
 
     decode = msgspec.json.Decoder(SyntheticRow).decode
     form = "a JSON object with `doc_id`, `doc_text`, `question`, `log_probs`"
-    for number, fields in read_records([path], parse, form, path, desc, select if skip else None):
+    for number, fields in read_records(read_blocks([path], desc), parse, form, path, select if skip else None):
         yield SyntheticQuery(number - 1, *fields)
 
 

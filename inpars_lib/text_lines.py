@@ -14,10 +14,11 @@ QUOTED_PROBLEMS = 3  # malformed lines that are quoted one by one; later ones ar
 BLOCK_BYTES = 1 << 20  # lines are read in blocks, because a Python generator per line would take most of the time
 
 T = TypeVar("T")
+Block = tuple[str, int, list[bytes]]  # path, number of the first line from 1, lines with their newlines
 
 
-def read_blocks(paths: Sequence[str], desc: str | None = None) -> Iterator[tuple[str, int, list[bytes]]]:
-    """Yield (path, number of the first line from 1, about 1 MiB of lines with their newlines) of files, gzipped or not.
+def read_blocks(paths: Sequence[str], desc: str | None = None) -> Iterator[Block]:
+    """Yield blocks of about 1 MiB of lines of files, gzipped or not.
 
     Args:
         paths: The files, read in this order.
@@ -61,21 +62,19 @@ def count_lines(path: str) -> int:
 
 
 def read_records(
-    paths: Sequence[str],
+    blocks: Iterable[Block],
     parse: Callable[[str], T | None],
     form: str,
     name: str,
-    desc: str | None = None,
     select: Callable[[list[bytes]], list[tuple[int, bytes]]] | None = None,
 ) -> Iterator[tuple[int, T]]:
     """Yield (line number from 1, parse(line)) of every usable line. Empty lines are skipped.
 
     Args:
-        paths: The files, read in this order.
+        blocks: The lines.
         parse: Parser of one line. A ValueError marks the line as malformed, None skips it without a warning.
         form: What a line should look like, for error messages.
         name: The file or folder as the user named it, for error messages.
-        desc: Label of a progress bar, or None for no bar.
         select: Function of a block of lines. Returns (position in the block, line) of those to parse; the others count
             as usable.
 
@@ -83,7 +82,7 @@ def read_records(
         InputError: No line is usable.
     """
     usable = malformed = 0
-    for path, first, lines in read_blocks(paths, desc):
+    for path, first, lines in blocks:
         selected: Iterable[tuple[int, bytes]] = enumerate(lines)
         if select:
             selected = wanted = select(lines)

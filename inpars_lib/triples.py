@@ -12,7 +12,7 @@ from typing import Any
 from inpars_lib.cli import InputError
 from inpars_lib.losses import LOSSES_OF_TRIPLES
 from inpars_lib.records import Triple
-from inpars_lib.text_lines import read_records
+from inpars_lib.text_lines import read_blocks, read_records
 
 
 class TripleFile(Sequence[Triple]):
@@ -26,7 +26,8 @@ class TripleFile(Sequence[Triple]):
         with suppress(OSError), open(path, "rb") as file:
             if file.read(2) == b"\x1f\x8b":
                 raise InputError(f"{path}: compressed triples cannot be read at random. Run gunzip {path}.")
-        numbers = [number for number, _ in read_records([path], self._parse, "`query<TAB>positive<TAB>negative`", path)]
+        form = "`query<TAB>positive<TAB>negative`"
+        numbers = [number for number, _ in read_records(read_blocks([path]), self._parse, form, path)]
         self._file = open(path, "rb")
         ends = array.array("q", [0])
         for line in self._file:

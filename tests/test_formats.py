@@ -114,6 +114,55 @@ def test_topics_of_beir_and_msmarco(tmp_path: Path) -> None:
     assert formats.read_topics(str(tsv)) == formats.read_topics(str(jsonl)) == {"01": "what is x", "2": "why"}
 
 
+ROBUST = """
+<top>
+
+<num> Number: 301
+<title> International
+  Organized Crime & AT&T
+
+<desc> Description:
+Identify organizations
+</top>
+<TOP lang='en'><NUM>007</NUM><TITLE> Topic: x &lt; y &amp; z < 3 </TITLE>
+"""
+WEB = """<?xml version="1.0" encoding="UTF-8"?>
+<webtrack2009>
+<topic number='301' type="faceted"><query>International Organized Crime &amp; AT&amp;T</query>
+<description>d</description><subtopic number="1">s</subtopic></topic>
+<topic number="007">
+  <query> x &lt; y &amp; z &lt; 3</query></topic>
+</webtrack2009>
+"""
+
+
+@pytest.mark.parametrize("text", [ROBUST, ROBUST.replace("\n", "\r\n"), "\ufeff" + ROBUST.strip(), WEB])
+def test_trec_topics(tmp_path: Path, text: str) -> None:
+    (tmp_path / "topics").write_bytes(text.encode())
+    expected = {"301": "International Organized Crime & AT&T", "007": "x < y & z < 3"}
+    assert formats.read_topics(str(tmp_path / "topics")) == expected
+
+
+def test_bad_trec_topics(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "topics"
+    path.write_text("<top>\n<num> 1\n<title> x\n</top>\n<top>\n<num> 2\n<desc> no title\n</top>\n<top>\n<title> y\n")
+    assert formats.read_topics(str(path)) == {"1": "x"}
+    said = capsys.readouterr().err
+    assert "line 5: a topic without <title> or <query>" in said
+    assert "line 9: a topic without <num>" in said
+    path.write_text("<top><num>1<title>x</top>\n\n<top><num>1<title>y</top>")
+    with pytest.raises(InputError, match="line 3: the query id 1 is repeated"):
+        formats.read_topics(str(path))
+    path.write_text("<html><p>not found</p></html>\n")
+    with pytest.raises(InputError, match=r"no usable line found.*or a TREC topic"):
+        formats.read_topics(str(path))
+
+
+def test_a_tsv_file_may_hold_tags(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text("<http://a>\tthe <top> shelf\n2\t<title> tag\n")
+    assert formats.read_topics(str(tmp_path / "t.tsv")) == {"<http://a>": "the <top> shelf", "2": "<title> tag"}
+
+
 def test_other_usual_field_names(tmp_path: Path) -> None:
     data = [{"docid": "1", "title": "t", "text": "x"}, {"pid": "2", "passage": "y"}, {"qid": "3", "query": "z"}]
     data += [{"id": "4", "body": "b"}, {"_id": "5", "segment": "s"}, {"pid": "6", "passage": "p", "docid": "d"}]
@@ -357,8 +406,17 @@ def test_a_folder_of_beir_is_its_corpus(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no \.tsv, \.jsonl or \.json file"):
         list(formats.read_collection(str(tmp_path / "empty")))
-    with pytest.raises(InputError, match=r"this is a folder\. Name a file"):
-        formats.read_topics(str(tmp_path))
+    assert formats.read_topics(str(tmp_path)) == {"2": "c"}
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n2\t1\t1\n")
+    for folder in (tmp_path, tmp_path / "qrels"):
+        assert list(formats.read_qrels(str(folder))) == [Qrel("2", "1", 1)]
+    (tmp_path / "qrels" / "dev.tsv.gz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"qrels: this folder has dev.tsv.gz, test.tsv. Name a file"):
+        list(formats.read_qrels(str(tmp_path)))
+    for read, names in ((formats.read_topics, "queries.jsonl"), (formats.read_qrels, "dev.tsv or test.tsv")):
+        with pytest.raises(InputError, match=f"empty: no {names}"):
+            list(read(str(tmp_path / "empty")))
 
 
 def test_a_bad_line_of_a_folder_is_named_with_its_file(tmp_path: Path, capsys) -> None:

@@ -9,7 +9,8 @@ from conftest import ROOT
 
 BASE = {"cli": set(), "records": set(), "storage": {"cli"}, "text_lines": {"cli", "storage"}}
 BASE |= {"ir_dataset": {"cli"}, "line_parsers": {"records"}}
-BASE |= {"formats": {"cli", "ir_dataset", "line_parsers", "records", "storage", "text_lines"}}
+BASE |= {"trec_topics": {"line_parsers", "records", "text_lines"}}
+BASE |= {"formats": {"cli", "ir_dataset", "line_parsers", "records", "storage", "text_lines", "trec_topics"}}
 
 
 def imports(path: Path) -> Iterator[str]:
