@@ -8,7 +8,7 @@
     synthetic queries  JSONL `doc_id`, `doc_text`, `question`, `log_probs`, as in the published InPars sets
     triples            TSV `query<TAB>positive<TAB>negative` (read by `triples.py`)
 
-Every format except triples may be gzipped. Collection, topics and qrels may also be `ir_datasets:NAME`, if that
+Every file may be compressed, see `compression.py`. Collection, topics and qrels may also be `ir_datasets:NAME`, if that
 package is installed. Ids are strings and stay as written: "007" is not "7". Readers yield the named tuples of
 `records.py`. A malformed line is reported with its number and skipped. A file without a usable line raises
 `InputError`.
@@ -24,6 +24,7 @@ from itertools import chain
 import msgspec
 
 from inpars_lib.cli import InputError
+from inpars_lib.compression import SUFFIX
 from inpars_lib.ir_dataset import download_errors, ir_dataset
 from inpars_lib.line_parsers import (
     TEXT_FORM,
@@ -54,12 +55,15 @@ def collection_files(path: str) -> list[str]:
     if not os.path.isdir(path):
         return [path]
     names = sorted(os.listdir(path))
-    chosen = [name for name in names if name in ("corpus.jsonl", "corpus.jsonl.gz")][:1]
-    chosen = chosen or [name for name in names if name.removesuffix(".gz").endswith((".tsv", ".jsonl", ".json"))]
+    plain = {name: SUFFIX.sub("", name) for name in names}
+    chosen = [name for name in names if plain[name] == "corpus.jsonl"]
+    chosen = chosen or [name for name in names if plain[name].endswith((".tsv", ".jsonl", ".json"))]
     if other := next((name for name in chosen if OTHER_FILES.match(name)), None):
         raise InputError(f"{path}: this folder also has {other}. Name the file of the collection.")
+    if other := next((name for name in chosen if name != plain[name] in chosen), None):
+        raise InputError(f"{path}: this folder has both {plain[other]} and {other}. Delete one of them.")
     if not chosen:
-        raise InputError(f"{path}: no .tsv, .jsonl or .json file in this folder, gzipped or not. Name a file.")
+        raise InputError(f"{path}: no .tsv, .jsonl or .json file in this folder, compressed or not. Name a file.")
     return [os.path.join(path, name) for name in chosen]
 
 
@@ -161,7 +165,7 @@ def _beir_file(path: str, part: str) -> str:
     if part == "qrels" and os.path.isdir(os.path.join(path, part)):
         path = os.path.join(path, part)
     names = {"queries": ["queries.jsonl"], "qrels": ["dev.tsv", "test.tsv", "train.tsv"]}[part]
-    found = [name for name in sorted(os.listdir(path)) if name.removesuffix(".gz") in names]
+    found = [name for name in sorted(os.listdir(path)) if SUFFIX.sub("", name) in names]
     if len(found) != 1:
         problem = f"this folder has {', '.join(found)}" if found else f"no {' or '.join(names)} in this folder"
         raise InputError(f"{path}: {problem}. Name a file.")

@@ -1,6 +1,7 @@
 """Files on disk: atomic writes, locks, append-only logs that survive a kill."""
 
 import fcntl
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from inpars_lib.cli import InputError, warn
+from inpars_lib.compression import compressed
 
 FORMAT_VERSION = 1  # of the resume and meta files; docs/files.md lists them
 
@@ -18,11 +20,22 @@ def is_special(path: str) -> bool:
 
 
 @contextmanager
+def _open(target: str, path: str, mode: str) -> Iterator[IO[Any]]:
+    """Open the file `target` for writing, with the compression of the name `path`."""
+    with open(target, "wb") as raw, compressed(raw, path) as file:
+        if "b" in mode:
+            yield file
+        else:
+            with io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n") as text:
+                yield text
+
+
+@contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends without an error.
 
     Until then an existing file stays as it is. Parent folders are created. Symbolic links are followed. A path that is
-    not a regular file, such as /dev/stdout or a pipe, is written in place.
+    not a regular file, such as /dev/stdout or a pipe, is written in place. A suffix such as .gz compresses the file.
 
     Args:
         path: The file to create or replace.
@@ -31,20 +44,17 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
     Yields:
         The open file, which is `PATH.unfinished` on disk.
     """
-    encoding = None if "b" in mode else "utf-8"
-    newline = None if "b" in mode else "\n"
-    errors = None if "b" in mode else "replace"
     if is_special(path):
-        with open(path, mode, encoding=encoding, newline=newline, errors=errors) as file:
+        with _open(path, path, mode) as file:
             yield file
         return
-    path = os.path.realpath(path)
-    unfinished = f"{path}.unfinished"
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    target = os.path.realpath(path)
+    unfinished = f"{target}.unfinished"
+    os.makedirs(os.path.dirname(target), exist_ok=True)
     try:
-        with open(unfinished, mode, encoding=encoding, newline=newline, errors=errors) as file:
+        with _open(unfinished, path, mode) as file:
             yield file
-        os.replace(unfinished, path)
+        os.replace(unfinished, target)
     except BaseException:
         with suppress(FileNotFoundError):
             os.remove(unfinished)

@@ -1,13 +1,11 @@
-"""Text files line by line: gzip, byte-order marks, progress bars, malformed lines reported with their number."""
+"""Text files line by line: compression, byte-order marks, progress bars, malformed lines reported with their number."""
 
-import gzip
-import io
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, TypeVar, cast
+from typing import TypeVar
 
 from inpars_lib.cli import InputError, warn
+from inpars_lib.compression import decompressed
 from inpars_lib.storage import is_special
 
 QUOTED_PROBLEMS = 3  # malformed lines that are quoted one by one; later ones are only counted
@@ -18,14 +16,14 @@ Block = tuple[str, int, list[bytes]]  # path, number of the first line from 1, l
 
 
 def read_blocks(paths: Sequence[str], desc: str | None = None) -> Iterator[Block]:
-    """Yield blocks of about 1 MiB of lines of files, gzipped or not.
+    """Yield blocks of about 1 MiB of lines of files, compressed or not.
 
     Args:
         paths: The files, read in this order.
         desc: Label of a progress bar over the bytes of all files, or None for no bar.
 
     Raises:
-        InputError: A path is no regular file, its gzip data is damaged, or its text is UTF-16.
+        InputError: A path is no regular file, its compressed data is damaged, or its text is UTF-16.
     """
     from tqdm import tqdm
 
@@ -38,22 +36,16 @@ def read_blocks(paths: Sequence[str], desc: str | None = None) -> Iterator[Block
     with tqdm(desc=desc, total=sum(sizes), unit="B", unit_scale=True, disable=desc is None) as bar:
         for i, path in enumerate(paths):
             before = sum(sizes[:i])
-            with open(path, "rb") as raw:
-                file: IO[bytes] = raw
-                if raw.peek(2)[:2] == b"\x1f\x8b":
-                    file = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), BLOCK_BYTES)
+            with open(path, "rb") as raw, decompressed(raw, path) as file:
                 number = 1
-                try:
-                    while lines := file.readlines(BLOCK_BYTES):
-                        if number == 1:
-                            if lines[0].startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in lines[0][:4]:
-                                raise InputError(f"{path}: UTF-16 text. Save the file as UTF-8.")
-                            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
-                        yield path, number, lines
-                        number += len(lines)
-                        bar.update(before + raw.tell() - bar.n)
-                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                    raise InputError(f"{path}: damaged gzip data ({error}). Download the file again.") from None
+                while lines := file.readlines(BLOCK_BYTES):
+                    if number == 1:
+                        if lines[0].startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in lines[0][:4]:
+                            raise InputError(f"{path}: UTF-16 text. Save the file as UTF-8.")
+                        lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+                    yield path, number, lines
+                    number += len(lines)
+                    bar.update(before + raw.tell() - bar.n)
 
 
 def count_lines(path: str) -> int:

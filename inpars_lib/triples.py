@@ -3,13 +3,14 @@
 import array
 import os
 import random
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from itertools import accumulate, groupby, pairwise
-from typing import Any
+from typing import IO, Any
 
-from inpars_lib.cli import InputError
+from inpars_lib.compression import decompressed
 from inpars_lib.losses import LOSSES_OF_TRIPLES
 from inpars_lib.records import Triple
 from inpars_lib.text_lines import read_blocks, read_records
@@ -18,17 +19,22 @@ from inpars_lib.text_lines import read_blocks, read_records
 class TripleFile(Sequence[Triple]):
     """Training triples that stay on disk. Takes 16 bytes of memory a triple, whatever its length.
 
+    Compressed triples are decompressed into a temporary file, because they cannot be read at random.
+
     Raises:
         InputError: No line is usable.
     """
 
     def __init__(self, path: str) -> None:
-        with suppress(OSError), open(path, "rb") as file:
-            if file.read(2) == b"\x1f\x8b":
-                raise InputError(f"{path}: compressed triples cannot be read at random. Run gunzip {path}.")
         form = "`query<TAB>positive<TAB>negative`"
         numbers = [number for number, _ in read_records(read_blocks([path]), self._parse, form, path)]
-        self._file = open(path, "rb")
+        raw = open(path, "rb")
+        self._file: IO[bytes] = raw
+        with decompressed(raw, path) as file:
+            if file is not raw:
+                self._file = tempfile.TemporaryFile()
+                shutil.copyfileobj(file, self._file)
+                self._file.seek(0)
         ends = array.array("q", [0])
         for line in self._file:
             ends.append(ends[-1] + len(line))

@@ -87,7 +87,7 @@ REFUSED = [  # name, command, replaced file, its content, part of the error
         b"1 Q0 d1 1 2 x\n1 Q0 d1 2 1 x\n",
         "query 1 lists a document twice",
     ),
-    ("compressed triples", train, "triples", gzip.compress(b"a\tb\tc\n"), "run gunzip"),
+    ("a truncated gzip of triples", train, "triples", cut_gzip(b"a\tb\tc\n"), "triples: damaged gzip data"),
     (
         "half of a surrogate pair in an id",
         index,
@@ -207,6 +207,13 @@ def test_pipes_are_no_input(files: dict[str, Path], tmp_path: Path, command: Cal
     files[name].unlink()
     os.mkfifo(files[name])
     assert f"{name}: this is a pipe or a device" in error_line(run(*command(files, tmp_path)))
+
+
+def test_a_log_of_answers_is_not_compressed(files: dict[str, Path], tmp_path: Path) -> None:
+    words = ["--collection", files["collection"], "--base_url", "http://127.0.0.1:9/v1", "--output"]
+    said = error_line(run("generate_queries_openai.py", *words, tmp_path / "queries.jsonl.zst"))
+    assert "queries.jsonl.zst: answers are appended to a file without compression. Omit .zst" in said
+    assert not (tmp_path / "queries.jsonl.zst").exists()
 
 
 def test_links_and_devices_as_output(files: dict[str, Path], tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """Readers and writers: what users' files look like, good and bad."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from backports import zstd
 from conftest import write_rows
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -16,6 +19,15 @@ from inpars_lib import formats, storage, text_lines
 from inpars_lib.cli import InputError
 from inpars_lib.records import Doc, Qrel, ScoredDoc, Topic
 from inpars_lib.triples import TripleFile
+
+
+def zst(data: bytes) -> bytes:
+    """Compress as `zstd` does, with a checksum."""
+    return zstd.compress(data, options={zstd.CompressionParameter.checksum_flag: 1})
+
+
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zst}
+PACKERS["pzstd"] = lambda data: b"P*M\x18\4\0\0\0size" + zst(data[:9]) + zst(data[9:])  # a skippable frame and two
 
 
 @pytest.mark.parametrize(
@@ -28,11 +40,11 @@ from inpars_lib.triples import TripleFile
     ],
     ids=["tsv", "anserini", "beir", "doc_id"],
 )
-@pytest.mark.parametrize("pack", ["plain", "gzip", "bom and crlf"])
+@pytest.mark.parametrize("pack", ["plain", *PACKERS, "bom and crlf"])
 def test_every_spelling_of_a_collection_reads_the_same(tmp_path: Path, lines: list[str], pack: str) -> None:
     data = ("\r\n" if pack == "bom and crlf" else "\n").join([*lines, ""]).encode()
     path = tmp_path / "collection"
-    path.write_bytes({"plain": data, "gzip": gzip.compress(data), "bom and crlf": b"\xef\xbb\xbf" + data}[pack])
+    path.write_bytes(b"\xef\xbb\xbf" + data if pack == "bom and crlf" else PACKERS.get(pack, bytes)(data))
     assert list(formats.read_collection(str(path))) == [Doc("007", "first text"), Doc("d2", "second text")]
     assert formats.read_texts(str(path), {"d2", "absent"}) == {"d2": "second text"}
 
@@ -76,15 +88,44 @@ def test_the_first_malformed_lines_are_shown_and_all_are_counted(tmp_path: Path,
     assert "7 of 8 lines are malformed" in said
 
 
-def test_an_empty_file_and_a_cut_gzip_are_errors(tmp_path: Path) -> None:
-    empty = tmp_path / "empty.tsv"
-    empty.write_text("\n\n")
+@pytest.mark.parametrize("pack", PACKERS)
+def test_damaged_data_is_an_error(tmp_path: Path, pack: str) -> None:
+    path = tmp_path / "cut.tsv"
+    data = b"".join(b"%d\t%s\n" % (i, os.urandom(50).hex().encode()) for i in range(100))
+    path.write_bytes(PACKERS[pack](data)[:-500])
+    with pytest.raises(InputError, match=f"{path}: damaged (gzip|bzip2|xz|Zstandard) data"):
+        list(formats.read_collection(str(path)))
+    with pytest.raises(InputError, match=f"{path}: damaged"):
+        TripleFile(str(path))
+    packed = bytearray(PACKERS[pack](data))
+    packed[len(packed) // 2] ^= 0xFF
+    path.write_bytes(packed)
+    with pytest.raises(InputError, match=f"{path}: damaged"):
+        list(formats.read_collection(str(path)))
+    path.write_bytes(PACKERS[pack](b"\n"))
     with pytest.raises(InputError, match="no usable line found"):
-        list(formats.read_collection(str(empty)))
-    cut = tmp_path / "cut.tsv.gz"
-    cut.write_bytes(gzip.compress(os.urandom(5000).hex().encode())[:-500])
-    with pytest.raises(InputError, match="damaged gzip data"):
-        list(formats.read_collection(str(cut)))
+        list(formats.read_collection(str(path)))
+
+
+def test_an_id_like_the_first_bytes_of_bzip2(tmp_path: Path) -> None:
+    (tmp_path / "c.tsv").write_text("BZh9\tfirst text\n")
+    assert list(formats.read_collection(str(tmp_path / "c.tsv"))) == [Doc("BZh9", "first text")]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
+def test_a_suffix_compresses_an_output(tmp_path: Path, suffix: str) -> None:
+    for name in (f"a.{suffix}", f"b.{suffix}"):
+        formats.write_texts(str(tmp_path / name), [Topic("1", "é" * 99), Topic("2", "x")])
+    data = (tmp_path / f"a.{suffix}").read_bytes()
+    assert data == (tmp_path / f"b.{suffix}").read_bytes()
+    assert data[4:8] == bytes(4) or suffix != "gz"  # no time stamp
+    unpack = {"gz": gzip.decompress, "bz2": bz2.decompress, "xz": lzma.decompress, "zst": zstd.decompress}[suffix]
+    assert unpack(data).decode() == f"1\t{'é' * 99}\n2\tx\n"
+    with pytest.raises(RuntimeError), storage.atomic_write(str(tmp_path / f"a.{suffix}")) as file:
+        file.write("half")
+        raise RuntimeError
+    assert (tmp_path / f"a.{suffix}").read_bytes() == data
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_duplicate_ids(tmp_path: Path) -> None:
@@ -335,9 +376,10 @@ def test_synthetic_queries_keep_their_fields(tmp_path: Path, capsys) -> None:
     assert "line 4: 'log_probs' is not a list" in said
 
 
-def test_triples_are_read_at_random(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("pack", ["plain", *PACKERS])
+def test_triples_are_read_at_random(tmp_path: Path, capsys, pack: str) -> None:
     path = tmp_path / "t.tsv"
-    path.write_text("q1\té one\tn1\nonly\ttwo\n\nq2\tp2\tn2\n")
+    path.write_bytes(PACKERS.get(pack, bytes)("q1\té one\tn1\nonly\ttwo\n\nq2\tp2\tn2\n".encode()))
     triples = TripleFile(str(path))
     assert len(triples) == 2
     assert triples[1] == ("q2", "p2", "n2")
@@ -401,8 +443,17 @@ def test_any_triples_are_read_back(texts: list[tuple[str, str, str]]) -> None:
 
 def test_a_folder_of_beir_is_its_corpus(tmp_path: Path) -> None:
     write_rows(tmp_path / "corpus.jsonl", [{"_id": "1", "title": "a", "text": "b"}])
+    packed = zstd.compress((tmp_path / "corpus.jsonl").read_bytes())
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "corpus.jsonl.zst").write_bytes(packed)
+    assert list(formats.read_collection(str(tmp_path / "packed"))) == [Doc("1", "a b")]
     write_rows(tmp_path / "queries.jsonl", [{"_id": "2", "text": "c"}])
     assert list(formats.read_collection(str(tmp_path))) == [Doc("1", "a b")]
+    (tmp_path / "corpus.jsonl").rename(tmp_path / "corpus.json")
+    (tmp_path / "queries.jsonl").rename(tmp_path / "corpus.json.zst")
+    with pytest.raises(InputError, match=r"this folder has both corpus.json and corpus.json.zst"):
+        list(formats.read_collection(str(tmp_path)))
+    (tmp_path / "corpus.json.zst").rename(tmp_path / "queries.jsonl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no \.tsv, \.jsonl or \.json file"):
         list(formats.read_collection(str(tmp_path / "empty")))

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from conftest import ROOT
 
-BASE = {"cli": set(), "records": set(), "storage": {"cli"}, "text_lines": {"cli", "storage"}}
+BASE = {"cli": set(), "records": set(), "compression": {"cli"}, "storage": {"cli", "compression"}}
+BASE |= {"text_lines": {"cli", "compression", "storage"}}
 BASE |= {"ir_dataset": {"cli"}, "line_parsers": {"records"}}
 BASE |= {"trec_topics": {"line_parsers", "records", "text_lines"}}
-BASE |= {"formats": {"cli", "ir_dataset", "line_parsers", "records", "storage", "text_lines", "trec_topics"}}
+BASE |= {"formats": {"cli", "compression", "ir_dataset", "line_parsers", "records", "storage", "text_lines",
+                     "trec_topics"}}  # fmt: skip
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import IO, Any, NamedTuple
 
 from inpars_lib.cli import InputError, shorten, warn
+from inpars_lib.compression import SUFFIX
 from inpars_lib.formats import SyntheticRow, read_synthetic_queries
 from inpars_lib.llm.tokens import NO_TOKENS, Usage
 from inpars_lib.storage import FORMAT_VERSION, atomic_write, is_special, json_line, lock, repair_last_line
@@ -73,6 +74,8 @@ class QueryStore:
         if path is not None:
             if is_special(path):
                 raise InputError(f"{path}: this is a pipe or a device. Answers are appended to a file: name one.")
+            if suffix := SUFFIX.search(path):
+                raise InputError(f"{path}: answers are appended to a file without compression. Omit {suffix[0]}.")
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             self._file = open(path, "ab", buffering=0)  # one write a row: a kill leaves at most the last row torn
             lock(self._file, path)
