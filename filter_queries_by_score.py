@@ -54,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--input", required=True, help="synthetic queries, JSONL")
-    add("--output", required=True, help="filtered queries to write, JSONL")
+    add("--input", required=True, help="synthetic queries, JSONL, or - for standard input")
+    add("--output", required=True, help="filtered queries to write, JSONL, or - for standard output")
     add("--top_k", type=at_least(1), default=10_000, help="queries to keep (default: %(default)s)")
     add("--scoring_function", choices=list(BIN_WIDTHS), default="mean_log_probs", help="function that scores a query "
         "(default: %(default)s)")  # fmt: skip
@@ -86,6 +86,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--scoring_function consistency needs --consistency_k")
     if bool(args.consistency_k) != bool(args.index or args.run) or (args.index and args.run):
         parser.error("--consistency_k and either --index or --run need each other")
+    if [args.output, args.plot, args.sample_html].count("-") > 1:
+        parser.error("only one of --output, --plot and --sample_html can be `-`, standard output")
     return args
 
 

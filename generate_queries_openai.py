@@ -1,6 +1,6 @@
 r"""Stage 1: a language model writes a query for each of many documents of a collection.
 
-Reads   a collection (TSV or JSONL, also gzipped) and a prompt with a few examples and the slot {document_text}
+Reads   a collection (TSV or JSONL, also compressed) and a prompt with a few examples and the slot {document_text}
 Writes  OUTPUT, synthetic queries as JSONL: doc_id, doc_text, question, log_probs (natural, one per query token)
         OUTPUT.errors.jsonl, documents without a query and the reason; OUTPUT.meta.json, settings and token counts
 

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--input", required=True, help="filtered synthetic queries, JSONL")
+    add("--input", required=True, help="filtered synthetic queries, JSONL, or - for standard input")
     add("--output", required=True, help="triples of texts to write, TSV")
     add("--output_ids", required=True, help="triples of ids to write, TSV")
     add("--corpus", required=True, help="collection that the queries were written for")

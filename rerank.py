@@ -62,13 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help="reranker: a folder, or a name on the Hugging Face hub (T5, cross-encoder, or "
         "Qwen3-Reranker)")  # fmt: skip
-    add("--queries", required=True, help="topics")
+    add("--queries", required=True, help="topics: a file, a BEIR folder, or - for standard input")
     add("--corpus", required=True, help="collection of the topics")
-    add("--run", help="first-stage run, TREC or MS MARCO format")
+    add("--run", help="first-stage run: TREC, MS MARCO or ColBERT format, or - for standard input")
     add("--index", help="BM25 index whose hits are reranked if there is no --run: a folder, or a prebuilt index")
     add("--output", required=True, help="reranked run to write, TREC format")
     add("--top_k", type=at_least(1), default=1000, help="hits per query to rerank (default: %(default)s)")
-    add("--qrels", help="judgements; prints the table of both rankings")
+    add("--qrels", help="judgements: a file or a BEIR folder; prints the table of both rankings")
     add("--judged_only", action="store_true", help="rerank only the queries that --qrels judges")
     add("--plot", metavar="PNG", help="plot of each query's gain in nDCG@10 to write, or in the first of --measures if "
         "nDCG@10 is none of them; needs --qrels")  # fmt: skip

@@ -77,9 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
         "or without a value from the last complete one in --output_dir")  # fmt: skip
 
     add = parser.add_argument_group("evaluation during training").add_argument
-    add("--queries", help="topics of the dev set")
-    add("--qrels", help="relevance judgements of the dev set")
-    add("--run", help="first-stage run of the dev topics, or with --holdout of these queries; TREC or MS MARCO format")
+    add("--queries", help="topics of the dev set: a file or a BEIR folder")
+    add("--qrels", help="relevance judgements of the dev set: a file or a BEIR folder")
+    add("--run", help="first-stage run of the dev topics, or with --holdout of these queries: TREC, MS MARCO or ColBERT "
+        "format")  # fmt: skip
     add("--corpus", help="collection of the run or of the index")
     add("--holdout", help="held-out synthetic queries instead of --queries and --qrels")
     add("--index", help="BM25 index to retrieve hits for --holdout, if there is no --run")

@@ -23,8 +23,12 @@ BUFFER_BYTES = 1 << 20
 
 
 @contextmanager
-def decompressed(raw: io.BufferedReader, path: str) -> Iterator[IO[bytes]]:
-    """Open the content of an open file for reading, decompressed if the file is compressed.
+def decompressed(raw: Any, path: str) -> Iterator[IO[bytes]]:
+    """Open the content of a file for reading, decompressed if the file is compressed.
+
+    Args:
+        raw: The open file, an `io.BufferedReader`.
+        path: Its name, for error messages.
 
     Raises:
         InputError: The compressed data is damaged.
@@ -54,7 +58,7 @@ def decompressed(raw: io.BufferedReader, path: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def compressed(raw: IO[bytes], path: str) -> Iterator[IO[bytes]]:
-    """Open an open file for writing, compressed as the suffix of `path` says. The same content gives the same bytes."""
+    """Open a file for compressed writing if the suffix of `path` says so. The same content gives the same bytes."""
     suffix = SUFFIX.search(path)
     file: Any
     if not suffix:

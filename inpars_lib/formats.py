@@ -8,10 +8,10 @@
     synthetic queries  JSONL `doc_id`, `doc_text`, `question`, `log_probs`, as in the published InPars sets
     triples            TSV `query<TAB>positive<TAB>negative` (read by `triples.py`)
 
-Every file may be compressed, see `compression.py`. Collection, topics and qrels may also be `ir_datasets:NAME`, if that
-package is installed. Ids are strings and stay as written: "007" is not "7". Readers yield the named tuples of
-`records.py`. A malformed line is reported with its number and skipped. A file without a usable line raises
-`InputError`.
+Every file may be compressed, see `compression.py`. `-` is standard input, except for collection and triples.
+Collection, topics and qrels may also be `ir_datasets:NAME`, if that package is installed. Ids are strings and stay as
+written: "007" is not "7". Readers yield the named tuples of `records.py`. A malformed line is reported with its number
+and skipped. A file without a usable line raises `InputError`.
 """
 
 import array
@@ -52,6 +52,8 @@ RUN_SCORE = ".9g"  # of the scores in a run: enough digits for every float32
 
 def collection_files(path: str) -> list[str]:
     """Return the files of a collection: the path itself, or of a folder BEIR's corpus.jsonl, else all by suffix."""
+    if path == "-":
+        raise InputError("-: a collection is read more than once. Write it to a file first.")
     if not os.path.isdir(path):
         return [path]
     names = sorted(os.listdir(path))

@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import IO, Any
@@ -34,8 +35,9 @@ def _open(target: str, path: str, mode: str) -> Iterator[IO[Any]]:
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends without an error.
 
-    Until then an existing file stays as it is. Parent folders are created. Symbolic links are followed. A path that is
-    not a regular file, such as /dev/stdout or a pipe, is written in place. A suffix such as .gz compresses the file.
+    Until then an existing file stays as it is. Parent folders are created. Symbolic links are followed. `-` (standard
+    output) and paths that are no regular file, a pipe for example, are written in place. A suffix such as .gz
+    compresses the file.
 
     Args:
         path: The file to create or replace.
@@ -44,6 +46,12 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
     Yields:
         The open file, which is `PATH.unfinished` on disk.
     """
+    if path == "-":
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="\n")
+        yield sys.stdout.buffer if "b" in mode else sys.stdout
+        sys.stdout.flush()
+        return
     if is_special(path):
         with _open(path, path, mode) as file:
             yield file
@@ -78,8 +86,10 @@ def exclusive(path: str) -> Iterator[None]:
     """Let one process at a time write the output `path`, with a lock on PATH.lock.
 
     Raises:
-        InputError: Another process holds the lock.
+        InputError: Another process holds the lock, or the output is `-`.
     """
+    if path == "-":
+        raise InputError("-: this output needs a lock or a resume log beside it. Name a file.")
     if is_special(path):
         yield
         return

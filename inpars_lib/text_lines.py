@@ -1,7 +1,9 @@
 """Text files line by line: compression, byte-order marks, progress bars, malformed lines reported with their number."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 from inpars_lib.cli import InputError, warn
@@ -19,24 +21,31 @@ def read_blocks(paths: Sequence[str], desc: str | None = None) -> Iterator[Block
     """Yield blocks of about 1 MiB of lines of files, compressed or not.
 
     Args:
-        paths: The files, read in this order.
+        paths: The files, read in this order; `-` for standard input.
         desc: Label of a progress bar over the bytes of all files, or None for no bar.
 
     Raises:
-        InputError: A path is no regular file, its compressed data is damaged, or its text is UTF-16.
+        InputError: A path is no regular file, its compressed data is damaged, or its text is UTF-16; or several
+            processes would read standard input.
     """
     from tqdm import tqdm
 
     for path in paths:
         if os.path.isdir(path):
             raise InputError(f"{path}: this is a folder. Name a file.")
+        if path == "-" and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # set by torchrun
+            raise InputError("-: several processes cannot read standard input. Write it to a file first.")
+        if path == "-" and sys.stdin is None:
+            raise InputError("-: standard input is closed. Name a file.")
         if is_special(path):
             raise InputError(f"{path}: this is a pipe or a device. Write its data to a file first.")
-    sizes = list(map(os.path.getsize, paths))
-    with tqdm(desc=desc, total=sum(sizes), unit="B", unit_scale=True, disable=desc is None) as bar:
+    sizes = [0 if path == "-" else os.path.getsize(path) for path in paths]
+    total = None if "-" in paths else sum(sizes)
+    with tqdm(desc=desc, total=total, unit="B", unit_scale=True, disable=desc is None) as bar:
         for i, path in enumerate(paths):
             before = sum(sizes[:i])
-            with open(path, "rb") as raw, decompressed(raw, path) as file:
+            source = nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb")
+            with source as raw, decompressed(raw, path) as file:
                 number = 1
                 while lines := file.readlines(BLOCK_BYTES):
                     if number == 1:
@@ -45,7 +54,7 @@ def read_blocks(paths: Sequence[str], desc: str | None = None) -> Iterator[Block
                         lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
                     yield path, number, lines
                     number += len(lines)
-                    bar.update(before + raw.tell() - bar.n)
+                    bar.update(sum(map(len, lines)) if path == "-" else before + raw.tell() - bar.n)
 
 
 def count_lines(path: str) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby, pairwise
 from typing import IO, Any
 
+from inpars_lib.cli import InputError
 from inpars_lib.compression import decompressed
 from inpars_lib.losses import LOSSES_OF_TRIPLES
 from inpars_lib.records import Triple
@@ -26,6 +27,8 @@ class TripleFile(Sequence[Triple]):
     """
 
     def __init__(self, path: str) -> None:
+        if path == "-":
+            raise InputError("-: triples are read more than once. Write them to a file first.")
         form = "`query<TAB>positive<TAB>negative`"
         numbers = [number for number, _ in read_records(read_blocks([path]), self._parse, form, path)]
         raw = open(path, "rb")

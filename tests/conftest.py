@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from stand_in import StandIn
@@ -62,18 +63,20 @@ def environment(cwd: Path, variables: dict[str, str | None]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def run(script: str, *args: object, cwd: Path = ROOT, **variables: str | None) -> Done:
+def run(script: str, *args: object, cwd: Path = ROOT, stdin: bytes = b"", **variables: str | None) -> Done:
     """Call the `main` of a script, or of a module of the package, in this process."""
     main = importlib.import_module(script.removesuffix(".py")).main
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with environment(cwd, variables), redirect_stdout(out), redirect_stderr(err):
+    out, err, code = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n"), io.StringIO(), 0
+    source = io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin)))
+    with environment(cwd, variables), redirect_stdout(out), redirect_stderr(err), patch("sys.stdin", source):
         try:
             run_script(main, list(map(str, args)))
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
             if isinstance(stop.code, str):
                 print(stop.code, file=sys.stderr)
-    return Done(code, out.getvalue(), err.getvalue())
+    out.flush()
+    return Done(code, out.buffer.getvalue().decode(), err.getvalue())
 
 
 def command_of(script: str, *args: object) -> list[str]:

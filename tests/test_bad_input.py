@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import Done, command_of, error_line, ok, run, write_rows
 
+from inpars_lib import formats
+from inpars_lib.cli import InputError
+
 GOOD = "d1\tthe study of tides explains the sea\nd2\tbread is baked at dawn\nd3\tbees make honey of flowers\n"
 LONG = 50_000_000
 
@@ -209,11 +212,53 @@ def test_pipes_are_no_input(files: dict[str, Path], tmp_path: Path, command: Cal
     assert f"{name}: this is a pipe or a device" in error_line(run(*command(files, tmp_path)))
 
 
+def test_standard_input_and_output(files: dict[str, Path], tmp_path: Path) -> None:
+    ok(run(*keep(files, tmp_path)))
+    kept = (tmp_path / "out").read_text()
+    for pack in (bytes, gzip.compress):
+        words = ["filter_queries_by_score.py", "--input", "-", "--output", "-"]
+        done = ok(run(*words, stdin=pack(files["queries"].read_bytes())))
+        assert done.stdout == kept
+        assert "-: kept 1 of 1 rows" in done.stderr
+    assert "error: -: no usable line found" in error_line(run(*words))
+    words += ["--plot", "-"]
+    assert "only one of --output, --plot and --sample_html can be `-`" in error_line(run(*words), 2)
+    (tmp_path / "out").unlink()
+    ok(run(*index(files, tmp_path)))
+    words = ["inpars_lib.bm25", "search", "--index", tmp_path / "out", "--topics", "-", "--output"]
+    ok(run(*words, tmp_path / "run.txt", stdin=files["topics"].read_bytes()))
+    assert ok(run(*words, "-", stdin=files["topics"].read_bytes())).stdout == (tmp_path / "run.txt").read_text()
+
+
+DASHES = [  # command, flag whose value becomes `-`, part of the error
+    (index, "--corpus", "a collection is read more than once"),
+    (mine, "--output", "this output needs a lock or a resume log"),
+    (rerank, "--output", "this output needs a lock or a resume log"),
+    (train, "--triples_train", "triples are read more than once"),
+]
+
+
+@pytest.mark.parametrize("row", DASHES, ids=lambda row: row[0].__name__)
+def test_no_dash_for_files_that_are_used_twice(files: dict[str, Path], tmp_path: Path, row: tuple) -> None:
+    command, flag, words = row
+    args = command(files, tmp_path)
+    args[args.index(flag) + 1] = "-"
+    assert f"error: -: {words}" in error_line(run(*args, cwd=tmp_path))
+    assert not list(tmp_path.glob("-*"))
+
+
+def test_several_processes_do_not_share_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="-: several processes cannot read standard input"):
+        formats.read_topics("-")
+
+
 def test_a_log_of_answers_is_not_compressed(files: dict[str, Path], tmp_path: Path) -> None:
     words = ["--collection", files["collection"], "--base_url", "http://127.0.0.1:9/v1", "--output"]
     said = error_line(run("generate_queries_openai.py", *words, tmp_path / "queries.jsonl.zst"))
     assert "queries.jsonl.zst: answers are appended to a file without compression. Omit .zst" in said
     assert not (tmp_path / "queries.jsonl.zst").exists()
+    assert "-: this is a pipe or a device" in error_line(run("generate_queries_openai.py", *words, "-"))
 
 
 def test_links_and_devices_as_output(files: dict[str, Path], tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class QueryStore:
         self._errors: IO[bytes] | None = None  # opened for the first failure
         self._saved_at = 0.0
         if path is not None:
-            if is_special(path):
+            if path == "-" or is_special(path):
                 raise InputError(f"{path}: this is a pipe or a device. Answers are appended to a file: name one.")
             if suffix := SUFFIX.search(path):
                 raise InputError(f"{path}: answers are appended to a file without compression. Omit {suffix[0]}.")
