@@ -39,7 +39,7 @@ from inpars_lib.line_parsers import (
 from inpars_lib.records import Doc, Qrel, RankedList, ScoredDoc, SyntheticQuery, Topic
 from inpars_lib.storage import atomic_write
 from inpars_lib.text_lines import read_blocks, read_records
-from inpars_lib.trec_topics import join_topics, parse_topic
+from inpars_lib.trec_topics import topics_as_tsv
 
 LARGEST = 1e300  # bound of log-probabilities, whose sum must be finite
 NOT_FINITE = "'log_probs' contains something other than finite numbers"
@@ -160,17 +160,13 @@ def read_texts(path: str, wanted: Collection[str], desc: str | None = None) -> d
     return {doc.doc_id: doc.text for doc in read_collection(path, wanted, desc)}
 
 
-def _beir_file(path: str, part: str) -> str:
-    """Return the path itself, or of a BEIR folder the only file of `queries` or `qrels`."""
+def _beir_file(path: str, *names: str) -> str:
+    """Return the path itself, or of a BEIR folder the only file that has one of these names."""
     if not os.path.isdir(path):
         return path
-    if part == "qrels" and os.path.isdir(os.path.join(path, part)):
-        path = os.path.join(path, part)
-    names = {"queries": ["queries.jsonl"], "qrels": ["dev.tsv", "test.tsv", "train.tsv"]}[part]
-    found = [name for name in sorted(os.listdir(path)) if SUFFIX.sub("", name) in names]
+    found = sorted(name for name in os.listdir(path) if SUFFIX.sub("", name) in names)
     if len(found) != 1:
-        problem = f"this folder has {', '.join(found)}" if found else f"no {' or '.join(names)} in this folder"
-        raise InputError(f"{path}: {problem}. Name a file.")
+        raise InputError(f"{path}: this folder has {', '.join(found) or 'no ' + ' or '.join(names)}. Name a file.")
     return os.path.join(path, found[0])
 
 
@@ -186,8 +182,8 @@ def read_topics(path: str) -> dict[str, str]:
         dataset = ir_dataset(name, "queries")
         with download_errors(path):
             return {parse_id(query.query_id): single_line(query.default_text()) for query in dataset.queries_iter()}
-    blocks = join_topics(read_blocks([_beir_file(path, "queries")]))
-    for number, (query_id, text) in read_records(blocks, parse_topic, f"{TEXT_FORM}, or a TREC topic", path):
+    blocks = topics_as_tsv(read_blocks([_beir_file(path, "queries.jsonl")]))
+    for number, (query_id, text) in read_records(blocks, parse_text, f"{TEXT_FORM}, or a TREC topic", path):
         if query_id in topics:
             raise InputError(f"{path}, line {number}: the query id {query_id} is repeated. Keep one of its lines.")
         topics[query_id] = text
@@ -215,8 +211,10 @@ def read_qrels(path: str) -> Iterator[Qrel]:
         return columns[0], columns[-2], parse_number(columns[-1], float)
 
     seen: dict[tuple[str, str], int] = {}
+    folder = os.path.join(path, "qrels")
+    path = _beir_file(folder if os.path.isdir(folder) else path, "dev.tsv", "test.tsv", "train.tsv")
     form = "`query_id 0 doc_id grade`, or BEIR's three columns"
-    for number, (query_id, doc_id, grade) in read_records(read_blocks([_beir_file(path, "qrels")]), parse, form, path):
+    for number, (query_id, doc_id, grade) in read_records(read_blocks([path]), parse, form, path):
         if not grade.is_integer():  # to skip the line would change the measures
             raise InputError(f"{path}, line {number}: the grade {grade} is not a whole number. Use whole grades.")
         qrel = Qrel(query_id, doc_id, int(grade))
@@ -275,7 +273,9 @@ def read_run(
     for query_id in list(found):
         doc_ids, scores, ranks = found.pop(query_id)
         if widths == (4,):
-            if interned.keys() <= {"0", "Q0"} or not _are_ranks_and_scores(ranks, scores):
+            falling = [score for _, score in sorted(zip(ranks, scores, strict=True))] == sorted(scores, reverse=True)
+            ambiguous = interned.keys() <= {"0", "Q0"} or (len(scores) > 1 and _could_be_ranks(scores))
+            if ambiguous or not (falling and _could_be_ranks(ranks)):
                 raise InputError(
                     f"{path}: the four columns of query {query_id} are not clearly `query_id doc_id rank score`. "
                     "Convert the run to TREC format."
@@ -294,15 +294,9 @@ def read_run(
     return run
 
 
-def _are_ranks_and_scores(ranks: Sequence[int], scores: Sequence[float]) -> bool:
-    """Return whether the ranks of a query start at 0 or 1, its scores fall with them, and could not be ranks too."""
-
-    def could_be_ranks(values: Sequence[float]) -> bool:
-        return min(values) in (0, 1) and len(set(values)) == len(values) and all(value % 1 == 0 for value in values)
-
-    in_order = [score for _, score in sorted(zip(ranks, scores, strict=True))]
-    ambiguous = len(ranks) > 1 and could_be_ranks(scores)
-    return could_be_ranks(ranks) and in_order == sorted(scores, reverse=True) and not ambiguous
+def _could_be_ranks(values: Sequence[float]) -> bool:
+    """Return whether the values are distinct whole numbers from 0 or 1 on."""
+    return min(values) in (0, 1) and len(set(values)) == len(values) and all(value % 1 == 0 for value in values)
 
 
 class SyntheticRow(msgspec.Struct):

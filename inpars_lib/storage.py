@@ -1,16 +1,14 @@
 """Files on disk: atomic writes, locks, append-only logs that survive a kill."""
 
 import fcntl
-import io
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from inpars_lib.cli import InputError, warn
-from inpars_lib.compression import compressed
+from inpars_lib.compression import open_output
 
 FORMAT_VERSION = 1  # of the resume and meta files; docs/files.md lists them
 
@@ -18,17 +16,6 @@ FORMAT_VERSION = 1  # of the resume and meta files; docs/files.md lists them
 def is_special(path: str) -> bool:
     """Return whether the path exists and is neither a regular file nor a folder: a device or a pipe."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-
-
-@contextmanager
-def _open(target: str, path: str, mode: str) -> Iterator[IO[Any]]:
-    """Open the file `target` for writing, with the compression of the name `path`."""
-    with open(target, "wb") as raw, compressed(raw, path) as file:
-        if "b" in mode:
-            yield file
-        else:
-            with io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n") as text:
-                yield text
 
 
 @contextmanager
@@ -46,21 +33,15 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
     Yields:
         The open file, which is `PATH.unfinished` on disk.
     """
-    if path == "-":
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="\n")
-        yield sys.stdout.buffer if "b" in mode else sys.stdout
-        sys.stdout.flush()
-        return
-    if is_special(path):
-        with _open(path, path, mode) as file:
+    if path == "-" or is_special(path):
+        with open_output(path, path, mode) as file:
             yield file
         return
     target = os.path.realpath(path)
     unfinished = f"{target}.unfinished"
     os.makedirs(os.path.dirname(target), exist_ok=True)
     try:
-        with _open(unfinished, path, mode) as file:
+        with open_output(unfinished, path, mode) as file:
             yield file
         os.replace(unfinished, target)
     except BaseException:

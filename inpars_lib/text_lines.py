@@ -25,18 +25,15 @@ def read_blocks(paths: Sequence[str], desc: str | None = None) -> Iterator[Block
         desc: Label of a progress bar over the bytes of all files, or None for no bar.
 
     Raises:
-        InputError: A path is no regular file, its compressed data is damaged, or its text is UTF-16; or several
-            processes would read standard input.
+        InputError: A path is no regular file, its compressed data is damaged, or its text is UTF-16.
     """
     from tqdm import tqdm
 
     for path in paths:
         if os.path.isdir(path):
             raise InputError(f"{path}: this is a folder. Name a file.")
-        if path == "-" and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # set by torchrun
-            raise InputError("-: several processes cannot read standard input. Write it to a file first.")
-        if path == "-" and sys.stdin is None:
-            raise InputError("-: standard input is closed. Name a file.")
+        if path == "-" and (sys.stdin is None or int(os.environ.get("WORLD_SIZE", 1)) > 1):  # set by torchrun
+            raise InputError("-: standard input is closed, or shared by several processes. Name a file.")
         if is_special(path):
             raise InputError(f"{path}: this is a pipe or a device. Write its data to a file first.")
     sizes = [0 if path == "-" else os.path.getsize(path) for path in paths]

@@ -8,45 +8,32 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 
-from inpars_lib.line_parsers import parse_id, parse_text
-from inpars_lib.records import Doc
+from inpars_lib.cli import InputError
 from inpars_lib.text_lines import Block
 
-START = re.compile(rb"(?:\s|<[^<>]*>)*?<top(?:ic)?[\s>]", re.IGNORECASE)  # tags only, before the first topic
-TOPIC = re.compile(rb"<(top|topic)(?:\s[^>]*)?>.*?(?=</\1\s*>|<\1[\s>]|\Z)", re.DOTALL | re.IGNORECASE)
+START = re.compile(rb"(?i)(?:\s|<[^<>]*>)*?<top(?:ic)?[\s>]")  # tags only, before the first topic
+TOPIC = re.compile(r"(?is)<(top|topic)(?:\s[^>]*)?>.*?(?=</\1\s*>|<\1[\s>]|\Z)")
+ATTRIBUTE = re.compile(r"""(?i)<topic\s[^>]*\bnumber\s*=\s*["']?([^"'\s>]+)""")
+# A field up to the next tag, without the label of old topics
+FIELD = r"(?is)<%s(?:\s[^>]*)?>(?:\s*(?:Number|Topic)\s*:)?\s*([^\s<].*?)(?=</?[a-z]|\Z)"
+NUM, TITLE, QUERY = (re.compile(FIELD % name) for name in ("num", "title", "query"))
 
 
-def join_topics(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Yield each topic of a TREC file as one line. The lines of other files stay as they are."""
-    first = next(blocks, None)
-    if first is None:
-        return
-    (path, number, lines), blocks = first, chain([first], blocks)
-    if not START.match(b"".join(lines)):
+def topics_as_tsv(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Yield a line `query_id<TAB>query` for each topic of a TREC file, or the blocks of another file as they are."""
+    first = next(blocks, ("", 1, []))
+    blocks = chain([first], blocks)
+    if not START.match(b"".join(first[2])):
         yield from blocks
         return
-    text, at = b"".join(line for block in blocks for line in block[2]), 0
+    path, number, _ = first
+    text, at = b"".join(line for block in blocks for line in block[2]).decode(errors="surrogateescape"), 0
     for topic in TOPIC.finditer(text):
-        number += text.count(b"\n", at, topic.start())
+        number += text.count("\n", at, topic.start())
         at = topic.start()
-        yield path, number, [topic[0]]
-
-
-def _field(topic: str, name: str) -> str | None:
-    """Return the text of a field up to the next tag, on one line, without the label of old topics."""
-    found = re.search(rf"<{name}(?:\s[^>]*)?>(?:\s*(?:Number|Topic)\s*:)?(.*?)(?=</?[a-z]|\Z)", topic, re.I | re.S)
-    return " ".join(html.unescape(found[1]).split()) if found else None
-
-
-def parse_topic(line: str) -> Doc:
-    """Return id and text of a topic: a line, or a TREC topic as `join_topics` yields them."""
-    if not TOPIC.match(line.encode()):
-        return parse_text(line)
-    number = re.match(r"""<topic\s[^>]*\bnumber\s*=\s*["']?([^"'\s>]+)""", line, re.IGNORECASE)
-    query_id = number[1] if number else _field(line, "num")
-    text = _field(line, "title") or _field(line, "query")
-    if not query_id:
-        raise ValueError("a topic without <num> or an attribute `number`")
-    if not text:
-        raise ValueError("a topic without <title> or <query>")
-    return Doc(parse_id(query_id), text)
+        fields = ATTRIBUTE.match(topic[0]) or NUM.search(topic[0]), TITLE.search(topic[0]) or QUERY.search(topic[0])
+        columns = [" ".join(html.unescape(field[1]).split()) for field in fields if field]
+        if len(columns) < 2:
+            missing = "<title> or <query>" if fields[0] else "number"
+            raise InputError(f"{path}, line {number}: the topic has no {missing}. Add it or delete the topic.")
+        yield path, number, ["\t".join(columns).encode(errors="surrogateescape")]

@@ -66,7 +66,7 @@ def environment(cwd: Path, variables: dict[str, str | None]) -> Iterator[None]:
 def run(script: str, *args: object, cwd: Path = ROOT, stdin: bytes = b"", **variables: str | None) -> Done:
     """Call the `main` of a script, or of a module of the package, in this process."""
     main = importlib.import_module(script.removesuffix(".py")).main
-    out, err, code = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n"), io.StringIO(), 0
+    out, err, code = io.StringIO(), io.StringIO(), 0
     source = io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin)))
     with environment(cwd, variables), redirect_stdout(out), redirect_stderr(err), patch("sys.stdin", source):
         try:
@@ -75,8 +75,7 @@ def run(script: str, *args: object, cwd: Path = ROOT, stdin: bytes = b"", **vari
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
             if isinstance(stop.code, str):
                 print(stop.code, file=sys.stderr)
-    out.flush()
-    return Done(code, out.buffer.getvalue().decode(), err.getvalue())
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 def command_of(script: str, *args: object) -> list[str]:

@@ -186,11 +186,14 @@ def test_trec_topics(tmp_path: Path, text: str) -> None:
 
 def test_bad_trec_topics(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "topics"
-    path.write_text("<top>\n<num> 1\n<title> x\n</top>\n<top>\n<num> 2\n<desc> no title\n</top>\n<top>\n<title> y\n")
+    first = b"<top>\n<num> 1\n<title> x\n</top>\n"
+    for topic, problem in ((b"<num> 2\n<title>\n<desc> x", "no <title> or <query>"), (b"<title> y", "no number")):
+        path.write_bytes(first + b"<top>\n" + topic)
+        with pytest.raises(InputError, match=f"topics, line 5: the topic has {problem}"):
+            formats.read_topics(str(path))
+    path.write_bytes(first + b"<top><num> 2<title> caf\xe9</top>\n")
     assert formats.read_topics(str(path)) == {"1": "x"}
-    said = capsys.readouterr().err
-    assert "line 5: a topic without <title> or <query>" in said
-    assert "line 9: a topic without <num>" in said
+    assert "line 5: not valid UTF-8" in capsys.readouterr().err
     path.write_text("<top><num>1<title>x</top>\n\n<top><num>1<title>y</top>")
     with pytest.raises(InputError, match="line 3: the query id 1 is repeated"):
         formats.read_topics(str(path))
@@ -466,7 +469,7 @@ def test_a_folder_of_beir_is_its_corpus(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"qrels: this folder has dev.tsv.gz, test.tsv. Name a file"):
         list(formats.read_qrels(str(tmp_path)))
     for read, names in ((formats.read_topics, "queries.jsonl"), (formats.read_qrels, "dev.tsv or test.tsv")):
-        with pytest.raises(InputError, match=f"empty: no {names}"):
+        with pytest.raises(InputError, match=f"empty: this folder has no {names}"):
             list(read(str(tmp_path / "empty")))
 
 

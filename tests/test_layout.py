@@ -10,7 +10,7 @@ from conftest import ROOT
 BASE = {"cli": set(), "records": set(), "compression": {"cli"}, "storage": {"cli", "compression"}}
 BASE |= {"text_lines": {"cli", "compression", "storage"}}
 BASE |= {"ir_dataset": {"cli"}, "line_parsers": {"records"}}
-BASE |= {"trec_topics": {"line_parsers", "records", "text_lines"}}
+BASE |= {"trec_topics": {"cli", "text_lines"}}
 BASE |= {"formats": {"cli", "compression", "ir_dataset", "line_parsers", "records", "storage", "text_lines",
                      "trec_topics"}}  # fmt: skip
 
