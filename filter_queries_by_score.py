@@ -28,16 +28,18 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 
 from inpars_lib import bm25
-from inpars_lib.cli import InputError, at_least, run_script, script_parser
-from inpars_lib.first_stage import read_run_of_lines
+from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
+from inpars_lib.first_stage import QueryRun
 from inpars_lib.formats import LARGEST, SyntheticRow, read_synthetic_queries
 from inpars_lib.line_parsers import json_object
-from inpars_lib.query_browser import QuerySample
+from inpars_lib.query_browser import QuerySample, plot_histogram
 from inpars_lib.records import ScoredDoc, SyntheticQuery
 from inpars_lib.storage import ResumeLog, atomic_write, exclusive, is_special, json_line
+from inpars_lib.text_lines import count_lines
 
 LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
     "mean_log_probs": lambda log_probs: sum(log_probs) / len(log_probs),  # arXiv 2202.05144, section 3
@@ -86,6 +88,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--scoring_function consistency needs --consistency_k")
     if bool(args.consistency_k) != bool(args.index or args.run) or (args.index and args.run):
         parser.error("--consistency_k and either --index or --run need each other")
+    if "-" in (args.input, args.output) and (args.model or args.run):
+        parser.error("--model and --run need files: - cannot be read twice and has no log beside it")
     if [args.output, args.plot, args.sample_html].count("-") > 1:
         parser.error("only one of --output, --plot and --sample_html can be `-`, standard output")
     return args
@@ -112,12 +116,14 @@ def first_stage_hits(
     queries: Iterator[SyntheticQuery], args: argparse.Namespace
 ) -> Iterator[tuple[SyntheticQuery, Sequence[ScoredDoc]]]:
     """Yield each query with its first --consistency_k hits."""
+    searcher: QueryRun | bm25.BM25Searcher
     if args.run:
-        run = read_run_of_lines(args.run, args.input, args.consistency_k)
-        yield from ((query, run.get(query.line, ())) for query in queries)
-        return
-    config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
-    searcher = bm25.open_index(args.index, args.corpus, config)
+        searcher = QueryRun(args.run, args.input, count_lines(args.input))
+        if searcher.depth < args.consistency_k:
+            warn(f"{args.run}: at most {searcher.depth} hits per query, so --consistency_k {searcher.depth} is used.")
+    else:
+        config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
+        searcher = bm25.open_index(args.index, args.corpus, config)
     while block := list(islice(queries, BLOCK)):
         questions = {str(query.line): query.question for query in block}
         found = searcher.search(questions, args.consistency_k, bar=False)
@@ -182,27 +188,10 @@ def with_score(line: str, score: float) -> str:
     return f'{line.rstrip().removesuffix("}")}, "score": {score!r}}}\n'
 
 
-def plot_histogram(
-    path: str, all_bins: Counter[int], kept: Counter[int], width: float, cutoff: float, name: str
-) -> None:
-    """Plot the histogram of the scores, kept and dropped, with the cutoff, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for bins, color, label in ((all_bins, "0.75", "dropped"), (kept, "tab:blue", "kept")):
-        axes.bar([i * width for i in bins], list(bins.values()), width, align="edge", color=color, label=label)
-    axes.axvline(cutoff, color="tab:red", label=f"cutoff at {cutoff:.3f}")
-    axes.set(xlabel=name, ylabel="synthetic queries")
-    axes.legend()
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Score every query, keep the best, say what was dropped."""
     args = parse_args(argv)
-    with exclusive(args.output):
+    with exclusive(args.output) if args.output != "-" else nullcontext():
         filter_queries(args)
 
 

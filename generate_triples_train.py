@@ -26,8 +26,9 @@ from collections.abc import Sequence
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
+from inpars_lib.first_stage import QueryRun
 from inpars_lib.formats import read_synthetic_queries, read_texts, tsv_line, write_run
-from inpars_lib.negatives import NegativesConfig, QueryRun, sample_negatives
+from inpars_lib.negatives import NegativesConfig, sample_negatives
 from inpars_lib.records import SyntheticQuery
 from inpars_lib.storage import atomic_write, exclusive
 
@@ -44,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--corpus", required=True, help="collection that the queries were written for")
     first_stage = parser.add_mutually_exclusive_group().add_argument
     first_stage("--index", default="msmarco-passage", help="BM25 index of the corpus (default: %(default)s)")
-    first_stage("--run", help="run to sample negatives from instead of BM25's hits, TREC or MS MARCO format; its query "
-        "ids are lines of the input, counted from 0")  # fmt: skip
+    first_stage("--run", help="run to sample negatives from instead of BM25's hits, TREC, MS MARCO or ColBERT "
+        "format; its query ids are lines of the input, counted from 0")  # fmt: skip
     add("--max_hits", type=at_least(1), default=1000, help="hits to sample negatives from (default: %(default)s)")
     add("--min_rank", type=at_least(1), default=1, help="first rank to sample negatives from (default: %(default)s)")
     add("--n_samples", type=at_least(1), default=1, help="negatives per query (default: %(default)s, as in the paper)")
@@ -125,7 +126,7 @@ def write_triples(args: argparse.Namespace) -> None:
     """Do the work of `main` while no other process writes the output."""
     # 1. The queries
     queries = read_queries(args.input)
-    run = QueryRun(args.run, queries, args.input) if args.run else None
+    run = QueryRun(args.run, args.input, queries[-1].line + 1) if args.run else None
     first_stage, kind = (args.run, "run") if args.run else (args.index, "index")
     if args.holdout:
         queries = hold_out(args, queries, run)

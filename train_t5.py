@@ -79,8 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("evaluation during training").add_argument
     add("--queries", help="topics of the dev set: a file or a BEIR folder")
     add("--qrels", help="relevance judgements of the dev set: a file or a BEIR folder")
-    add("--run", help="first-stage run of the dev topics, or with --holdout of these queries: TREC, MS MARCO or ColBERT "
-        "format")  # fmt: skip
+    add("--run", help="first-stage run of the dev topics or of --holdout: TREC, MS MARCO or ColBERT format")
     add("--corpus", help="collection of the run or of the index")
     add("--holdout", help="held-out synthetic queries instead of --queries and --qrels")
     add("--index", help="BM25 index to retrieve hits for --holdout, if there is no --run")
@@ -135,18 +134,17 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
     return args, trainer_flags
 
 
-def read_dev(args: argparse.Namespace) -> DevSet | None:
+def read_dev(args: argparse.Namespace, threshold: int) -> DevSet | None:
     """Return the dev set that the flags name, or None."""
     limits = args.max_eval_queries, args.max_eval_docs_per_query
     if args.holdout:
         dev = read_held_out_dev_set(args.holdout, args.index, args.corpus, *limits, args.run)
-        check_threshold(dev.qrels, 1, args.holdout, args.select_by, args.measures)
-        return dev
-    if args.queries:
+    elif args.queries:
         dev = read_dev_set(args.queries, args.qrels, args.run, args.corpus, *limits)
-        check_threshold(dev.qrels, args.relevance_threshold, args.qrels, args.select_by, args.measures)
-        return dev
-    return None
+    else:
+        return None
+    check_threshold(dev.qrels, threshold, args.holdout or args.qrels, args.select_by, args.measures)
+    return dev
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -176,16 +174,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 1. The data
     checkpoint = training.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    dev = read_dev(args)
+    threshold = 1 if args.holdout else args.relevance_threshold  # source documents of held-out queries have grade 1
+    dev = read_dev(args, threshold)
     examples = TrainingExamples(TripleFile(args.triples_train), args.loss)
-    batch_size, size = args.per_device_train_batch_size, examples.group_size
-    if batch_size % size:
-        raise InputError(
-            f"--per_device_train_batch_size {batch_size}: not a multiple of {size}, the examples of a group (a "
-            f"positive and {size - 1} negatives). Use {max(batch_size // size, 1) * size}."
-        )
-    items_per_batch = batch_size // examples.item_size
-    examples_per_step = batch_size * args.gradient_accumulation_steps
+    items_per_batch = examples.items_per_batch(args.per_device_train_batch_size)
+    examples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     items_per_step = items_per_batch * args.gradient_accumulation_steps
     steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * len(examples) / items_per_step))
     decisive = {name: getattr(args, name) for name in DECISIVE} | {"steps": steps, **trainer_flags}
@@ -246,7 +239,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"transformers.TrainingArguments refuses these flags: {error}") from None
 
     # 4. Training
-    threshold = 1 if args.holdout else args.relevance_threshold  # source documents of held-out queries have grade 1
     config = training.TrainingConfig(args.loss, examples_per_step, args.seed, threshold, args.measures)
     trainer = training.RerankerTrainer(reranker, examples, config, arguments, dev)
     if args.early_stopping_patience:
@@ -254,10 +246,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     family = type(reranker).__name__
     if main_process:
         listwise = args.loss == "listwise"
-        if listwise and size == 2:
+        if listwise and examples.group_size == 2:
             warn(f"{args.triples_train}: one negative per query, so --loss listwise equals pairwise. Sample more with "
                  "generate_triples_train.py --n_samples, and keep the triples of a query adjacent.")  # fmt: skip
-        groups = f" in {len(examples):,} groups of at most {size} examples" if listwise else ""
+        groups = f" in {len(examples):,} groups of at most {examples.group_size} examples" if listwise else ""
         print(
             f"Training {family} from {args.base_model}: {len(examples.triples):,} triples{groups}, {examples_per_step} "
             f"examples per step, {steps:,} steps" + (f", resumed from {checkpoint}" if checkpoint else ""),
@@ -279,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.write_results()
     step = trainer.state.best_global_step if args.select_by else trainer.state.global_step
     shown = {name: settings[name] for name in (*CARD_SETTINGS, *trainer_flags)}
-    shown |= {"loss": args.loss, "per_device_train_batch_size": batch_size}
+    shown |= {"loss": args.loss, "per_device_train_batch_size": args.per_device_train_batch_size}
     shown |= {"gradient_accumulation_steps": args.gradient_accumulation_steps}  # of all processes
     info = CardInfo(
         output_dir=args.output_dir,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from inpars_lib.bm25 import BM25Config, open_index
 from inpars_lib.cli import InputError, warn
+from inpars_lib.first_stage import QueryRun
 from inpars_lib.formats import (
     missing_documents,
     read_qrels,
@@ -14,7 +15,6 @@ from inpars_lib.formats import (
     read_texts,
     read_topics,
 )
-from inpars_lib.negatives import QueryRun
 from inpars_lib.records import Qrel, ScoredDoc
 
 
@@ -49,7 +49,8 @@ def read_held_out_queries(
         InputError: No query has a hit, or the run is of other queries.
     """
     rows = {f"holdout {row.line}": row for row in read_synthetic_queries(path) if row.question}
-    searcher = QueryRun(run, rows.values(), path) if run else open_index(index or "", corpus, config)
+    lines = max((row.line for row in rows.values()), default=0) + 1
+    searcher = QueryRun(run, path, lines) if run else open_index(index or "", corpus, config)
     topics = {query_id: row.question for query_id, row in rows.items()}  # ids of topics never contain a space
     found: dict[str, Sequence[ScoredDoc]] = {query_id: hits for query_id, hits in searcher.search(topics, k) if hits}
     if run and not any(hit.doc_id == rows[query_id].doc_id for query_id in found for hit in found[query_id]):

@@ -1,32 +1,45 @@
-"""First-stage runs of synthetic queries, whose query ids are the lines of the input counted from 0."""
+"""First-stage runs of synthetic queries, for SPLADE, dense retrieval or any other system instead of BM25."""
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 
-from inpars_lib.cli import InputError, warn
+from inpars_lib.cli import InputError
 from inpars_lib.formats import read_run
-from inpars_lib.records import ScoredDoc
-from inpars_lib.text_lines import count_lines
+from inpars_lib.records import RankedList
 
 
-def read_run_of_lines(path: str, source: str, k: int) -> dict[int, Sequence[ScoredDoc]]:
-    """Return the first `k` hits of a run by line of the synthetic queries.
+class QueryRun:
+    """First-stage run of synthetic queries, searched like an index. Its query ids are lines of their file, from 0.
 
     Args:
         path: The run.
-        source: The synthetic queries.
-        k: Hits per query.
+        source: Name of the file of the queries.
+        lines: Lines of that file.
 
     Raises:
-        InputError: A query id of the run is no line of `source`.
+        InputError: The run is of other queries, or is standard input.
     """
-    run, lines = read_run(path, desc="Reading the run"), count_lines(source)
-    for query_id in run:
-        if not re.fullmatch("0|[1-9][0-9]{,17}", query_id) or int(query_id) >= lines:
-            raise InputError(
-                f"{path}: the query id {query_id} is no line of {source}, which has the lines 0 to {lines - 1}. Pass a "
-                "run of these queries, with the line, counted from 0, as the query id."
-            )
-    if (longest := max(map(len, run.values()))) < k:
-        warn(f"{path}: has at most {longest} hits per query. Ranks {longest + 1} to {k} are not searched.")
-    return {int(query_id): run.pop(query_id)[:k] for query_id in list(run)}
+
+    def __init__(self, path: str, source: str, lines: int) -> None:
+        if path == "-":
+            raise InputError("-: a run of synthetic queries is read twice. Name a file.")
+        self.path, self.hits = path, read_run(path, desc="Reading the run")
+        for query_id in self.hits:
+            if not re.fullmatch("0|[1-9][0-9]{,17}", query_id) or int(query_id) >= lines:
+                raise InputError(
+                    f"{path}: the query id {query_id} is no line of {source}, whose lines count from 0 to {lines - 1}. "
+                    "Pass the run of these queries; docs/first-stage.md shows how to make one."
+                )
+        self.depth = max(map(len, self.hits.values()))  # largest number of hits of a query
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the file."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def search(self, queries: Mapping[str, str], k: int, bar: bool = True) -> Iterator[tuple[str, RankedList]]:
+        """Yield (query id, first `k` hits, best first) in the order of `queries`. An id's last word is the line."""
+        for query_id in queries:
+            hits = self.hits.get(query_id.split()[-1], ())[:k]
+            yield query_id, RankedList(query_id, [hit.doc_id for hit in hits], (hit.score for hit in hits))

@@ -4,14 +4,13 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from inpars_lib.bm25 import BM25Config, index_fingerprint, open_index
-from inpars_lib.cli import InputError
-from inpars_lib.formats import read_run
-from inpars_lib.records import RankedList, ScoredDoc, SyntheticQuery
+from inpars_lib.first_stage import QueryRun
+from inpars_lib.records import ScoredDoc, SyntheticQuery
 from inpars_lib.storage import ResumeLog
 
 TIE = 1e-4  # Anserini rounds scores to this, and takes some millionths from the later ones of equal scores
@@ -31,31 +30,6 @@ class SampledHits(NamedTuple):
     doc_ids: list[str]
     source_rank: int | None
     source_found: bool
-
-
-class QueryRun:
-    """First-stage run of synthetic queries, searched like an index. Its query ids are lines of `source`, from 0.
-
-    Raises:
-        InputError: The run is of other queries.
-    """
-
-    def __init__(self, path: str, queries: Iterable[SyntheticQuery], source: str) -> None:
-        self.hits = read_run(path, desc="Reading the run")  # refuses pipes
-        with open(path, "rb") as file:
-            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        last = max((query.line for query in queries), default=0)
-        if other := self.hits.keys() - set(map(str, range(last + 1))):
-            raise InputError(
-                f"{path}: the query id {min(other)} is no line of {source}, whose lines count from 0 to {last}. Pass "
-                "the run of these queries; docs/first-stage.md shows how to make one."
-            )
-
-    def search(self, queries: Mapping[str, str], k: int, bar: bool = True) -> Iterator[tuple[str, RankedList]]:
-        """Yield (query id, first `k` hits, best first) in the order of `queries`. An id's last word is the line."""
-        for query_id in queries:
-            hits = self.hits.get(query_id.split()[-1], ())[:k]
-            yield query_id, RankedList(query_id, [hit.doc_id for hit in hits], (hit.score for hit in hits))
 
 
 @dataclass(frozen=True)
@@ -107,7 +81,7 @@ def sample_negatives(
     if config.min_rank > 1:  # logs of earlier versions have neither of these two
         settings["min_rank"] = config.min_rank
     if config.run:
-        settings["run"] = config.run.sha256
+        settings["run"] = config.run.sha256()
     log = ResumeLog(log_path, {**settings, "queries": fingerprint.hexdigest()})
     if not resume and os.path.exists(log_path):
         os.remove(log_path)

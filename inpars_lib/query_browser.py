@@ -1,7 +1,8 @@
-"""A self-contained HTML page to browse a sample of synthetic queries: sort, search, kept or dropped and why."""
+"""What to look at after the filter: a self-contained HTML page with a sample of rows, and a histogram of scores."""
 
 import json
 import random
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -60,3 +61,20 @@ class QuerySample:
             data = data.replace(character, f"\\u{ord(character):04x}")
         with atomic_write(path) as file:
             file.write(PAGE.read_text(encoding="utf-8").replace("DATA", data))
+
+
+def plot_histogram(
+    path: str, all_bins: Counter[int], kept: Counter[int], width: float, cutoff: float, name: str
+) -> None:
+    """Plot the histogram of the scores, kept and dropped, with the cutoff, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for bins, color, label in ((all_bins, "0.75", "dropped"), (kept, "tab:blue", "kept")):
+        axes.bar([i * width for i in bins], list(bins.values()), width, align="edge", color=color, label=label)
+    axes.axvline(cutoff, color="tab:red", label=f"cutoff at {cutoff:.3f}")
+    axes.set(xlabel=name, ylabel="synthetic queries")
+    axes.legend()
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=150)

@@ -92,6 +92,20 @@ class TrainingExamples:
     def __len__(self) -> int:
         return (len(self.starts) - 1) * self.group_size // self.item_size
 
+    def items_per_batch(self, examples: int) -> int:
+        """Return the items of a batch of `examples` examples.
+
+        Raises:
+            InputError: A batch does not consist of whole groups.
+        """
+        size = self.group_size
+        if examples % size:
+            raise InputError(
+                f"--per_device_train_batch_size {examples}: not a multiple of {size}, the examples of a group (a "
+                f"positive and {size - 1} negatives). Use {max(examples // size, 1) * size}."
+            )
+        return examples // self.item_size
+
     def group(self, i: int) -> list[tuple[str, str, bool]]:
         """Return the examples of a group, the positive first."""
         triples = [self.triples[j] for j in range(self.starts[i], self.starts[i + 1])]
