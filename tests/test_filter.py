@@ -325,7 +325,7 @@ def test_a_run_replaces_bm25(tmp_path: Path) -> None:
     ]
     assert [row["score"] for row in rows(tmp_path / "out.jsonl")] == [1, 1 / 2, 1 / 3]
     done = ok(run(SCRIPT, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *consistent[:3], 20))
-    assert "dense.txt: has at most 3 hits per query. Ranks 4 to 20 are not searched." in done.stderr
+    assert "dense.txt: at most 3 hits per query, so --consistency_k 3 is used." in done.stderr
 
 
 @pytest.mark.parametrize("query_id", ["q1", "4", "01", "-1", "\u0663"])
@@ -334,7 +334,7 @@ def test_a_run_of_other_queries_is_refused(tmp_path: Path, query_id: str) -> Non
     path = write_rows(tmp_path / "in.jsonl", ROWS)
     files = ["--input", path, "--output", tmp_path / "out.jsonl"]
     refused = error_line(run(SCRIPT, *files, "--run", dense, "--consistency_k", 2))
-    assert f"dense.txt: the query id {query_id} is no line of {path}, which has the lines 0 to 3." in refused
+    assert f"dense.txt: the query id {query_id} is no line of {path}, whose lines count from 0 to 3." in refused
 
 
 @pytest.mark.parametrize("flags", [["--run", "r"], ["--consistency_k", 2], ["--run", "r", "--index", "i"]])

@@ -35,7 +35,8 @@ def test_a_real_language_model_writes_queries(demo_data: Path, llm_url: str, tmp
     ok(run(SCRIPT, *args))
     texts = dict(line.split("\t") for line in (demo_data / "collection.tsv").read_text().splitlines())
     written = rows(output)
-    failed = rows(tmp_path / "queries.jsonl.errors.jsonl") if api == "chat" else []  # introductions without a question
+    log = tmp_path / "queries.jsonl.errors.jsonl"
+    failed = rows(log) if log.exists() else []  # a small chat model may write an introduction without a question
     assert len({row["doc_id"] for row in [*written, *failed]}) == 3
     assert len(written) >= 2
     for row in written:
@@ -50,7 +51,7 @@ def test_a_real_language_model_writes_queries(demo_data: Path, llm_url: str, tmp
     assert output.read_bytes() == before
     ok(run(SCRIPT, *args, "--max_examples", 4))  # a larger sample contains the smaller one
     assert output.read_bytes().startswith(before)
-    assert len(rows(output)) > len(written) - (api == "chat")
+    assert len(rows(output)) + len(rows(log) if log.exists() else []) == 4
 
 
 def test_the_log_probs_of_a_real_model_are_those_of_the_question(demo_data: Path, llm_url: str, tmp_path: Path) -> None:
@@ -59,11 +60,15 @@ def test_the_log_probs_of_a_real_model_are_those_of_the_question(demo_data: Path
 
     output = tmp_path / "queries.jsonl"
     args = ["--collection", demo_data / "collection.tsv", "--output", output, "--base_url", llm_url, "--engine", "any"]
-    ok(run(SCRIPT, *args, "--max_examples", 1))
+    # What llama.cpp's prefix cache held before changes the rounding, and so perhaps the greedy answer.
+    uncached = {"cache_prompt": False}
+    ok(run(SCRIPT, *args, "--max_examples", 1, "--extra_body", json.dumps(uncached)))
     [row] = rows(output)
     prompt = (ROOT / "prompts/vanilla_prompt.txt").read_text().rstrip().replace("{document_text}", row["doc_text"])
     client = OpenAI(base_url=llm_url, api_key="none")
-    answer = client.completions.create(model="any", prompt=prompt, max_tokens=64, temperature=0, logprobs=1)
+    answer = client.completions.create(
+        model="any", prompt=prompt, max_tokens=64, temperature=0, logprobs=1, extra_body=uncached
+    )
     text, log_probs = "", []
     for token in answer.choices[0].model_dump()["logprobs"]["content"]:
         if "\n" in token["token"] and text.strip():
@@ -71,8 +76,7 @@ def test_the_log_probs_of_a_real_model_are_those_of_the_question(demo_data: Path
         text += token["token"]
         log_probs.append(token["logprob"])
     assert text.strip() == row["question"]
-    # llama.cpp's 4-bit arithmetic differs by up to 0.1 with what its prefix cache held before.
-    assert log_probs == pytest.approx(row["log_probs"], abs=0.3)
+    assert log_probs == pytest.approx(row["log_probs"], abs=0.001)
 
 
 # ------------------------------------------------------------------------------------------------- the whole script
@@ -294,13 +298,14 @@ WORDS = {"a": "one", "a#1": "two", "a#1#2": "three", "b": "four"}
 
 def test_each_document_gets_several_queries(numbered: Path, openai_server: StandIn) -> None:
     openai_server.respond = seeded
-    done = ok(generate(numbered, openai_server.url, *SEVERAL))
+    done = ok(generate(numbered, openai_server.url, *SEVERAL, "--concurrency", 1))
     found = rows(numbered.parent / "queries.jsonl")
     expected = {(d, f"{d}#{i}", f"what is {word} about {i}?") for d, word in WORDS.items() for i in (1, 2, 3)}
     assert {(row["doc_id"], row["request"], row["question"]) for row in found} == expected
     assert len(found) == len(openai_server.requests) == 12
     in_order = [document_of(request) for request in openai_server.requests]
-    assert [in_order[0]] * 3 == in_order[:3]  # together, while the server has their prompt in its cache
+    together = [word for word in dict.fromkeys(in_order) for _ in range(3)]
+    assert in_order == together  # while the server has the prompt of a document in its cache
     said = "12 queries written; 4 of 4 documents have one; of 12 requests, 12 are answered (0 duplicates dropped)"
     assert f"{said}, 0 failed, 0 are left" in done.stderr
     ok(generate(numbered, openai_server.url, *SEVERAL))
