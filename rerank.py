@@ -22,7 +22,7 @@ from itertools import islice
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, between, run_script, script_parser, warn
-from inpars_lib.dev_set import HeldOutQueries, read_held_out_queries
+from inpars_lib.dev_set import DevSet, read_held_out_queries
 from inpars_lib.evaluation import (
     MEASURES,
     add_measure_flags,
@@ -174,7 +174,7 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
         listed = f"{len(judged):,} of {len(topics):,} queries are judged"
         print(f"{args.qrels}: {listed}; --judged_only reranks only these", file=sys.stderr)
     run = first_stage(args, topics, group)
-    held_out = HeldOutQueries({}, {}, [])
+    held_out = DevSet()
     if args.interpolation_weight is None:
         config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
         files = args.holdout, args.index, args.corpus

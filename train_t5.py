@@ -31,10 +31,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from inpars_lib.bm25 import BM25Config
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
-from inpars_lib.dev_set import DevSet, read_dev_set, read_held_out_dev_set
+from inpars_lib.dev_set import DevSet, read_held_out_queries, read_judged_queries
 from inpars_lib.evaluation import MEASURES, add_measure_flags, check_threshold, format_value
 from inpars_lib.losses import LOSSES
+from inpars_lib.storage import file_sha256
 from inpars_lib.triples import TrainingExamples, TripleFile
 
 # Flags that decide the weights. A training that is resumed must repeat them.
@@ -136,15 +138,15 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
 
 def read_dev(args: argparse.Namespace, threshold: int) -> DevSet | None:
     """Return the dev set that the flags name, or None."""
-    limits = args.max_eval_queries, args.max_eval_docs_per_query
+    n, k = args.max_eval_queries, args.max_eval_docs_per_query
     if args.holdout:
-        dev = read_held_out_dev_set(args.holdout, args.index, args.corpus, *limits, args.run)
+        dev = read_held_out_queries(args.holdout, args.index, None, BM25Config(), k, args.run).first(n)
     elif args.queries:
-        dev = read_dev_set(args.queries, args.qrels, args.run, args.corpus, *limits)
+        dev = read_judged_queries(args.queries, args.qrels, args.run, n, k)
     else:
         return None
     check_threshold(dev.qrels, threshold, args.holdout or args.qrels, args.select_by, args.measures)
-    return dev
+    return dev.with_texts(args.corpus)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -160,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     import torch
-    from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+    from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments, set_seed
 
     from inpars_lib import training
     from inpars_lib.devices import has_fast_bfloat16
@@ -184,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     decisive = {name: getattr(args, name) for name in DECISIVE} | {"steps": steps, **trainer_flags}
     if args.measures != MEASURES:  # results.csv has the same columns in all rows
         decisive["measures"] = " ".join(args.measures)
-    decisive |= {"examples_per_step": examples_per_step, "triples": training.file_sha256(args.triples_train)}
+    decisive |= {"examples_per_step": examples_per_step, "triples": file_sha256(args.triples_train)}
     record = training.TrainingRecord(args.output_dir, decisive)
     if checkpoint and (finished := record.check()) is not None:
         if main_process:
@@ -192,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if checkpoint is None and main_process:
         record.write()
-    last_state = training.read_state(checkpoint) if checkpoint else None
+    last_state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
     trained = last_state is not None and last_state.global_step >= steps  # a kill came before the model was saved
 
     # 2. The model

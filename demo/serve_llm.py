@@ -21,6 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8080, help="port; 0 chooses a free one (default: %(default)s)")
     parser.add_argument("--parallel", type=int, default=1, help="requests in flight (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads; on a loaded machine use one less "
+        "than cores, because threads wait for each other actively (default: one per core)")  # fmt: skip
     args = parser.parse_args()
 
     import xllamacpp
@@ -32,7 +34,7 @@ def main() -> None:
     params.port = args.port
     params.n_parallel = args.parallel
     params.n_ctx = CONTEXT * args.parallel
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
     server = xllamacpp.Server(params)
     print(f"{server.listening_address}/v1", flush=True)
     try:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from inpars_lib.cli import InputError, at_least, between, run_script, script_parser, warn
 from inpars_lib.formats import read_collection, read_topics, tsv_line, write_run
-from inpars_lib.lucene import java_list, quiet_lucene, start_lucene
+from inpars_lib.lucene import quiet_lucene, start_lucene
 from inpars_lib.records import RankedList, ScoredDoc
 from inpars_lib.storage import FORMAT_VERSION, exclusive, json_line
 
@@ -211,7 +211,8 @@ class BM25Searcher:
         with quiet_lucene():
             args = autoclass(f"{anserini}$Args")()
             parser = autoclass("org.kohsuke.args4j.CmdLineParser")(args)
-            parser.parseArgument(java_list([*self._words, "-topics", topics, "-output", run, "-hits", str(k)]))
+            words = *self._words, "-topics", topics, "-output", run, "-hits", str(k)
+            parser.parseArgument(autoclass("java.util.Arrays").asList(*words))
             autoclass(anserini)(args).run()
         try:
             return _read_block(run)
@@ -319,12 +320,7 @@ def add_search_flags(parser: "argparse.ArgumentParser") -> None:
     add("--k1", type=at_least(0, float), help="BM25's k1 (default: stored in the index, or 0.9)")
     add("--b", type=between(0, 1), help="BM25's b, from 0 to 1 (default: stored in the index, or 0.4)")
     add("--language", help="Lucene's analyzer: en, de, zh, ... (default: the language stored in the index, or en)")
-    add(
-        "--threads",
-        type=at_least(1),
-        default=os.cpu_count(),
-        help="threads (default: one per core)",
-    )
+    add("--threads", type=at_least(1), default=os.cpu_count(), help="threads of BM25 (default: one per core)")
 
 
 # ---------------------------------------------------------------------------------------------------------- command

@@ -1,6 +1,5 @@
 """First-stage runs of synthetic queries, for SPLADE, dense retrieval or any other system instead of BM25."""
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 
@@ -32,11 +31,6 @@ class QueryRun:
                     "Pass the run of these queries; docs/first-stage.md shows how to make one."
                 )
         self.depth = max(map(len, self.hits.values()))  # largest number of hits of a query
-
-    def sha256(self) -> str:
-        """Return the SHA-256 of the file."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def search(self, queries: Mapping[str, str], k: int, bar: bool = True) -> Iterator[tuple[str, RankedList]]:
         """Yield (query id, first `k` hits, best first) in the order of `queries`. An id's last word is the line."""

@@ -11,11 +11,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from inpars_lib.cli import InputError, shorten
 
@@ -116,13 +115,3 @@ def start_lucene() -> None:
 
         # Lucene refuses queries of more than 1,024 terms, and one of them would end a whole search.
         jnius.autoclass("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(MAX_QUERY_TERMS)
-
-
-def java_list(values: Iterable[str]) -> Any:
-    """Return a java.util.List of strings."""
-    from jnius import autoclass
-
-    strings = autoclass("java.util.ArrayList")()
-    for value in values:
-        strings.add(value)
-    return strings

@@ -1,6 +1,5 @@
 """The card of a trained model (README.md): its settings, its data, its results and how to load it."""
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inpars_lib.evaluation import format_value
+from inpars_lib.storage import file_sha256
 
 LOADING = {
     "MonoT5": """rerankers.Reranker("MODEL", model_type="t5")
@@ -104,12 +104,8 @@ def model_card(info: CardInfo) -> str:
         tags=["inpars", "reranker", info.family.lower()],
     )
     settings = {"base model": base, "family": info.family, "max_length": info.max_length, **info.settings}
-    data = []
-    for flag, path in info.data.items():
-        if path and os.path.isfile(path):
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            data.append(f"| {flag} | {Path(path).name} | `{digest}` |")
+    files = {flag: path for flag, path in info.data.items() if path and os.path.isfile(path)}
+    data = [f"| {flag} | {Path(path).name} | `{file_sha256(path)}` |" for flag, path in files.items()]
     return CARD.format(
         metadata=metadata.to_yaml(),
         title=Path(info.output_dir).resolve().name,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from inpars_lib.bm25 import BM25Config, index_fingerprint, open_index
 from inpars_lib.first_stage import QueryRun
 from inpars_lib.records import ScoredDoc, SyntheticQuery
-from inpars_lib.storage import ResumeLog
+from inpars_lib.storage import ResumeLog, file_sha256
 
 TIE = 1e-4  # Anserini rounds scores to this, and takes some millionths from the later ones of equal scores
 SPARE_SAMPLES = 50  # hits with the source document's score that are passed over before they are used
@@ -76,17 +76,13 @@ def sample_negatives(
     fingerprint = hashlib.sha256(index_fingerprint(config.index).encode())
     for query in queries:
         fingerprint.update(f"{query.line}\t{query.doc_id}\t{query.question}\n".encode(errors="replace"))
-    settings = {name: getattr(config, name) for name in ("index", "max_hits", "n_samples", "seed")}
+    settings = {name: getattr(config, name) for name in ("index", "max_hits", "min_rank", "n_samples", "seed")}
     settings |= {name: getattr(config.bm25, name) for name in ("k1", "b", "language")}
-    if config.min_rank > 1:  # logs of earlier versions have neither of these two
-        settings["min_rank"] = config.min_rank
-    if config.run:
-        settings["run"] = config.run.sha256()
+    settings["run"] = file_sha256(config.run.path) if config.run else None
     log = ResumeLog(log_path, {**settings, "queries": fingerprint.hexdigest()})
     if not resume and os.path.exists(log_path):
         os.remove(log_path)
-    sampled = {row.pop("line"): SampledHits(**row) for row in log.rows() if "line" in row}
-    log.open()
+    sampled = {row.pop("line"): SampledHits(**row) for row in log.open()}
     rest = {str(query.line): query for query in queries if query.line not in sampled}
     questions = {number: query.question for number, query in rest.items()}
     found = searcher.search(questions, config.max_hits, bar=False)

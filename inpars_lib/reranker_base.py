@@ -106,8 +106,8 @@ class Reranker:
     # ------------------------------------------------------------------------------------------------------ scoring
 
     def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
-        """Return the scores of a padded batch, shape (pairs,)."""
-        raise NotImplementedError
+        """Return the scores of a padded batch, shape (pairs,): the relevance logits, unless a family has others."""
+        return self.relevance_logits(self.model, batch)
 
     def score(
         self, pairs: Sequence[tuple[str, str]], on_batch: Callable[[int], object] | None = None

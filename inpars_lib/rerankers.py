@@ -147,10 +147,6 @@ class CrossEncoder(Reranker):
         joined = numpy.concatenate((self._prefix, query, self._separator, text[:space], self._suffix))
         return joined, len(self._prefix) + len(query) + len(self._separator)
 
-    def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
-        """Return the relevance logits."""
-        return self.relevance_logits(self.model, batch)
-
     def labels(self, relevant: list[bool]) -> "torch.Tensor":
         """Return 1.0 or 0.0 per pair, shape (pairs, 1)."""
         import torch

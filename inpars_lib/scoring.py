@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby, islice
@@ -132,7 +133,7 @@ class ScoreStore:
     def open(self) -> None:
         """Create the folder. Warn if there are scores of other settings."""
         if self.root.exists() and not self.folder.exists():
-            warn(f"{self.root}: has scores of other settings. Repeat the earlier flags to resume from these.")
+            warn(f"{self.root}: has scores of other settings. Repeat the earlier flags to use them, or delete them.")
         with atomic_write(str(self.folder / "settings.json")) as file:
             file.write(self.settings + "\n")
 
@@ -160,8 +161,10 @@ class ScoreStore:
             raise InputError(f"{self.root}: {missing:,} of {blocks:,} blocks are missing. Run the same command again.")
 
     def delete(self) -> None:
-        """Delete all scores of this output."""
-        shutil.rmtree(self.root)
+        """Delete the scores of these settings."""
+        shutil.rmtree(self.folder)
+        with suppress(OSError):  # scores of other settings are left
+            self.root.rmdir()
 
 
 class TokenFile:
@@ -275,8 +278,7 @@ def score_queries(
     """
     from tqdm import tqdm
 
-    finished: dict[str, list[float]] = {row["pairs"]: row["scores"] for row in log.rows() if "pairs" in row}
-    log.open()
+    finished: dict[str, list[float]] = {row["pairs"]: row["scores"] for row in log.open()}
     reused, bar, lines = 0, None, count_lines(source)
     while block := list(islice(queries, BLOCK_QUERIES)):
         pairs = [(query.question, query.doc_text) for query in block]

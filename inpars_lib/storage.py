@@ -1,6 +1,7 @@
 """Files on disk: atomic writes, locks, append-only logs that survive a kill."""
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -90,6 +91,12 @@ def exclusive(path: str) -> Iterator[None]:
         file.close()
 
 
+def file_sha256(path: str) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def json_line(row: Mapping[str, Any]) -> str:
     """Return a row as one line of JSONL, newline included."""
     return json.dumps(row, ensure_ascii=False) + "\n"
@@ -124,26 +131,20 @@ class ResumeLog:
         self.settings = json.loads(json.dumps({"format_version": FORMAT_VERSION, **settings}))
         self._file: IO[bytes] | None = None
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows that an earlier run with the same settings finished."""
-        if os.path.exists(self.path):
-            with open(self.path, encoding="utf-8", errors="replace") as file, suppress(ValueError):
-                if json.loads(file.readline() or "null") == self.settings:
-                    yield from map(json.loads, file)
-
-    def open(self) -> None:
-        """Open the log for appending, after the rows of an earlier run with the same settings."""
+    def open(self) -> list[dict[str, Any]]:
+        """Open the log for appending. Return the rows that an earlier run with the same settings finished."""
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         self._file = open(self.path, "ab+")
         repair_last_line(self.path)
         self._file.seek(0)
         with suppress(ValueError):
             if json.loads(self._file.readline() or b"null") == self.settings:
-                return
+                return list(map(json.loads, self._file))
         if self._file.seek(0, os.SEEK_END):
             warn(f"{self.path}: its finished work has other settings or another input. This run starts over.")
             self._file.truncate(0)
         self.write(self.settings)
+        return []
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row and hand it to the operating system."""

@@ -1,7 +1,6 @@
 """Training: the Trainer that evaluates by reranking, checkpoints, results."""
 
 import csv
-import hashlib
 import json
 import math
 import os
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from inpars_lib.cli import InputError, warn
 from inpars_lib.dev_set import DevSet
@@ -227,17 +226,6 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
     return complete[max(complete)] if complete else None
 
 
-def read_state(checkpoint: str) -> TrainerState:
-    """Return the Trainer's state at a checkpoint."""
-    return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-
-
-def file_sha256(path: str) -> str:
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class TrainingRecord:
     """OUTPUT_DIR/training.json: the settings that decide the weights, and the step of the finished model.
 
@@ -247,10 +235,8 @@ class TrainingRecord:
     """
 
     def __init__(self, output_dir: str, settings: Mapping[str, Any]) -> None:
-        self.path, self.settings = (
-            os.path.join(output_dir, "training.json"),
-            json.loads(json.dumps(settings, default=str)),
-        )
+        self.path = os.path.join(output_dir, "training.json")
+        self.settings = json.loads(json.dumps(settings, default=str))
 
     def write(self, finished: int | None = None) -> None:
         """Write the file. `finished` is the step of the saved model."""

@@ -166,6 +166,7 @@ def test_an_incomplete_set_of_scores_is_refused(
     assert blocks(tmp_path / "run.txt") == 46
     monkeypatch.undo()
     assert "Reranking:  9" in ok(run("rerank.py", *args)).stderr  # it resumes at 96 %
+    assert blocks(tmp_path / "run.txt") == 23  # the scores of the other flags stay
 
 
 def test_a_causal_reranker_with_an_instruction(separable: Path, tiny_qwen3: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from training_helpers import QUICK, dev, dev_but, train, train_flags
 
 from inpars_lib.devices import has_fast_bfloat16
-from inpars_lib.losses import listwise, pairwise
+from inpars_lib.losses import softmax_cross_entropy
 from inpars_lib.triples import LengthSortedSampler, TrainingExamples, TripleFile
 
 
@@ -119,13 +119,14 @@ def test_losses_of_groups() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0], requires_grad=True)
     padded = torch.stack([logits[:3], torch.cat([logits[3:], torch.tensor([-torch.inf])])])  # a group lacks a negative
     one, two = 1 + math.exp(-1) + math.exp(-2), 1 + math.exp(4)
-    listwise(padded).backward()
-    assert listwise(padded).item() == pytest.approx((math.log(one) + math.log(two)) / 2)
+    softmax_cross_entropy(padded).backward()
+    assert softmax_cross_entropy(padded).item() == pytest.approx((math.log(one) + math.log(two)) / 2)
     assert logits.grad.tolist() == pytest.approx(
         [(1 / one - 1) / 2, math.exp(-1) / one / 2, math.exp(-2) / one / 2, (1 / two - 1) / 2, (1 - 1 / two) / 2]
     )
     pairs = torch.randn(9, 2, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(listwise(pairs), pairwise(pairs))
+    logistic = -torch.nn.functional.logsigmoid(pairs[:, 0] - pairs[:, 1]).mean()
+    torch.testing.assert_close(softmax_cross_entropy(pairs), logistic)
 
 
 def test_batches_hold_whole_groups(separable: Path, grouped: Path, tiny_t5: Path, tmp_path: Path) -> None:

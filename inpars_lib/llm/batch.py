@@ -10,8 +10,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,8 +176,24 @@ class BatchRunner:
                     self.client.batches.cancel(batch["batch_id"])
             self._collect_all()
 
-    def _errors(self) -> "_ClientErrors":
-        return _ClientErrors(self.server, self.api.config.name, self.redact)
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn errors of the OpenAI client into `InputError`."""
+        import openai
+
+        server = self.server
+        try:
+            yield
+        except openai.APIConnectionError as error:
+            problem = f"{server}: the server cannot be reached ({self.redact(shorten(error.__cause__ or error))})"
+            raise InputError(f"{problem}. Its batches continue; run the same command again to collect them.") from None
+        except openai.APIStatusError as error:
+            request, headers = {"model": self.api.config.name}, error.response.headers
+            verdict = classify_error(error.status_code, error.body, headers, request=request, server=server)
+            said = self.redact(verdict.message or shorten(error))
+            if verdict.action is not Action.STOP:
+                said = f"{server}: a batch request failed ({error.status_code}: {said}). {RESUME}"
+            raise InputError(said) from None
 
     # ------------------------------------------------------------------------------------------------------- submit
 
@@ -356,29 +372,3 @@ class BatchRunner:
                 self.store.add_failure(key, reason, "", usage)
                 return None
         return error.get("code") or reason
-
-
-class _ClientErrors:
-    """Context manager that turns errors of the OpenAI client into `InputError`."""
-
-    def __init__(self, server: str, model: str, redact: Callable[[str], str]) -> None:
-        self.server, self.model, self.redact = server, model, redact
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        import openai
-
-        if isinstance(error, openai.APIConnectionError):
-            reason = self.redact(shorten(error.__cause__ or error))
-            problem = f"{self.server}: the server cannot be reached ({reason})"
-            raise InputError(f"{problem}. Its batches continue; run the same command again to collect them.") from None
-        if isinstance(error, openai.APIStatusError):
-            request = {"model": self.model}
-            headers = error.response.headers
-            verdict = classify_error(error.status_code, error.body, headers, request=request, server=self.server)
-            said = self.redact(verdict.message or shorten(error))
-            if verdict.action is not Action.STOP:
-                said = f"{self.server}: a batch request failed ({error.status_code}: {said}). {RESUME}"
-            raise InputError(said) from None

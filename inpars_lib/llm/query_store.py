@@ -1,5 +1,6 @@
 """The files that generate_queries_openai.py writes: queries, errors, settings and token counts."""
 
+import array
 import json
 import os
 import platform
@@ -7,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import islice
+from statistics import median_high
 from typing import IO, Any, NamedTuple
 
 from inpars_lib.cli import InputError, shorten, warn
@@ -251,21 +252,19 @@ class QueryStore:
 
 def summarize_queries(path: str) -> str:
     """Return a line on all queries of an output: lengths, duplicates, copies, mean log-probability."""
-    lengths: Counter[int] = Counter()
+    lengths = array.array("H")
     distinct: set[int] = set()
     copied = scored = 0
     log_probs = 0.0
     for row in read_synthetic_queries(path):
-        lengths[len(row.question.split())] += 1
+        lengths.append(min(len(row.question.split()), 65_535))
         distinct.add(hash(row.question.lower()))
         copied += row.question.lower() in row.doc_text.lower()
         if row.log_probs:
             scored += 1
             log_probs += sum(row.log_probs) / len(row.log_probs)
-    in_order = (length for length in sorted(lengths) for _ in range(lengths[length]))
-    median = next(islice(in_order, lengths.total() // 2, None))
     mean = f"; mean log-probability {log_probs / scored:.3f}" if scored else ""
     return (
-        f"questions: {min(lengths)} to {max(lengths)} words, median {median}; "
-        f"{lengths.total() - len(distinct):,} duplicates, {copied:,} copied from the document{mean}"
+        f"questions: {min(lengths)} to {max(lengths)} words, median {median_high(lengths)}; "
+        f"{len(lengths) - len(distinct):,} duplicates, {copied:,} copied from the document{mean}"
     )
