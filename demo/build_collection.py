@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from inpars_lib.cli import run_script, script_parser
-from inpars_lib.formats import write_qrels, write_texts
-from inpars_lib.records import Doc, Qrel, Topic
+from inpars_lib.formats import write_texts
+from inpars_lib.records import Doc, Topic
+from inpars_lib.storage import atomic_write
 
 PACKAGES = ["numpy", "pandas", "scipy", "sklearn", "matplotlib"]
 PASSAGE_CHARS = 600  # longer passages are truncated at a space
@@ -91,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     numbered = [(f"q{i}", name) for i, name in enumerate(topics, 1)]
     folder = Path(args.output_dir)
     write_texts(str(folder / "topics.tsv"), (Topic(query_id, found[name][0]) for query_id, name in numbered))
-    write_qrels(str(folder / "qrels.txt"), (Qrel(query_id, name, 1) for query_id, name in numbered))
+    with atomic_write(str(folder / "qrels.txt")) as file:
+        file.writelines(f"{query_id} 0 {name} 1\n" for query_id, name in numbered)
     write_texts(str(folder / "collection.tsv"), (Doc(name, rest) for name, (_, rest) in found.items()))
     print(f"{args.output_dir}: {len(found):,} passages, {len(topics):,} topics", file=sys.stderr)
 

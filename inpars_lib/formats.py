@@ -32,6 +32,7 @@ from inpars_lib.line_parsers import (
     parse_id,
     parse_number,
     parse_text,
+    parse_topic,
     single_line,
     split_columns,
     string_field,
@@ -183,7 +184,7 @@ def read_topics(path: str) -> dict[str, str]:
         with download_errors(path):
             return {parse_id(query.query_id): single_line(query.default_text()) for query in dataset.queries_iter()}
     blocks = topics_as_tsv(read_blocks([_beir_file(path, "queries.jsonl")]))
-    for number, (query_id, text) in read_records(blocks, parse_text, f"{TEXT_FORM}, or a TREC topic", path):
+    for number, (query_id, text) in read_records(blocks, parse_topic, f"{TEXT_FORM}, or a TREC topic", path):
         if query_id in topics:
             raise InputError(f"{path}, line {number}: the query id {query_id} is repeated. Keep one of its lines.")
         topics[query_id] = text
@@ -204,8 +205,12 @@ def read_qrels(path: str) -> Iterator[Qrel]:
         yield from qrels
         return
 
+    widths: tuple[int, ...] = 3, 4  # columns that a line may have: as many as the first
+
     def parse(line: str) -> tuple[str, str, float] | None:
-        columns = split_columns(line, (3, 4))
+        nonlocal widths
+        columns = split_columns(line, widths)
+        widths = (len(columns),)
         if columns == ["query-id", "corpus-id", "score"]:  # BEIR's header line
             return None
         return columns[0], columns[-2], parse_number(columns[-1], float)
@@ -245,17 +250,16 @@ def read_run(
     Raises:
         InputError: No line is usable, a query lists a document twice, or the meaning of a column is ambiguous.
     """
-    widths: tuple[int, ...] = 3, 4, 6  # columns that a line may have
+    widths: tuple[int, ...] = 3, 4, 6  # columns that a line may have: as many as the first
 
     def parse(line: str) -> tuple[str, str, float, int]:
         nonlocal widths
         columns = split_columns(line, widths)
+        widths = (len(columns),)
         if len(columns) == 6:
-            widths = (3, 6)
             return columns[0], columns[2], parse_number(columns[4], float), parse_number(columns[3], int)
         rank = parse_number(columns[2], int)
         score = -float(rank) if len(columns) == 3 else parse_number(columns[3], float)
-        widths = (4,) if len(columns) == 4 else (3, 6)
         return columns[0], columns[1], score, rank
 
     found: dict[str, tuple[list[str], array.array[float], array.array[int]]] = {}
@@ -377,12 +381,6 @@ def write_texts(path: str, texts: Iterable[Doc | Topic]) -> None:
     """Write a collection or topics as TSV."""
     with atomic_write(path) as file:
         file.writelines(tsv_line(*text) for text in texts)
-
-
-def write_qrels(path: str, qrels: Iterable[Qrel]) -> None:
-    """Write judgements in TREC's four columns."""
-    with atomic_write(path) as file:
-        file.writelines(f"{query_id} 0 {doc_id} {relevance}\n" for query_id, doc_id, relevance in qrels)
 
 
 def write_run(path: str, hits: Iterable[ScoredDoc], tag: str) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -76,8 +76,11 @@ def string_field(row: Mapping[str, Any], field: str) -> str:
     return value if is_unicode(value) else value.encode(errors="replace").decode()
 
 
-def parse_text(line: str) -> Doc:
-    """Return id and text of a line of a collection or of topics, in any spelling that `formats.py` lists."""
+def parse_text(line: str, id_fields: Sequence[str] = ID_FIELDS, text_fields: Sequence[str] = TEXT_FIELDS) -> Doc:
+    """Return id and text of a line of a collection or of topics, in any spelling that `formats.py` lists.
+
+    The id is the first of `id_fields` that a JSON object has, the text the first of `text_fields`.
+    """
     if not line.startswith("{"):
         record_id, tab, text = line.partition("\t")
         if not tab:
@@ -86,15 +89,20 @@ def parse_text(line: str) -> Doc:
             raise ValueError("a header line")
         return Doc(parse_id(record_id), single_line(text))
     row = json_object(line)
-    id_field = next((name for name in ID_FIELDS if name in row), None)
-    text_field = next((name for name in TEXT_FIELDS if name in row), None)
+    id_field = next((name for name in id_fields if name in row), None)
+    text_field = next((name for name in text_fields if name in row), None)
     if id_field is None or text_field is None:
-        missing = ID_FIELDS if id_field is None else TEXT_FIELDS
+        missing = id_fields if id_field is None else text_fields
         raise ValueError(f"none of the fields {', '.join(missing)}")
     text = string_field(row, text_field)
     if text_field == "text":
         text = f"{string_field(row, 'title')} {text}"
     return Doc(parse_id(row[id_field]), single_line(text))
+
+
+def parse_topic(line: str) -> Doc:
+    """Return id and text of a line of topics, which may also name a document."""
+    return parse_text(line, ("query_id", "qid", *ID_FIELDS), ("query", *TEXT_FIELDS))
 
 
 def split_columns(line: str, counts: tuple[int, ...]) -> list[str]:

@@ -14,9 +14,14 @@ from inpars_lib.text_lines import Block
 START = re.compile(rb"(?i)(?:\s|<[^<>]*>)*?<top(?:ic)?[\s>]")  # tags only, before the first topic
 TOPIC = re.compile(r"(?is)<(top|topic)(?:\s[^>]*)?>.*?(?=</\1\s*>|<\1[\s>]|\Z)")
 ATTRIBUTE = re.compile(r"""(?i)<topic\s[^>]*\bnumber\s*=\s*["']?([^"'\s>]+)""")
-# A field up to the next tag, without the label of old topics
-FIELD = r"(?is)<%s(?:\s[^>]*)?>(?:\s*(?:Number|Topic)\s*:)?\s*([^\s<].*?)(?=</?[a-z]|\Z)"
+TAGS = "top|topic|subtopic|num|title|query|question|desc|description|narr|narrative|dom|head|smry|con|fac|def|nat|time"
+# A field, without the label of old topics. It ends at a tag that topics have, or at a line that begins with any tag,
+# because other text may hold `<`.
+FIELD = rf"(?ims)<%s(?:\s[^>]*)?>(?:\s*(?:Number|Topic)\s*:)?\s*([^\s<].*?)(?=</?(?:{TAGS})[\s>]|^\s*<[a-z]|\Z)"
 NUM, TITLE, QUERY = (re.compile(FIELD % name) for name in ("num", "title", "query"))
+# Comments and closed fields that are not read, which may quote the tags of other fields
+IGNORED = re.compile(r"(?is)<!--.*?-->|<(desc|description|narr|narrative)(?:\s[^>]*)?>.*?</\1\s*>")
+ENTITY = re.compile(r"&(#\d+|#[xX][\da-fA-F]+|\w+);")
 
 
 def topics_as_tsv(blocks: Iterator[Block]) -> Iterator[Block]:
@@ -28,11 +33,14 @@ def topics_as_tsv(blocks: Iterator[Block]) -> Iterator[Block]:
         return
     path, number, _ = first
     text, at = b"".join(line for block in blocks for line in block[2]).decode(errors="surrogateescape"), 0
+    text = IGNORED.sub(lambda ignored: "\n" * ignored[0].count("\n"), text)
     for topic in TOPIC.finditer(text):
         number += text.count("\n", at, topic.start())
         at = topic.start()
         fields = ATTRIBUTE.match(topic[0]) or NUM.search(topic[0]), TITLE.search(topic[0]) or QUERY.search(topic[0])
-        columns = [" ".join(html.unescape(field[1]).split()) for field in fields if field]
+        columns = [
+            " ".join(ENTITY.sub(lambda entity: html.unescape(entity[0]), field[1]).split()) for field in fields if field
+        ]
         if len(columns) < 2:
             missing = "<title> or <query>" if fields[0] else "number"
             raise InputError(f"{path}, line {number}: the topic has no {missing}. Add it or delete the topic.")

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -184,6 +185,27 @@ def test_trec_topics(tmp_path: Path, text: str) -> None:
     assert formats.read_topics(str(tmp_path / "topics")) == expected
 
 
+@pytest.mark.parametrize(
+    ("fields", "query"),
+    [
+        ("<title> what does std::vector<int> do </title>", "what does std::vector<int> do"),
+        ("<title> is a<b when p<0.05", "is a<b when p<0.05"),
+        ("<title> x < y and a <b>bold</b> word\n<desc> d", "x < y and a <b>bold</b> word"),
+        ("<!-- <title>old</title>\n --><title>new</title>", "new"),
+        ("<desc>see the <title> field</desc><query>real query</query>", "real query"),
+        ("<title> ?a=1&copy=2&amp;b", "?a=1&copy=2&b"),
+    ],
+)
+def test_trec_topics_with_markup_in_the_query(tmp_path: Path, fields: str, query: str) -> None:
+    (tmp_path / "topics").write_text(f"<top>\n<num> 1\n{fields}\n</top>\n")
+    assert formats.read_topics(str(tmp_path / "topics")) == {"1": query}
+
+
+def test_topics_that_name_a_document(tmp_path: Path) -> None:
+    data = [{"qid": "1", "docid": "D5", "query": "foo"}, {"query_id": "2", "doc_id": "D", "text": "t", "query": "bar"}]
+    assert formats.read_topics(str(write_rows(tmp_path / "t.jsonl", data))) == {"1": "foo", "2": "bar"}
+
+
 def test_bad_trec_topics(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "topics"
     first = b"<top>\n<num> 1\n<title> x\n</top>\n"
@@ -304,10 +326,25 @@ def test_four_columns_that_could_mean_something_else_are_refused(tmp_path: Path,
         formats.read_run(str(tmp_path / "r.tsv"))
 
 
+@pytest.mark.parametrize("kind", ["trec", "beir"])
+def test_a_line_of_qrels_without_its_grade_is_named_and_skipped(tmp_path: Path, capsys, kind: str) -> None:
+    """With numeric ids, the line would be another judgement in the other format."""
+    lines = "1 0 7 2\n1 0 184\n1 0 9 1\n" if kind == "trec" else "query-id\tcorpus-id\tscore\n1 7 2\n1 0 9 4\n1 9 1\n"
+    (tmp_path / "q").write_text(lines)
+    assert list(formats.read_qrels(str(tmp_path / "q"))) == [Qrel("1", "7", 2), Qrel("1", "9", 1)]
+    assert re.search("q, line [23]: expected [34] columns, found [34]", capsys.readouterr().err)
+
+
+def test_a_cut_line_of_a_run_is_not_of_another_format(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "r.txt").write_text("1 Q0 7 1 1.5 x\n1 Q0 486\n")
+    assert formats.read_run(str(tmp_path / "r.txt")) == {"1": [("1", "7", 1.5)]}
+    assert "line 2: expected 6 columns, found 3" in capsys.readouterr().err
+
+
 def test_a_torn_line_of_a_run_is_named_and_skipped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "r.txt").write_text("1 Q0 7 1 1.5 x\n1 Q0 8 2\n")
     assert formats.read_run(str(tmp_path / "r.txt")) == {"1": [("1", "7", 1.5)]}
-    assert "line 2: expected 3 or 6 columns, found 4" in capsys.readouterr().err
+    assert "line 2: expected 6 columns, found 4" in capsys.readouterr().err
 
 
 def test_a_written_run_is_read_back_by_us_and_by_ir_measures(tmp_path: Path) -> None:
@@ -328,9 +365,6 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     ]
     formats.write_texts(str(tmp_path / "t.tsv"), [Topic("1", "why"), Topic("2", "what")])
     assert formats.read_topics(str(tmp_path / "t.tsv")) == {"1": "why", "2": "what"}
-    qrels = [Qrel("1", "007", 0), Qrel("1", "x", 3)]
-    formats.write_qrels(str(tmp_path / "q.txt"), qrels)
-    assert list(formats.read_qrels(str(tmp_path / "q.txt"))) == qrels
     (tmp_path / "triples.tsv").write_text(formats.tsv_line("q\tr", "p\np", "n"))
     assert list(TripleFile(str(tmp_path / "triples.tsv"))) == [("q r", "p p", "n")]
 
@@ -423,7 +457,7 @@ def test_any_texts_are_read_back(texts: dict[str, str]) -> None:
 def test_any_judgements_and_any_run_are_read_back(pairs: dict[tuple[str, str], tuple[int, float]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         qrels = [Qrel(*pair, grade) for pair, (grade, _) in pairs.items()]
-        formats.write_qrels(f"{folder}/qrels", qrels)
+        Path(folder, "qrels").write_text("".join(f"{q} 0 {d} {grade}\n" for q, d, grade in qrels))
         assert list(formats.read_qrels(f"{folder}/qrels")) == qrels
         hits = [ScoredDoc(*pair, float(f"{score:.9g}")) for pair, (_, score) in pairs.items()]
         hits.sort(key=lambda hit: (hit.query_id, -hit.score))
