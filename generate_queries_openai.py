@@ -35,11 +35,12 @@ from itertools import islice
 
 from inpars_lib.cli import InputError, at_least, between, parse_header, run_script, script_parser
 from inpars_lib.formats import collection_fingerprint, conflicting_texts, read_collection
-from inpars_lib.llm.batch import BatchConfig, BatchRunner, BatchState
-from inpars_lib.llm.client import ClientConfig, GenerationClient
+from inpars_lib.llm.batch import BatchRunner, BatchState
+from inpars_lib.llm.client import GenerationClient
 from inpars_lib.llm.errors import RESUME, Access, check_url, read_key, retired_model_error
 from inpars_lib.llm.protocol import SLOT, ModelApi, ModelConfig, PromptTemplate, parse_extra_body
 from inpars_lib.llm.query_store import QueryStore, RequestKey, summarize_queries
+from inpars_lib.llm.server import ClientConfig
 from inpars_lib.records import Doc
 
 # OpenAI's cheapest current model, which it names as the successor of GPT-4o and GPT-4.1. With reasoning effort `none`
@@ -106,7 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags and check how they combine."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # argparse would print the end of a header that is not quoted
+        flags = ", ".join(word.partition("=")[0] for word in unknown if word.startswith("-"))
+        parser.error(f"unrecognized arguments: {flags or 'quote values that have spaces'}")
     if args.include_doc_probs and (args.api == "chat" or args.no_log_probs):
         parser.error("--include_doc_probs needs log-probabilities and --api completions: chat cannot echo its prompt")
     if args.system_prompt and (args.api == "completions" or args.include_doc_probs):
@@ -263,20 +267,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             yield from ((doc, number) for number in sorted(numbers[doc.doc_id]))  # together: they share a prompt
 
     # 4. The queries
+    settled = bool(args.api or args.include_doc_probs or store.request)
+    config = ClientConfig(tuple(urls), access, args.concurrency, args.timeout, args.patience, args.sleep_time,
+                          args.max_total_tokens, settled, args.batch_size, args.batch_poll)  # fmt: skip
     started, stopped, rate = time.monotonic(), None, 0.0
     try:
         # A batch run sends one document directly, which shows the API and the parameters that the model takes.
         if not args.batch_cancel and (wanted - store.done - store.failed) and not (batching and store.request):
-            settled = bool(args.api or args.include_doc_probs or store.request)
-            servers = ClientConfig(tuple(urls), access, args.concurrency, args.timeout, args.patience, args.sleep_time,
-                                   args.max_total_tokens, settled)  # fmt: skip
             docs = read_docs(wanted - store.done - store.failed)
-            client = GenerationClient(servers, api, template, docs, store, len(wanted), finished, only_first=batching)
+            client = GenerationClient(config, api, template, docs, store, len(wanted), finished, only_first=batching)
             asyncio.run(client.run())
             rate = client.rate(time.monotonic() - started)
         if batching:
-            config = BatchConfig(urls[0] if urls else None, access, args.timeout, args.batch_size, args.batch_poll,
-                                 args.patience)  # fmt: skip
             runner = BatchRunner(config, api, template, batches, store, wanted, read_docs)
             runner.cancel() if args.batch_cancel else runner.run()
     except (InputError, KeyboardInterrupt) as error:

@@ -88,6 +88,22 @@ def test_several_queries_per_document_in_a_batch(collection: Path, openai_server
     assert len(openai_server.batches) == 2
 
 
+def test_requests_of_a_batch_keep_their_names(collection: Path, openai_server: StandIn) -> None:
+    """A run that wants one query per document collects a batch of several, which must count as answered later."""
+    several = [*QUICK, "--temperature", 0.7, "--batch_poll", 0]
+    three = [*several, "--queries_per_doc", 3]
+    openai_server.respond = lambda request: (200, completion(f" what is {document_of(request)} in {request['seed']}?"))
+    openai_server.look_fails = lambda: True
+    error_line(generate(collection, openai_server.url, *three, "--patience", 0))
+    openai_server.look_fails = lambda: False
+    ok(generate(collection, openai_server.url, *several))
+    assert len(openai_server.requests) == 60
+    done = ok(generate(collection, openai_server.url, *three))
+    assert "60 of 60 requests were finished by earlier runs" in done.stderr
+    assert len(openai_server.requests) == 60
+    assert set(map(len, queries(collection).values())) == {3}
+
+
 def kill_at(moment: str, collection: Path, server: StandIn) -> None:
     """SIGKILL after the server has processed a step and before its answer arrives."""
     reached, killed = threading.Event(), threading.Event()

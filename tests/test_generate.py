@@ -1034,6 +1034,28 @@ def test_a_server_that_quotes_the_headers(collection: Path, openai_server: Stand
             assert secret not in said
 
 
+@pytest.mark.parametrize(("status", "api"), [(400, "completions"), (404, "chat"), (200, "chat")])
+def test_a_long_message_that_quotes_a_secret(collection: Path, openai_server: StandIn, status: int, api: str) -> None:
+    """Messages are shortened to 300 characters, which would cut the last secret."""
+    secret = "SECRETabcdefghijklmnopqrstuvwxyz0123456789"
+    body = {"error": {"message": f"{'x' * 120} {secret[::-1]} {'x' * 115} {secret} is bad"}}
+    openai_server.respond = lambda request: (status, body)
+    args = ["--api", api, "--header", f"X-Key={secret[::-1]}", "--patience", 0.5]
+    for more in ([], ["--batch", "--batch_poll", 0, "--retry_errors"]):
+        done = generate(collection, openai_server.url, *args, *more, API_KEY=secret)
+        said = done.stderr + "".join(path.read_text() for path in collection.parent.iterdir())
+        assert "xxx" in said
+        assert "SECRET" not in said
+        assert "TERCES" not in said
+
+
+def test_the_rest_of_an_unquoted_header_is_not_printed(collection: Path, openai_server: StandIn) -> None:
+    args = ["--header", "Authorization=Bearer", "SECRET"]
+    assert "SECRET" not in error_line(generate(collection, openai_server.url, *args), 2)
+    unknown = error_line(generate(collection, openai_server.url, "--nonsense=1", "word"), 2)
+    assert unknown.endswith("unrecognized arguments: --nonsense")
+
+
 @pytest.mark.parametrize(
     ("header", "problem"),
     [

@@ -320,8 +320,12 @@ def test_addresses_are_shown_without_secrets() -> None:
     "url", ["http://h:abc/v1", "http://::1:80/v1", "127.0.0.1:8000/v1", "ftp://h/v1", "http:///v1"]
 )
 def test_unusable_addresses(url: str) -> None:
-    with pytest.raises(InputError, match="this is no address of a server"):
+    with pytest.raises(InputError, match="not a server URL"):
         check_url(url)
+    for secret in ("https://user:SECRET@host:99999/v1", "user:SECRET@h/v1", "https://h:99999/v1?api-key=SECRET"):
+        with pytest.raises(InputError, match="not a server URL") as refused:
+            check_url(secret)
+        assert "SECRET" not in str(refused.value)
     for good in ("http://[::1]:80/v1", "https://host/v1", "http://user:pw@host:8000/v1"):
         check_url(good)
 

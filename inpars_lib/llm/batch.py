@@ -12,13 +12,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
-from inpars_lib.cli import InputError, report, shorten, warn
-from inpars_lib.llm.errors import RESUME, Access, Action, classify_error, error_message, public_url
+from inpars_lib.cli import InputError, report, warn
+from inpars_lib.llm.errors import RESUME, Action, classify_error, error_message, public_url
 from inpars_lib.llm.protocol import AnswerError, ModelApi, PromptTemplate
 from inpars_lib.llm.query_store import QueryStore, RequestKey, request_key
+from inpars_lib.llm.server import ClientConfig
 from inpars_lib.llm.tokens import read_usage
 from inpars_lib.records import Doc
 from inpars_lib.storage import FORMAT_VERSION, atomic_write, json_line
@@ -28,27 +28,6 @@ MAX_RETRIES = 8  # of requests to the server's batch endpoints
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 Batch = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class BatchConfig:
-    """The server and how to use its Batch API.
-
-    Attributes:
-        url: Base URL, or None for OpenAI.
-        access: API key and headers.
-        timeout: Seconds for one answer.
-        batch_size: Requests per batch.
-        poll_seconds: Seconds between two status requests.
-        patience: Seconds to wait for a server that cannot be reached.
-    """
-
-    url: str | None
-    access: Access
-    timeout: float = 120.0
-    batch_size: int = 50_000
-    poll_seconds: float = 30.0
-    patience: float = 3600.0
 
 
 class BatchState:
@@ -124,7 +103,7 @@ class BatchRunner:
 
     def __init__(
         self,
-        config: BatchConfig,
+        config: ClientConfig,
         api: ModelApi,
         template: PromptTemplate,
         state: BatchState,
@@ -136,9 +115,9 @@ class BatchRunner:
 
         self.config, self.api, self.template, self.state = config, api, template, state
         self.store, self.wanted, self.read_docs = store, wanted, read_docs
-        self.server = public_url(config.url)
-        self.redact = config.access.redact
-        options = config.access.client_options(config.url, openai.DefaultHttpxClient, config.timeout)
+        url = config.urls[0] if config.urls else None
+        self.server, self.access = public_url(url), config.access
+        options = self.access.client_options(url, openai.DefaultHttpxClient, config.timeout)
         self.client = openai.OpenAI(**options, max_retries=MAX_RETRIES)
 
     @property
@@ -185,12 +164,13 @@ class BatchRunner:
         try:
             yield
         except openai.APIConnectionError as error:
-            problem = f"{server}: the server cannot be reached ({self.redact(shorten(error.__cause__ or error))})"
+            problem = f"{server}: the server cannot be reached ({self.access.quote(error.__cause__ or error)})"
             raise InputError(f"{problem}. Its batches continue; run the same command again to collect them.") from None
         except openai.APIStatusError as error:
             request, headers = {"model": self.api.config.name}, error.response.headers
-            verdict = classify_error(error.status_code, error.body, headers, request=request, server=server)
-            said = self.redact(verdict.message or shorten(error))
+            body = self.access.redact(error.body)
+            verdict = classify_error(error.status_code, body, headers, request=request, server=server)
+            said = verdict.message or self.access.quote(error)
             if verdict.action is not Action.STOP:
                 said = f"{server}: a batch request failed ({error.status_code}: {said}). {RESUME}"
             raise InputError(said) from None
@@ -289,7 +269,7 @@ class BatchRunner:
                 bar.update(max(0, ended + counts - bar.n))
                 bar.set_postfix_str(f"{len(self.state.open)} batches in progress")
                 if self.state.open and not collected:
-                    time.sleep(self.config.poll_seconds)
+                    time.sleep(self.config.batch_poll)
         return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items()) or "no reason given"
 
     def _retrieve(self, batch_id: str) -> Any:
@@ -303,8 +283,8 @@ class BatchRunner:
             except (openai.APIConnectionError, openai.InternalServerError) as error:
                 if time.monotonic() - started > self.config.patience:
                     raise
-                report(f"{self.server}: no status of the batch ({self.redact(shorten(error))}). Waiting ...")
-                time.sleep(self.config.poll_seconds)
+                report(f"{self.server}: no status of the batch ({self.access.quote(error)}). Waiting ...")
+                time.sleep(self.config.batch_poll)
 
     def _collect(self, batch: Batch, status: Any, reasons: Counter[str]) -> None:
         """Download and read the results of a batch that has ended, however it did."""
@@ -325,7 +305,7 @@ class BatchRunner:
             errors = (status.errors.data if status.errors else None) or []
             said = "; ".join(f"{e.message}{f' (request {e.line})' if e.line else ''}" for e in errors[:3])
             if not (self.state.open and any(e.code == "token_limit_exceeded" for e in errors)):
-                said = self.redact(said) or "no reason given"
+                said = self.access.quote(said) or "no reason given"
                 raise InputError(
                     f"{self.server}: batch {status.id} was not accepted: {said}. If it has too many tokens at a time, "
                     f"use a smaller --batch_size or --max_examples. {RESUME}"
@@ -362,10 +342,10 @@ class BatchRunner:
             except AnswerError as failure:
                 self.store.add_failure(key, str(failure), failure.answer, usage)
             except ValueError as failure:
-                return self.redact(str(failure))
+                return self.access.quote(failure)
             return None
-        body = answer.get("error") if isinstance(answer, dict) else None
-        reason = self.redact(error_message(error) or error_message(body) or f"status {status}")
+        body = self.access.redact(answer.get("error")) if isinstance(answer, dict) else None
+        reason = self.access.quote(error_message(error) or error_message(body) or f"status {status}")
         if status is not None:
             verdict = classify_error(status, body, {}, request=self.api.request(prompt), server=self.server)
             if verdict.action in (Action.GIVE_UP, Action.ADAPT):

@@ -12,15 +12,14 @@ import random
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
-from inpars_lib.cli import InputError, report, shorten, warn
+from inpars_lib.cli import InputError, report, warn
 from inpars_lib.llm.budget import TokenBudget
-from inpars_lib.llm.errors import RESUME, Access, Action, Verdict, classify_error
+from inpars_lib.llm.errors import RESUME, Action, Verdict, classify_error
 from inpars_lib.llm.protocol import AnswerError, ModelApi, NoLogProbs, PromptTemplate
 from inpars_lib.llm.query_store import QueryStore, RequestKey
-from inpars_lib.llm.server import Server, backoff
+from inpars_lib.llm.server import ClientConfig, Server, backoff
 from inpars_lib.llm.tokens import NO_TOKENS, Usage, read_usage
 from inpars_lib.records import Doc
 
@@ -30,31 +29,6 @@ TIMEOUT_TRIES = 2  # a timeout counts this often, because each costs the whole t
 MAX_FAILURES_IN_A_ROW = 10  # given up without an answer in between: the cause is not the documents
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 SHOWN_FAILURES = 3  # failures that are printed
-
-
-@dataclass(frozen=True)
-class ClientConfig:
-    """Servers and limits.
-
-    Attributes:
-        urls: Base URLs, one per server; empty for OpenAI.
-        access: API key and headers.
-        concurrency: Upper bound of requests in flight.
-        timeout: Seconds for one answer.
-        patience: Seconds without an answer after which the run stops.
-        sleep_time: Seconds to sleep after each answer.
-        max_total_tokens: Stop before the tokens of all runs exceed this number.
-        api_settled: The user has named the API, so no other is tried.
-    """
-
-    urls: tuple[str, ...]
-    access: Access
-    concurrency: int = 8
-    timeout: float = 120.0
-    patience: float = 3600.0
-    sleep_time: float = 0.0
-    max_total_tokens: int | None = None
-    api_settled: bool = False
 
 
 class Job:
@@ -105,7 +79,7 @@ class GenerationClient:
         urls = config.urls or (None,)
         limit = max(1, math.ceil(config.concurrency / len(urls)))
         self.servers = [Server(url, config.access, limit, config.timeout) for url in urls]
-        self.redact = config.access.redact
+        self.access = config.access
         self.bar = tqdm(desc="Generating", total=total, initial=finished, unit=f" {store.unit}", smoothing=0.05)
         self.api_switched = False
         self.queue: list[Job] = []  # heap of documents to try again, by the time of the next try
@@ -252,7 +226,7 @@ class GenerationClient:
             broken = not isinstance(error, openai.APITimeoutError | TimeoutError)
             if broken or isinstance(error.__cause__, httpx2.ConnectTimeout):
                 server.on_connection_failure(self.now())
-                reason = self.redact(shorten(error.__cause__ or error))
+                reason = self.access.quote(error.__cause__ or error)
                 return self._on_connection_error(job, server, reason)
             server.on_overload(self.now(), sent_at)
             # An overloaded server times out for all. If a later request was answered, the document is the cause.
@@ -262,14 +236,14 @@ class GenerationClient:
             server.on_contact()
             verdict = classify_error(
                 error.status_code,
-                error.body,
+                self.access.redact(error.body),
                 error.response.headers,
                 request=request,
                 server=server.name,
                 can_switch_api=not (self.config.api_settled or self.store.answered or self.api_switched),
                 answered=bool(self.store.done),
             )
-            verdict = verdict._replace(message=self.redact(verdict.message or shorten(error)))
+            verdict = verdict._replace(message=verdict.message or self.access.quote(error))
             self._act_on(verdict, job, server, request, path, sent_at)
         except NoLogProbs as error:
             if not self.store.done:
@@ -281,7 +255,7 @@ class GenerationClient:
             self._give_up(job, str(error), usage, error.answer)
         except ValueError as error:  # not JSON, or not the JSON of an answer
             server.on_contact()
-            reason = f"the answer is malformed ({self.redact(str(error))})"
+            reason = f"the answer is malformed ({self.access.quote(error)})"
             if not self.store.done:
                 problem = f"{server.name}: {reason}. Check --engine, and that --base_url ends in /v1."
                 return self._stop(InputError(problem))

@@ -49,7 +49,8 @@ def check_url(url: str) -> None:
     except ValueError:
         usable = False
     if not usable or (parts.netloc.rpartition("@")[2].count(":") > 1 and "[" not in parts.netloc):
-        raise InputError(f"--base_url {public_url(url) if usable else url}: this is no address of a server. {example}")
+        shown = url.rpartition("@")[2].partition("?")[0]  # user, password and query string may be secrets
+        raise InputError(f"--base_url {shown}: not a server URL. {example}")
 
 
 def read_key(environment: Mapping[str, str], urls: Sequence[str]) -> str | None:
@@ -95,12 +96,18 @@ class Access(NamedTuple):
             "http_client": http_client(timeout=timeout, auth=user or (without_key if made_up else None)),
         }
 
-    def redact(self, text: str) -> str:
-        """Return a server's message without the key and the words of the headers, which the server may quote."""
+    def quote(self, message: object) -> str:
+        """Return a message, shortened, without the key and the words of the headers, which the server may quote."""
+        return shorten(self.redact(str(message)))  # in this order: the first half of a key is a secret too
+
+    def redact(self, body: Any) -> Any:
+        """Return a message or an `error` object without secrets."""
+        if not isinstance(body, str):
+            return {name: self.redact(value) for name, value in body.items()} if isinstance(body, dict) else body
         words = {word for _, value in self.headers for word in (value, *value.split()) if len(word) >= MIN_SECRET}
         for secret in sorted(words | {self.key or ""} - {""}, key=len, reverse=True):
-            text = text.replace(secret, "<key>")
-        return text
+            body = body.replace(secret, "<key>")
+        return body
 
 
 def retired_model_error(name: str) -> InputError | None:
@@ -153,14 +160,14 @@ def classify_error(
 
     Args:
         status: HTTP status.
-        body: The `error` object of the answer, or whatever the server sent instead.
+        body: The `error` object of the answer, or whatever the server sent instead, without secrets.
         headers: The answer's headers.
         request: The JSON body that was sent.
         server: Name of the server for messages.
         can_switch_api: Neither the user nor an earlier answer has settled which API the model speaks.
         answered: The output has answers, so a refusal with status 403 may concern this document only.
     """
-    model, said = request.get("model", ""), error_message(body)
+    model, said = request.get("model", ""), shorten(error_message(body))
     code = body.get("code") if isinstance(body, dict) else None
     if code in NO_CREDIT or status == 402:
         return Verdict(Action.STOP, f"{server}: the account has no credit left ({said}). {RESUME}")
@@ -189,10 +196,10 @@ def classify_error(
 
 
 def error_message(body: Any) -> str:
-    """Return the message of an `error` object on one line."""
+    """Return the message of an `error` object."""
     if isinstance(body, dict):  # FastAPI sends `detail`
         body = next((body[name] for name in ("message", "detail", "error") if body.get(name)), "")
-    return shorten(body or "")
+    return str(body or "")
 
 
 def refused_parameter(request: Mapping[str, Any], body: Any) -> str | None:
@@ -205,7 +212,7 @@ def refused_parameter(request: Mapping[str, Any], body: Any) -> str | None:
     for name in names:
         # `stop`, `seed` and `echo` are everyday words, so they count in quotes only.
         pattern = rf"\b{name}\b" if len(name) > 4 else rf"['\"`]{name}['\"`]"
-        if match := re.search(pattern, error_message(body)):
+        if match := re.search(pattern, shorten(error_message(body))):
             positions[match.start()] = name
     return positions[min(positions)] if positions else None
 

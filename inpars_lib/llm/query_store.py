@@ -99,7 +99,11 @@ class QueryStore:
 
     def name(self, key: RequestKey) -> str:
         """Return the name of a request in files and messages."""
-        return key.doc_id if self.queries_per_doc == 1 else f"{key.doc_id}#{key.number}"
+        return key.doc_id if self.queries_per_doc == key.number == 1 else f"{key.doc_id}#{key.number}"
+
+    def _named(self, key: RequestKey) -> dict[str, str]:
+        """Return the field that tells the requests of a document apart, if there are several."""
+        return {} if self.queries_per_doc == key.number == 1 else {"request": self.name(key)}
 
     def _read_done(self, path: str) -> None:
         def note(row: SyntheticRow) -> bool:
@@ -113,7 +117,7 @@ class QueryStore:
 
     def _is_duplicate(self, key: RequestKey, question: str) -> bool:
         """Return whether another request of the document had this query, and remember the query."""
-        if self.queries_per_doc == 1:
+        if self.queries_per_doc == key.number == 1:
             return False
         query = hash((key.doc_id, " ".join(question.lower().split())))
         known = query in self._queries
@@ -176,7 +180,7 @@ class QueryStore:
             self._append_error(key, DUPLICATE, row["question"])
         elif self.path:
             self.written += 1
-            self._append(self._file, row if self.queries_per_doc == 1 else {**row, "request": self.name(key)})
+            self._append(self._file, row | self._named(key))
         self.add_usage(usage)
 
     def add_failure(self, key: RequestKey, reason: str, answer: str | None = None, usage: Usage = NO_TOKENS) -> None:
@@ -187,7 +191,7 @@ class QueryStore:
 
     def _append_error(self, key: RequestKey, reason: str, answer: str | None) -> None:
         if self.path:
-            row = {"doc_id": key.doc_id} | ({"request": self.name(key)} if self.queries_per_doc > 1 else {})
+            row = {"doc_id": key.doc_id} | self._named(key)
             row |= {"reason": reason} | ({} if answer is None else {"answer": answer})
             self._errors = self._errors or open(f"{self.path}.errors.jsonl", "ab", buffering=0)
             self._append(self._errors, row)

@@ -1,4 +1,6 @@
-"""One OpenAI-compatible server: its client and how many requests at a time it can take."""
+"""OpenAI-compatible servers: settings, clients and concurrency limits."""
+
+from dataclasses import dataclass
 
 from inpars_lib.cli import InputError, report, shorten, warn
 from inpars_lib.llm.errors import Access, public_url
@@ -6,6 +8,35 @@ from inpars_lib.llm.errors import Access, public_url
 FIRST_WAIT = 0.5  # seconds before the second try; doubles with each further failure
 SHORTEST_WAIT = 0.25  # seconds after status 429, even if the server asks for none
 LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """Servers and limits.
+
+    Attributes:
+        urls: Base URLs, one per server; empty for OpenAI.
+        access: API key and headers.
+        concurrency: Upper bound of requests in flight.
+        timeout: Seconds for one answer.
+        patience: Seconds without an answer after which the run stops.
+        sleep_time: Seconds to sleep after each answer.
+        max_total_tokens: Stop before the tokens of all runs exceed this number.
+        api_settled: The user has named the API, so no other is tried.
+        batch_size: Requests per batch.
+        batch_poll: Seconds between two status requests of a batch.
+    """
+
+    urls: tuple[str, ...]
+    access: Access
+    concurrency: int = 8
+    timeout: float = 120.0
+    patience: float = 3600.0
+    sleep_time: float = 0.0
+    max_total_tokens: int | None = None
+    api_settled: bool = False
+    batch_size: int = 50_000
+    batch_poll: float = 30.0
 
 
 class Server:
