@@ -39,7 +39,6 @@ from inpars_lib.line_parsers import json_object
 from inpars_lib.query_browser import QuerySample, plot_histogram
 from inpars_lib.records import ScoredDoc, SyntheticQuery
 from inpars_lib.storage import ResumeLog, atomic_write, exclusive, is_special, json_line
-from inpars_lib.text_lines import count_lines
 
 LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
     "mean_log_probs": lambda log_probs: sum(log_probs) / len(log_probs),  # arXiv 2202.05144, section 3
@@ -118,7 +117,7 @@ def first_stage_hits(
     """Yield each query with its first --consistency_k hits."""
     searcher: QueryRun | bm25.BM25Searcher
     if args.run:
-        searcher = QueryRun(args.run, args.input, count_lines(args.input))
+        searcher = QueryRun(args.run, args.input)
         if searcher.depth < args.consistency_k:
             warn(f"{args.run}: at most {searcher.depth} hits per query, so --consistency_k {searcher.depth} is used.")
     else:

@@ -28,7 +28,7 @@ from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
 from inpars_lib.first_stage import QueryRun
 from inpars_lib.formats import read_synthetic_queries, read_texts, tsv_line, write_run
-from inpars_lib.negatives import NegativesConfig, sample_negatives
+from inpars_lib.negatives import sample_negatives
 from inpars_lib.records import SyntheticQuery
 from inpars_lib.storage import atomic_write, exclusive
 
@@ -80,8 +80,8 @@ def read_queries(path: str) -> list[SyntheticQuery]:
     return queries
 
 
-def hold_out(args: argparse.Namespace, queries: list[SyntheticQuery], run: QueryRun | None) -> list[SyntheticQuery]:
-    """Write random queries, and their hits if there is a run, to OUTPUT.holdout.* and return the other queries.
+def choose_held_out(args: argparse.Namespace, queries: list[SyntheticQuery]) -> set[str]:
+    """Return the source documents of random queries to hold out.
 
     With several queries per document, those of a held-out document are held out together, which may exceed --holdout.
     """
@@ -90,21 +90,30 @@ def hold_out(args: argparse.Namespace, queries: list[SyntheticQuery], run: Query
         raise InputError(f"{args.input}: {len(queries):,} usable rows, so --holdout {n} leaves none. Lower --holdout.")
     document = {query.line: query.doc_id for query in queries}
     lines = random.Random(f"{args.seed} holdout").sample(list(document), n)
-    sizes, held_out_docs, size = Counter(document.values()), set(), 0
+    sizes, chosen, size = Counter(document.values()), set(), 0
     for line in lines:
-        if size < n and document[line] not in held_out_docs:
-            held_out_docs.add(document[line])
+        if size < n and document[line] not in chosen:
+            chosen.add(document[line])
             size += sizes[document[line]]
     if size == len(queries):
         raise InputError(f"{args.input}: no document is left with --holdout {n}. Lower --holdout.")
-    held_out = [query for query in queries if query.doc_id in held_out_docs]
-    with atomic_write(f"{args.output}.holdout.jsonl") as file:
-        file.writelines(query.line_text + "\n" for query in held_out)
-    if run:
+    return chosen
+
+
+def write_held_out(output: str, held_out: list[SyntheticQuery], run: QueryRun | None) -> None:
+    """Write OUTPUT.holdout.jsonl and, with a run, OUTPUT.holdout.run.txt. Delete those of earlier triples."""
+    queries_path, run_path = f"{output}.holdout.jsonl", f"{output}.holdout.run.txt"
+    for path, needed in ((queries_path, held_out), (run_path, held_out and run)):
+        if not needed and os.path.exists(path):
+            os.remove(path)
+            print(f"{path}: deleted, because it belonged to the triples that this run has replaced", file=sys.stderr)
+    if held_out:
+        with atomic_write(queries_path) as file:
+            file.writelines(query.line_text + "\n" for query in held_out)
+    if held_out and run:
         by_query = (run.hits.get(str(query.line), ()) for query in held_out)
         hits = (hit._replace(query_id=str(i)) for i, found in enumerate(by_query) for hit in found)
-        write_run(f"{args.output}.holdout.run.txt", hits, tag="first-stage")
-    return [query for query in queries if query.doc_id not in held_out_docs]
+        write_run(run_path, hits, tag="first-stage")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.run and (args.k1, args.b, args.language) != (None, None, None):
         parser.error("--k1, --b and --language are for BM25 on --index, not for --run")
 
-    with exclusive(args.output):
+    with exclusive(args.output), exclusive(args.output_ids):
         write_triples(args)
 
 
@@ -126,17 +135,24 @@ def write_triples(args: argparse.Namespace) -> None:
     """Do the work of `main` while no other process writes the output."""
     # 1. The queries
     queries = read_queries(args.input)
-    run = QueryRun(args.run, args.input, queries[-1].line + 1) if args.run else None
+    run = QueryRun(args.run, args.input) if args.run else None
     first_stage, kind = (args.run, "run") if args.run else (args.index, "index")
-    if args.holdout:
-        queries = hold_out(args, queries, run)
+    held_out_docs = choose_held_out(args, queries) if args.holdout else set()
+    held_out = [query for query in queries if query.doc_id in held_out_docs]
+    queries = [query for query in queries if query.doc_id not in held_out_docs]
 
     # 2. Their negatives
-    search = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
-    counts = args.max_hits, args.n_samples, args.seed
-    config = NegativesConfig(args.index, args.corpus, *counts, search, args.min_rank, run)
-    log_path = f"{args.output}.negatives.jsonl"
-    sampled = sample_negatives(queries, config, log_path, args.resume)
+    config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
+    sampled = sample_negatives(
+        queries,
+        run or bm25.open_index(args.index, args.corpus, config),
+        log_path := f"{args.output}.negatives.jsonl",
+        max_hits=args.max_hits,
+        min_rank=args.min_rank,
+        n_samples=args.n_samples,
+        seed=args.seed,
+        resume=args.resume,
+    )
     mrr = sum(1 / hits.source_rank for hits in sampled if hits.source_rank) / len(queries)
     recall = sum(hits.source_found for hits in sampled) / len(queries)
     print(
@@ -179,6 +195,7 @@ def write_triples(args: argparse.Namespace) -> None:
             )
     if absent:
         warn(f"{args.corpus}: no text for {len(absent):,} documents of the {kind}, the first is {absent[0]}.")
+    write_held_out(args.output, held_out, run)
     os.remove(log_path)
     print(f"{args.output}: {triples:,} triples; {unserved:,} queries without a usable hit", file=sys.stderr)
 

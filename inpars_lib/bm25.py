@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -149,11 +149,6 @@ def _build_index(corpus: str, index: str, config: BM25Config) -> None:
         raise
 
 
-def index_fingerprint(index: str) -> str:
-    """Return a string that changes when the index in this folder is rebuilt. Constant for a prebuilt index."""
-    return str([(path.name, path.stat().st_mtime_ns) for path in sorted(Path(index).glob("segments_*"))])
-
-
 # ----------------------------------------------------------------------------------------------------------- search
 
 
@@ -172,9 +167,15 @@ class BM25Searcher:
         language, k1, b = (
             settings[name] if getattr(config, name) is None else getattr(config, name) for name in DEFAULTS
         )
-        words = ["-index", os.path.abspath(index), "-language", language, "-threads", config.threads, "-bm25"]
+        self._index, self._parameters = os.path.abspath(index), (language, k1, b)
+        words = ["-index", self._index, "-language", language, "-threads", config.threads, "-bm25"]
         words += ["-bm25.k1", k1, "-bm25.b", b, "-topicReader", "TsvString", "-runtag", "bm25"]
         self._words = list(map(str, words))
+
+    def fingerprint(self) -> str:
+        """Return a string that changes with the index and with k1, b and language."""
+        segments = [(path.name, path.stat().st_mtime_ns) for path in sorted(Path(self._index).glob("segments_*"))]
+        return str((self._index, self._parameters, segments))
 
     def search(self, queries: Mapping[str, str], k: int, bar: bool = True) -> Iterator[tuple[str, Sequence[ScoredDoc]]]:
         """Yield (query id, first `k` hits, best first) in the order of `queries`.
@@ -356,7 +357,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not any(counts):
             raise InputError(f"{args.topics}: no query has a hit in {args.index}. Check that they belong together.")
 
-    write_run(args.output, hits(), tag="bm25")
+    with exclusive(args.output) if args.output != "-" else nullcontext():
+        write_run(args.output, hits(), tag="bm25")
     empty = f"; {counts.count(0):,} queries without a hit" if counts.count(0) else ""
     print(f"{args.output}: {sum(counts):,} hits of {len(counts):,} queries{empty}", file=sys.stderr)
 

@@ -67,8 +67,7 @@ def read_held_out_queries(
         InputError: No query has a hit, or the run is of other queries.
     """
     rows = {f"holdout {row.line}": row for row in read_synthetic_queries(path) if row.question}
-    lines = max((row.line for row in rows.values()), default=0) + 1
-    searcher = QueryRun(run, path, lines) if run else open_index(index or "", corpus, config)
+    searcher = QueryRun(run, path) if run else open_index(index or "", corpus, config)
     topics = {query_id: row.question for query_id, row in rows.items()}  # ids of topics never contain a space
     found: dict[str, Sequence[ScoredDoc]] = {query_id: hits for query_id, hits in searcher.search(topics, k) if hits}
     if run and not any(hit.doc_id == rows[query_id].doc_id for query_id in found for hit in found[query_id]):

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from inpars_lib.cli import InputError
 from inpars_lib.formats import read_run
 from inpars_lib.records import RankedList
+from inpars_lib.storage import file_sha256
+from inpars_lib.text_lines import count_lines
 
 
 class QueryRun:
@@ -13,16 +15,16 @@ class QueryRun:
 
     Args:
         path: The run.
-        source: Name of the file of the queries.
-        lines: Lines of that file.
+        source: The file of the queries.
 
     Raises:
         InputError: The run is of other queries, or is standard input.
     """
 
-    def __init__(self, path: str, source: str, lines: int) -> None:
-        if path == "-":
-            raise InputError("-: a run of synthetic queries is read twice. Name a file.")
+    def __init__(self, path: str, source: str) -> None:
+        if "-" in (path, source):
+            raise InputError("-: synthetic queries and their run are read twice. Name files.")
+        lines = count_lines(source)
         self.path, self.hits = path, read_run(path, desc="Reading the run")
         for query_id in self.hits:
             if not re.fullmatch("0|[1-9][0-9]{,17}", query_id) or int(query_id) >= lines:
@@ -31,6 +33,10 @@ class QueryRun:
                     "Pass the run of these queries; docs/first-stage.md shows how to make one."
                 )
         self.depth = max(map(len, self.hits.values()))  # largest number of hits of a query
+
+    def fingerprint(self) -> str:
+        """Return a string that changes with the hits."""
+        return file_sha256(self.path)
 
     def search(self, queries: Mapping[str, str], k: int, bar: bool = True) -> Iterator[tuple[str, RankedList]]:
         """Yield (query id, first `k` hits, best first) in the order of `queries`. An id's last word is the line."""

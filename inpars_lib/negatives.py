@@ -5,16 +5,15 @@ import math
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from inpars_lib.bm25 import BM25Config, index_fingerprint, open_index
+from inpars_lib.bm25 import BM25Searcher
 from inpars_lib.first_stage import QueryRun
 from inpars_lib.records import ScoredDoc, SyntheticQuery
-from inpars_lib.storage import ResumeLog, file_sha256
+from inpars_lib.storage import ResumeLog
 
-TIE = 1e-4  # Anserini rounds scores to this, and takes some millionths from the later ones of equal scores
-SPARE_SAMPLES = 50  # hits with the source document's score that are passed over before they are used
+TIE = 1e-4  # Anserini rounds scores to this, and lowers tied scores by a few millionths to keep their order
+SPARE_SAMPLES = 50  # further hits to try before a hit with the source document's score becomes a negative
 SOURCE_DEPTH = 10  # the source document's rank is recorded down to this depth, for MRR@10
 
 
@@ -32,33 +31,16 @@ class SampledHits(NamedTuple):
     source_found: bool
 
 
-@dataclass(frozen=True)
-class NegativesConfig:
-    """How to sample negatives.
-
-    Attributes:
-        index: Folder of an index, a prebuilt index of Pyserini, or a new path.
-        corpus: The collection, indexed first if `index` is a new path.
-        max_hits: Hits per query, and so the last rank to sample from.
-        n_samples: Negatives per query.
-        seed: Seed of the sampling.
-        bm25: How to search.
-        min_rank: First rank to sample from.
-        run: Run of the queries to sample from, or None to search `index`.
-    """
-
-    index: str
-    corpus: str
-    max_hits: int = 1000
-    n_samples: int = 1
-    seed: int = 1
-    bm25: BM25Config = field(default_factory=BM25Config)
-    min_rank: int = 1
-    run: QueryRun | None = None
-
-
 def sample_negatives(
-    queries: Sequence[SyntheticQuery], config: NegativesConfig, log_path: str, resume: bool = True
+    queries: Sequence[SyntheticQuery],
+    first_stage: BM25Searcher | QueryRun,
+    log_path: str,
+    *,
+    max_hits: int = 1000,
+    min_rank: int = 1,
+    n_samples: int = 1,
+    seed: int = 1,
+    resume: bool = True,
 ) -> list[SampledHits]:
     """Sample negatives for each query from its first-stage hits.
 
@@ -66,32 +48,31 @@ def sample_negatives(
 
     Args:
         queries: Synthetic queries.
-        config: How to sample.
+        first_stage: What retrieves the hits.
         log_path: Log of finished queries. The caller deletes the log when the output is complete.
+        max_hits: Hits per query, and so the last rank to sample from.
+        min_rank: First rank to sample from.
+        n_samples: Negatives per query.
+        seed: Seed of the sampling.
         resume: Take over the finished queries of a log with the same settings.
     """
     from tqdm import tqdm
 
-    searcher = config.run or open_index(config.index, config.corpus, config.bm25)
-    fingerprint = hashlib.sha256(index_fingerprint(config.index).encode())
+    digest = hashlib.sha256()
     for query in queries:
-        fingerprint.update(f"{query.line}\t{query.doc_id}\t{query.question}\n".encode(errors="replace"))
-    settings = {name: getattr(config, name) for name in ("index", "max_hits", "min_rank", "n_samples", "seed")}
-    settings |= {name: getattr(config.bm25, name) for name in ("k1", "b", "language")}
-    settings["run"] = file_sha256(config.run.path) if config.run else None
-    log = ResumeLog(log_path, {**settings, "queries": fingerprint.hexdigest()})
+        digest.update(f"{query.line}\t{query.doc_id}\t{query.question}\n".encode(errors="replace"))
+    settings: dict[str, object] = {"max_hits": max_hits, "min_rank": min_rank, "n_samples": n_samples, "seed": seed}
+    settings |= {"first_stage": first_stage.fingerprint(), "queries": digest.hexdigest()}
+    log = ResumeLog(log_path, settings)
     if not resume and os.path.exists(log_path):
         os.remove(log_path)
     sampled = {row.pop("line"): SampledHits(**row) for row in log.open()}
     rest = {str(query.line): query for query in queries if query.line not in sampled}
     questions = {number: query.question for number, query in rest.items()}
-    found = searcher.search(questions, config.max_hits, bar=False)
-    for number, hits in tqdm(
-        found, desc="Hits" if config.run else "BM25", total=len(queries), initial=len(sampled), unit=" queries"
-    ):
+    found = first_stage.search(questions, max_hits, bar=False)
+    for number, hits in tqdm(found, "Retrieving", total=len(queries), initial=len(sampled), unit=" queries"):
         query = rest[number]
-        seed = f"{config.seed} {query.line}"
-        sampled[query.line] = sample_hits(hits, query.doc_id, config.n_samples, seed, config.min_rank)
+        sampled[query.line] = sample_hits(hits, query.doc_id, n_samples, f"{seed} {query.line}", min_rank)
         log.write({"line": query.line, **sampled[query.line]._asdict()})
     log.close()
     return [sampled[query.line] for query in queries]
@@ -100,7 +81,8 @@ def sample_negatives(
 def sample_hits(hits: Sequence[ScoredDoc], source: str, n: int, seed: str, min_rank: int = 1) -> SampledHits:
     """Sample `n` hits of a query, without the source document.
 
-    Hits with the source document's score, duplicates of its text for example, are used only if there are no others.
+    Hits with the source document's score, duplicates of its text for example, are used only if n + 50 samples bring too
+    few others.
 
     Args:
         hits: Hits of the query, best first.

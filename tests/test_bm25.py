@@ -205,6 +205,14 @@ def test_two_runs_on_one_output_are_refused(demo_index: Path, demo_data: Path, t
     with exclusive(str(tmp_path / "t.tsv")):
         second = run("generate_triples_train.py", *mining(tmp_path, demo_data / "collection.tsv", demo_index))
         assert "t.tsv: another process is writing" in error_line(second)
+    (tmp_path / "topics.tsv").write_text("1\tarray\n")
+    with exclusive(str(tmp_path / "run.txt")):
+        searching = ["search", "--index", demo_index, "--topics", tmp_path / "topics.tsv"]
+        second = run("inpars_lib.bm25", *searching, "--output", tmp_path / "run.txt")
+        assert "run.txt: another process is writing" in error_line(second)
+    with exclusive(str(tmp_path / "t.ids")):
+        second = run("generate_triples_train.py", *mining(tmp_path, demo_data / "collection.tsv", demo_index))
+        assert "t.ids: another process is writing" in error_line(second)
     with exclusive(str(tmp_path / "index")):
         second = run(
             "inpars_lib.bm25", "index", "--corpus", demo_data / "collection.tsv", "--index", tmp_path / "index/"

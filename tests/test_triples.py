@@ -174,6 +174,31 @@ def test_a_run_serves_like_its_index(retrieved: Path, demo_data: Path, tmp_path:
     }
 
 
+def test_held_out_queries_belong_to_their_triples(retrieved: Path, demo_data: Path, tmp_path: Path) -> None:
+    """Files of earlier triples are deleted, and stay if the new triples cannot be written."""
+    queries = retrieved / "queries.jsonl"
+    held_out = [tmp_path / f"run.tsv.holdout.{name}" for name in ("jsonl", "run.txt")]
+    with_run = ["--run", retrieved / "run.txt"]
+    ok(mine_run(tmp_path, queries, demo_data, *with_run, "--holdout", 10))
+    before = [path.read_bytes() for path in held_out]
+    error_line(mine_run(tmp_path, queries, demo_data, *with_run, "--holdout", 5, "--min_rank", 31, "--max_hits", 40))
+    assert [path.read_bytes() for path in held_out] == before
+    done = ok(mine_run(tmp_path, queries, demo_data, "--index", retrieved / "index", "--holdout", 5))
+    assert "run.tsv.holdout.run.txt: deleted, because it belonged to the triples that this run" in done.stderr
+    assert (len(rows(held_out[0])), held_out[1].exists()) == (5, False)
+    done = ok(mine_run(tmp_path, queries, demo_data, "--index", retrieved / "index"))
+    assert "run.tsv.holdout.jsonl: deleted" in done.stderr
+    assert not held_out[0].exists()
+
+
+def test_the_lines_of_a_run_include_unusable_rows(retrieved: Path, demo_data: Path, tmp_path: Path) -> None:
+    data = rows(retrieved / "queries.jsonl")
+    write_rows(tmp_path / "q.jsonl", [*data, {"doc_id": "9", "doc_text": "", "question": "what is the text"}])
+    hits = f"{len(data)} Q0 {data[0]['doc_id']} 1 9.5 bm25\n"
+    (tmp_path / "run.txt").write_text((retrieved / "run.txt").read_text() + hits)
+    ok(mine_run(tmp_path, tmp_path / "q.jsonl", demo_data, "--run", tmp_path / "run.txt"))
+
+
 def test_negatives_of_a_range_of_ranks(retrieved: Path, demo_data: Path, tmp_path: Path) -> None:
     args = ["--run", retrieved / "run.txt", "--n_samples", 50]
     done = ok(mine_run(tmp_path, retrieved / "queries.jsonl", demo_data, *args, "--min_rank", 5, "--max_hits", 20))
