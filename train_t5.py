@@ -1,21 +1,17 @@
 r"""Stage 4: fine-tune a reranker on the triples and evaluate it on a dev set during training.
 
 Reads   triples; for an evaluation every --eval_steps also topics, qrels, a first-stage run and the collection
-Writes  into --output_dir: the model, its card (README.md), checkpoint-N folders, results.csv with a row per
-        evaluation, learning_curve.png
+Writes  into --output_dir: the model, its card (README.md), checkpoint-N folders, results.csv, learning_curve.png
 
     python train_t5.py --base_model t5_base --triples_train data/msmarco/synthetic.triples.train.tsv \
-        --corpus data/msmarco/collection.tsv --queries data/msmarco/topics.dl20.txt \
-        --qrels data/msmarco/qrels.dl20-passage.txt --run data/msmarco/run.dl20.bm25.txt --relevance_threshold 2 \
+        --corpus data/msmarco/collection.tsv --queries data/msmarco/topics.msmarco-passage.dev-subset.txt \
+        --qrels data/msmarco/qrels.msmarco-passage.dev-subset.txt --run data/msmarco/run.bm25.dev.small.tsv \
         --output_dir data/msmarco --save_every_n_steps 156 --eval_steps 156
-
     torchrun --nproc_per_node=2 -- train_t5.py ...           # two GPUs, the same 128 examples per step
 
-After a kill, the same command with --resume_from_checkpoint resumes from the last complete checkpoint.
-
-Without judgements, --holdout replaces topics and qrels: synthetic queries from generate_triples_train.py --holdout,
-whose source documents are relevant. BM25 retrieves their hits from --index, or --run has them. --select_by nDCG@10
-keeps the best checkpoint instead of the last one.
+After a kill, the same command with --resume_from_checkpoint resumes from the last complete checkpoint. Without
+judgements, --holdout replaces topics and qrels: synthetic queries from generate_triples_train.py --holdout, whose
+source documents are relevant. BM25 retrieves their hits from --index, or --run has them.
 
 The config of the base model decides what is trained: T5, mT5 and Flan-T5 become monoT5, an encoder becomes a
 cross-encoder. The defaults are the paper's (arXiv 2202.05144), with the learning rate of its released scripts. Any
@@ -27,6 +23,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,7 +33,7 @@ from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
 from inpars_lib.dev_set import DevSet, read_held_out_queries, read_judged_queries
 from inpars_lib.evaluation import MEASURES, add_measure_flags, check_threshold, format_value
 from inpars_lib.losses import LOSSES
-from inpars_lib.storage import file_sha256
+from inpars_lib.storage import exclusive, file_sha256
 from inpars_lib.triples import TrainingExamples, TripleFile
 
 # Flags that decide the weights. A training that is resumed must repeat them.
@@ -150,7 +147,7 @@ def read_dev(args: argparse.Namespace, threshold: int) -> DevSet | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the data, train, save the model with its card."""
+    """Check the flags, then train while no other process writes to --output_dir."""
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if processes == 1:  # without torchrun the Trainer would use all GPUs that it sees, with larger batches
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
@@ -160,7 +157,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: not divisible by {processes} "
             f"processes. Choose a multiple of {processes}."
         )
+    main_process = int(os.environ.get("RANK", 0)) == 0
+    with exclusive(os.path.join(args.output_dir, "training.json")) if main_process else nullcontext():
+        train(args, trainer_flags, processes, main_process)
 
+
+def train(args: argparse.Namespace, trainer_flags: dict[str, Any], processes: int, main_process: bool) -> None:
+    """Read the data, train, save the model with its card."""
     import torch
     from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments, set_seed
 
@@ -169,7 +172,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from inpars_lib.model_card import CardInfo, model_card
     from inpars_lib.rerankers import load_reranker
 
-    main_process = int(os.environ.get("RANK", 0)) == 0
     on_cpu = not torch.cuda.is_available()
     if args.bf16 is None:
         args.bf16 = on_cpu and "fp16" not in trainer_flags and has_fast_bfloat16("cpu")
@@ -200,9 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 2. The model
     set_seed(args.seed)  # before a new output layer is initialized
     targets = (args.token_true, args.token_false) if args.token_true else None
-    start = args.base_model
-    if trained:
-        start = (args.select_by and last_state.best_model_checkpoint) or checkpoint
+    start = (args.select_by and last_state.best_model_checkpoint) or checkpoint if trained else args.base_model
     reranker = load_reranker(
         start, max_length=args.max_length, device="cpu", dtype="float32", targets=targets, new_head=True
     )
@@ -245,7 +245,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = training.RerankerTrainer(reranker, examples, config, arguments, dev)
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-    family = type(reranker).__name__
     if main_process:
         listwise = args.loss == "listwise"
         if listwise and examples.group_size == 2:
@@ -253,8 +252,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                  "generate_triples_train.py --n_samples, and keep the triples of a query adjacent.")  # fmt: skip
         groups = f" in {len(examples):,} groups of at most {examples.group_size} examples" if listwise else ""
         print(
-            f"Training {family} from {args.base_model}: {len(examples.triples):,} triples{groups}, {examples_per_step} "
-            f"examples per step, {steps:,} steps" + (f", resumed from {checkpoint}" if checkpoint else ""),
+            f"Training {type(reranker).__name__} from {args.base_model}: {len(examples.triples):,} triples{groups}, "
+            f"{examples_per_step} examples per step, {steps:,} steps"
+            + (f", resumed from {checkpoint}" if checkpoint else ""),
             file=sys.stderr,
         )
         if dev:
@@ -273,12 +273,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.write_results()
     step = trainer.state.best_global_step if args.select_by else trainer.state.global_step
     shown = {name: settings[name] for name in (*CARD_SETTINGS, *trainer_flags)}
-    shown |= {"loss": args.loss, "per_device_train_batch_size": args.per_device_train_batch_size}
-    shown |= {"gradient_accumulation_steps": args.gradient_accumulation_steps}  # of all processes
+    shown |= {name: getattr(args, name) for name in ("loss", "per_device_train_batch_size",
+                                                     "gradient_accumulation_steps")}  # fmt: skip
     info = CardInfo(
         output_dir=args.output_dir,
         base_model=args.base_model,
-        family=family,
+        family=type(reranker).__name__,
         max_length=reranker.max_length,
         settings=shown,
         data={name: getattr(args, name) for name in ("triples_train", "holdout", "queries", "qrels", "run")},

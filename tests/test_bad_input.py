@@ -115,9 +115,9 @@ REFUSED = [  # name, command, replaced file, its content, part of the error
 def test_malformed_files_are_refused(files: dict[str, Path], tmp_path: Path, row: tuple) -> None:
     _, command, name, data, words = row
     files[name].write_bytes(data)
-    before = sorted(path.name for path in tmp_path.iterdir())
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert words.lower() in error_line(run(*command(files, tmp_path))).lower()
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
 
 
 # Valid lines are read, others are skipped with a warning: name, content of a collection, texts, part of the warning

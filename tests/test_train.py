@@ -20,6 +20,7 @@ from training_helpers import QUICK, dev, dev_but, train, train_flags
 
 from inpars_lib.devices import has_fast_bfloat16
 from inpars_lib.losses import softmax_cross_entropy
+from inpars_lib.storage import exclusive
 from inpars_lib.triples import LengthSortedSampler, TrainingExamples, TripleFile
 
 
@@ -135,7 +136,7 @@ def test_batches_hold_whole_groups(separable: Path, grouped: Path, tiny_t5: Path
         refused = error_line(train(separable, tiny_t5, tmp_path / "model", *args, size))
         assert f"batch_size {size}: not a multiple of 4, the examples of a group (a positive and 3" in refused
         assert refused.endswith(f"Use {use}.")
-    assert not (tmp_path / "model").exists()
+    assert not list((tmp_path / "model").iterdir())
     hint = "one negative per query, so --loss listwise equals pairwise"
     assert hint not in ok(train(separable, tiny_t5, tmp_path / "model", *args, 4)).stderr
     done = ok(train(separable, tiny_t5, tmp_path / "pairs", *QUICK, "--loss", "listwise"))
@@ -291,6 +292,13 @@ def test_a_training_is_not_resumed_with_other_settings(
     ok(train(separable, tiny_t5, tmp_path / "model", *QUICK, "--save_every_n_steps", 1))
     refused = error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK, *change, "--resume_from_checkpoint"))
     assert f"trained with other settings ({str(change[0])[2:].replace('max_steps', 'steps')} " in refused
+
+
+def test_two_trainings_on_one_folder_are_refused(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    with exclusive(str(tmp_path / "model/training.json")):
+        second = train(separable, tiny_t5, tmp_path / "model", *QUICK)
+        assert "training.json: another process is writing" in error_line(second)
+    assert not list((tmp_path / "model").iterdir())
 
 
 def test_publishing_is_one_command_of_the_hub(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
