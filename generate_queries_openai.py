@@ -6,7 +6,7 @@ Writes  OUTPUT, synthetic queries as JSONL: doc_id, doc_text, question, log_prob
 
     export API_KEY=<YOUR_KEY>
     python generate_queries_openai.py --collection data/msmarco/collection.tsv \
-        --output data/msmarco/synthetic_queries.jsonl --dry_run 20        # shows queries and projects the cost
+        --output data/msmarco/synthetic_queries.jsonl --dry_run 20        # prints queries, projects tokens
     python generate_queries_openai.py --collection data/msmarco/collection.tsv \
         --output data/msmarco/synthetic_queries.jsonl                     # with --batch at half the price
 
@@ -18,7 +18,6 @@ Any server with OpenAI's API works: vLLM, llama.cpp, Azure (docs/servers.md). Th
 
 Several queries per document, as in Promptagator (arXiv 2209.11755), need sampling: --queries_per_doc 8 --temperature
 0.7. Each is a request of its own, called `doc_id#1` to `doc_id#8`. Duplicates of one document are dropped and counted.
-
 Answers are saved as they arrive. Run the same command again to resume.
 """
 
@@ -62,23 +61,24 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: %(default)s)")  # fmt: skip
     add("--max_tokens", type=at_least(1), default=64, help="tokens per answer (default: %(default)s)")
     add("--temperature", type=at_least(0, float), default=0.0, help="0, the default, is greedy decoding")
-    add("--top_p", type=between(0, 1), default=1.0, help="nucleus sampling (default: %(default)s)")
+    add("--top_p", type=between(0, 1), default=1.0, help="probability mass of nucleus sampling (default: 1)")
     add("--reasoning_effort", help="reasoning effort of the model (default: `none` where log-probabilities need it)")
     add("--min_doc_chars", type=at_least(0), default=300, help="skip shorter documents (default: %(default)s)")
     add("--max_doc_chars", type=at_least(1), help="skip longer documents (default: 100000, or no limit with "
         "--truncate_doc_chars)")  # fmt: skip
     add("--truncate_doc_chars", type=at_least(1), metavar="N", help="truncate longer documents to N characters in the "
         "prompt, at whitespace where possible; doc_text has the full text (default: no limit)")  # fmt: skip
-    add("--sampling", choices=("random", "first"), default="random", help="documents to use (default: random)")
+    add("--sampling", choices=("random", "first"), default="random", help="a random sample, or the first documents")
     add("--seed", type=int, default=1, help="seed of the document sample (default: %(default)s)")
-    add("--sampling_seed", type=at_least(0), help="seed of sampling above temperature 0; query i of a document uses "
-        "this + i - 1 (default: --seed)")  # fmt: skip
+    add("--sampling_seed", type=at_least(0), help="seed of decoding above temperature 0; request i of a document "
+        "uses SAMPLING_SEED + i - 1 (default: --seed)")  # fmt: skip
     add("--good_bad", action="store_true", help="the prompt asks for a good question and then for a bad one")
     add("--include_doc_probs", action="store_true", help="also write the document's log-probabilities, doc_log_probs")
     add("--no_log_probs", action="store_true", help="request no log-probabilities, for models without them")
 
     add = parser.add_argument_group("server").add_argument
-    add("--base_url", nargs="+", metavar="URL", help="servers that share the work, with /v1 (default: OpenAI)")
+    add("--base_url", nargs="+", metavar="URL", help="base URLs of servers, usually ending in /v1; several "
+        "share the documents (default: $OPENAI_BASE_URL, or OpenAI)")  # fmt: skip
     add("--header", action="append", type=parse_header, default=[], metavar="NAME=VALUE", help="HTTP header of every "
         "request, repeatable; its value is never written or printed")  # fmt: skip
     add("--extra_body", type=parse_extra_body, default={}, metavar="JSON", help="JSON object with further "
@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sleep_time", type=at_least(0, float), default=0.0, help="seconds to sleep after each answer (default: 0)")
 
     add = parser.add_argument_group("cost and resuming").add_argument
-    add("--dry_run", type=at_least(1), metavar="N", help="send N documents, write nothing, project tokens and hours")
+    add("--dry_run", type=at_least(1), metavar="N", help="send N documents, print queries, project tokens and hours")
     add("--max_total_tokens", type=at_least(1), help="stop before prompt and completion tokens of all runs exceed this")
     add("--batch", action="store_true", help="use OpenAI's Batch API: half the price, within a day")
     add("--batch_size", type=at_least(1), default=50_000, help="limit of requests per batch (default: %(default)s)")

@@ -50,8 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_hits", type=at_least(1), default=1000, help="hits to sample negatives from (default: %(default)s)")
     add("--min_rank", type=at_least(1), default=1, help="first rank to sample negatives from (default: %(default)s)")
     add("--n_samples", type=at_least(1), default=1, help="negatives per query (default: %(default)s, as in the paper)")
-    add("--holdout", type=at_least(0), default=0, metavar="N", help="queries to hold out from training (default: 0)")
-    add("--seed", type=int, default=1, help="seed of the sampling of negatives (default: %(default)s)")
+    add(
+        "--holdout",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="queries to hold out from training; more if a document has several (default: 0)",
+    )
+    add("--seed", type=int, default=1, help="seed of negatives and held-out queries (default: %(default)s)")
     add("--resume", action=argparse.BooleanOptionalAction, default=True,
         help="resume from a killed run with the same input and settings (default: yes)")  # fmt: skip
     bm25.add_search_flags(parser)

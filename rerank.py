@@ -85,7 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--holdout_run", metavar="RUN", help="first-stage run of the --holdout queries, instead of BM25 on --index")
     add("--dry_run", action="store_true", help="write nothing; count the tokens and project the time")
     add("--batch_tokens", type=at_least(1), help="tokens per batch (default: what suits the device)")
-    add("--max_length", type=at_least(1), default=512, help="tokens per query and document (default: %(default)s)")
+    add("--max_length", type=at_least(1), default=512, help="tokens of the whole input; longer documents are truncated "
+        "(default: %(default)s)")  # fmt: skip
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="precision of the model; auto: bfloat16 where the device is fast at it, else float32")  # fmt: skip
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -107,6 +108,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--run or --index is required")
     if args.interpolation_weight is None and not (args.holdout and (args.holdout_run or args.index)):
         parser.error("--interpolation_weight auto needs --holdout, and --holdout_run or --index for its hits")
+    if [args.queries, args.run, args.qrels, args.holdout, args.holdout_run].count("-") > 1:
+        parser.error("only one input can be `-`, standard input")
     if args.holdout_run and args.interpolation_weight is not None:
         parser.error("--holdout_run needs --interpolation_weight auto")
     if bool(args.token_true) != bool(args.token_false):
@@ -124,7 +127,9 @@ def search(args: argparse.Namespace, topics: Mapping[str, str], k: int) -> Itera
             found = True
             yield query_id, hits
     if not found:
-        raise InputError(f"{args.index}: none of the {len(topics):,} queries has a hit. Use the topics' own index.")
+        raise InputError(
+            f"{args.index}: none of the {len(topics):,} queries has a hit. Pass the index of the topics' collection."
+        )
 
 
 def first_stage(

@@ -57,12 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--loss", choices=list(LOSSES), default="pointwise", help="pointwise: each example alone, as in the paper; "
         "pairwise: positive against negative; listwise: softmax over a positive and its n negatives in adjacent "
         "triples, as in RankT5 (default: %(default)s)")  # fmt: skip
-    add("--learning_rate", type=float, default=3e-4, help="constant after the warm-up (default: %(default)s)")
+    add("--learning_rate", type=float, default=3e-4, help="peak; constant unless --lr_scheduler_type (default: 3e-4)")
     add("--warmup_steps", type=at_least(0), default=0, help="steps of linear warm-up (default: %(default)s)")
-    add("--weight_decay", type=float, default=5e-5, help="not for biases and norms (default: %(default)s)")
+    add("--weight_decay", type=float, default=5e-5, help="AdamW's, not for biases and norms (default: %(default)s)")
     add("--epochs", type=float, default=1, help="passes over the triples (default: %(default)s)")
     add("--max_steps", type=int, default=-1, help="steps in all, instead of --epochs")
-    add("--max_length", type=at_least(1), default=512, help="tokens per query and document (default: %(default)s)")
+    add("--max_length", type=at_least(1), default=512, help="tokens of the input; longer ones lose text (default: 512)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision in bfloat16 (default: on a CPU that is "
         "fast at it, with AVX512-BF16 or AMX)")  # fmt: skip
     add("--seed", type=int, default=2, help="seed of order, dropout and new weights (default: %(default)s)")

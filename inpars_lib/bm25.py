@@ -355,7 +355,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             counts.append(len(found))
             yield from found
         if not any(counts):
-            raise InputError(f"{args.topics}: no query has a hit in {args.index}. Check that they belong together.")
+            raise InputError(
+                f"{args.topics}: no query has a hit in {args.index}. Pass topics and index of one collection."
+            )
 
     with exclusive(args.output) if args.output != "-" else nullcontext():
         write_run(args.output, hits(), tag="bm25")

@@ -88,7 +88,12 @@ def add_measure_flags(add: Callable[..., Any]) -> None:
     """Add --relevance_threshold and --measures with the `add_argument` of a parser or of a group."""
     text = "measures of ir-measures, separated by spaces; `rel` in a name, as in AP(rel=2), replaces "
     text += "--relevance_threshold (default: %(default)s)"
-    add("--relevance_threshold", type=at_least(1), default=1, help="lowest relevant grade (default: %(default)s)")
+    add(
+        "--relevance_threshold",
+        type=at_least(1),
+        default=1,
+        help="lowest grade that is relevant in binary measures (default: %(default)s)",
+    )
     add("--measures", type=parse_measures, default=" ".join(MEASURES), metavar="NAMES", help=text)
 
 
@@ -332,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = read_run(path)
         found = len(run.keys() & judged)
         if not found:
-            raise InputError(f"{path}: none of the {len(run):,} queries is judged in {args.qrels}. Use its topics.")
+            raise InputError(f"{path}: none of the {len(run):,} queries is judged in {args.qrels}. Pass another run.")
         if found < len(run):
             report(f"{path}: {len(run) - found:,} of {len(run):,} queries are not judged and were skipped")
         if found < len(judged):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 from inpars_lib.cli import InputError, shorten
 
@@ -60,18 +61,6 @@ def quiet_lucene() -> Iterator[None]:
             raise failure
 
 
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Set environment variables inside the block, and restore the whole environment afterwards."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def find_java() -> tuple[str, bool]:
     """Return the home of a Java that Pyserini can use, and whether that Java has the vector module.
 
@@ -102,7 +91,7 @@ def start_lucene() -> None:
     spec = find_spec("pyserini")
     if spec is None or not spec.submodule_search_locations:
         raise InputError("pyserini: not installed. Run pip install -r requirements.txt.")
-    with quiet_lucene(), _environment(JAVA_HOME=home):
+    with quiet_lucene(), patch.dict(os.environ, JAVA_HOME=home):  # which restores the whole environment
         import jnius_config
 
         jars = Path(spec.submodule_search_locations[0], "resources", "jars")

@@ -33,7 +33,7 @@ class Reranker:
     def _check_max_length(self, added_tokens: int, limit: float = math.inf) -> None:
         if self.max_length > limit:
             name = self.model.config.name_or_path
-            warn(f"{name}: reads at most {limit} tokens, so --max_length {self.max_length} is reduced.")
+            warn(f"{name}: reads at most {limit} tokens, so inputs are truncated to {limit} and not {self.max_length}.")
             self.max_length = int(limit)
         if self.max_length < added_tokens + 2:
             raise InputError(
@@ -155,7 +155,7 @@ class Reranker:
                     ids = inputs[chosen[int(torch.isfinite(scored).int().argmin())]][0]
                     raise InputError(
                         f"{self.model.config.name_or_path}: the score of {self.tokenizer.decode(ids)[:200]!r} is not a "
-                        "finite number. Use --dtype float32, or another model."
+                        "finite number. Use float32, or another model."
                     )
                 scores[chosen] = scored
                 start += len(chosen)

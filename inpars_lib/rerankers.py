@@ -63,7 +63,7 @@ class MonoT5(Reranker):
         named = " and ".join(targets or ["true/yes", "false/no"])
         raise InputError(
             f"{self.model.config.name_or_path}: {named} are not one token each in this model's vocabulary. Name two "
-            "words that are with --token_true and --token_false."
+            "words that are (--token_true and --token_false of train_t5.py and rerank.py)."
         )
 
     def tokenize_queries(self, queries: Sequence[str]) -> list["numpy.ndarray"]:

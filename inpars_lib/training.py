@@ -260,7 +260,8 @@ class TrainingRecord:
         if names:
             listed = ", ".join(f"{name} {before.get(name)}, now {self.settings.get(name)}" for name in names)
             raise InputError(
-                f"{self.path}: trained with other settings ({listed}). Repeat those, or choose another --output_dir."
+                f"{self.path}: trained with other settings ({listed}). Repeat the earlier settings, or choose another "
+                "--output_dir."
             )
         finished: int | None = record["finished"]
         return finished

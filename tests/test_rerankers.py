@@ -596,5 +596,5 @@ def test_lengths_that_a_model_cannot_read(tiny_t5: Path, tiny_encoder: Path, cap
         rerankers.load_reranker(str(tiny_t5), max_length=3)
     encoder = rerankers.load_reranker(str(tiny_encoder), max_length=1024, new_head=True)
     assert encoder.max_length == 512
-    assert "reads at most 512 tokens, so --max_length 1024 is reduced" in capsys.readouterr().err
+    assert "reads at most 512 tokens, so inputs are truncated to 512 and not 1024" in capsys.readouterr().err
     assert rerankers.load_reranker(str(tiny_t5), max_length=1024).max_length == 1024  # relative positions

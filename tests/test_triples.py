@@ -143,8 +143,7 @@ def test_collections_that_cannot_be_indexed(
 @pytest.fixture(scope="module")
 def retrieved(mined: Path, demo_data: Path) -> Path:
     """Write a run of the queries with the commands of docs/first-stage.md."""
-    [line] = [line for line in (ROOT / "docs/first-stage.md").read_text().splitlines() if "write_texts" in line]
-    [code] = re.findall('^python -c "(.+)"$', line)
+    [code] = re.findall("python - <<'END'\n(.+?)END\n", (ROOT / "docs/first-stage.md").read_text(), re.DOTALL)
     code = code.replace("filtered.jsonl", "queries.jsonl")
     subprocess.run([sys.executable, "-c", code], cwd=mined, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     args = ["--index", mined / "index", "--topics", mined / "topics.tsv", "--output", mined / "run.txt", "--hits", 30]

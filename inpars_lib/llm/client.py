@@ -369,5 +369,6 @@ class GenerationClient:
         elif not self.all_sent:
             self.steady_answers, self.steady_until = self.steady_answers + 1, self.now()
         self.bar.update()
-        if store.answered & (store.answered - 1) == 0:  # at powers of two, as the paper's script
+        # All of a dry run, else at powers of two, as the paper's script
+        if store.path is None or store.answered & (store.answered - 1) == 0:
             report(f"\nDocument: {row['doc_text'][:500]}\nQuestion: {row['question']}\n")

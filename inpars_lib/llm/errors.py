@@ -175,7 +175,7 @@ def classify_error(
         return Verdict(Action.GIVE_UP, f"the server refused this document (403 {said})")
     if status in (401, 403):
         problem = f"{server}: the key was not accepted ({status})"
-        return Verdict(Action.STOP, f"{problem}. Set API_KEY to a key that is valid there.")
+        return Verdict(Action.STOP, f"{problem}. Set API_KEY to a key that {server} accepts.")
     if can_switch_api and (status in (404, 405, 501) or "chat model" in said or "chat template" in said):
         return Verdict(Action.SWITCH_API, said)
     if status == 404 and (retired := retired_model_error(model)):

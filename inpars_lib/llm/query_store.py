@@ -155,7 +155,9 @@ class QueryStore:
                 meta = json.load(file)
             before, self.usage = meta["settings"], Usage(**meta["usage"])
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}: not a file of this script. Delete it; no query is lost.") from None
+            raise InputError(
+                f"{path}: not a file of this script. Delete the file: queries stay, token counts restart."
+            ) from None
         if self.settings["api"] is None:
             self.settings["api"] = before["api"]
         # Earlier versions recorded fewer settings.
@@ -167,8 +169,8 @@ class QueryStore:
             now = self.settings
             differences = ", ".join(f"{n} {shorten(before.get(n))}, now {shorten(now.get(n))}" for n in names)
             raise InputError(
-                f"{self.path}: made with other settings ({differences}). Use those settings, name another --output, or "
-                "mix both with --force."
+                f"{self.path}: made with other settings ({differences}). Repeat the earlier settings, name another "
+                "--output, or mix both with --force."
             )
 
     def add_answer(self, key: RequestKey, row: dict[str, Any], usage: Usage) -> None:
