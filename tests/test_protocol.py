@@ -355,7 +355,14 @@ def test_reasoning_and_introductions_are_no_questions(text: str, question: str) 
 
 
 @pytest.mark.parametrize(
-    "text", ["The answer to your question is:", "<think>I should", "Example 5:", "Here is a relevant query:\n"]
+    "text",
+    [
+        "The answer to your question is:",
+        "<think>I should",
+        "Example 5:",
+        "Here is a relevant query:\n",
+        "The relevant query is:",  # SmolLM2
+    ],
 )
 def test_answers_that_only_introduce_are_errors(text: str) -> None:
     with pytest.raises(AnswerError, match="only"):
