@@ -20,8 +20,8 @@ def main() -> None:
     """Start the server, print its address and wait for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8080, help="first port; 0 chooses free ones (default: %(default)s)")
-    parser.add_argument("--servers", type=int, default=1, help="servers that share the cores (default: %(default)s). One "
-        "per core is faster: threads of one server wait for each other, above all on a loaded machine")  # fmt: skip
+    parser.add_argument("--servers", type=int, default=1, help="servers that share the cores (default: %(default)s). "
+        "One per core is faster: threads of one server wait for each other, above all on a loaded machine")  # fmt: skip
     args = parser.parse_args()
 
     import xllamacpp

@@ -275,7 +275,7 @@ class ModelApi:
 
 # What chat models write before a question or around it
 INTRODUCTION = re.compile(
-    r"(?i)(sure|certainly|of course|okay|here('s| is| are)|(the|a) ((relevant|search) )?(answer|query|question)|example)\b.*:"
+    r"(?i)(sure|certainly|of course|okay|here('s| is| are)|(the|a) (relevant )?(answer|query|question)|example)\b.*:"
 )
 LABEL = re.compile(r"(?i)^((good|relevant|search) )?(query|question) *:\s*")
 
