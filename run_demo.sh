@@ -47,8 +47,8 @@ step "$WORK/collection.tsv" "$PYTHON" demo/build_collection.py --output_dir "$WO
 # Queries are appended one by one, so an existing file may be incomplete. The file "generated" marks the end.
 if [ ! -e "$WORK/generated" ]; then
     echo
-    echo "\$ python demo/serve_llm.py --port 0 &"
-    "$PYTHON" demo/serve_llm.py --port 0 >"$WORK/server.url" 2>"$WORK/server.log" &
+    echo "\$ python demo/serve_llm.py --port 0 --servers 2 &"
+    "$PYTHON" demo/serve_llm.py --port 0 --servers 2 >"$WORK/server.url" 2>"$WORK/server.log" &
     serving=$!
     for _ in $(seq 120); do
         [ ! -s "$WORK/server.url" ] || break
@@ -61,8 +61,8 @@ if [ ! -e "$WORK/generated" ]; then
         exit 1
     fi
     show "$PYTHON" generate_queries_openai.py --collection "$WORK/collection.tsv" --output "$WORK/queries.jsonl" \
-        --base_url "$(cat "$WORK/server.url")" --engine smollm2-135m-instruct --max_examples 550 --min_doc_chars 100 \
-        --max_tokens 32 --concurrency 2
+        --base_url $(cat "$WORK/server.url") --engine smollm2-135m-instruct --max_examples 550 --min_doc_chars 100 \
+        --max_tokens 32 --concurrency 4
     touch "$WORK/generated"
     stop_server
     serving=

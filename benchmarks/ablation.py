@@ -2,12 +2,15 @@
 
     bash run_demo.sh                                     # writes demo/work: collection, queries, topics
     python benchmarks/ablation.py --output benchmarks/ablation
+    python benchmarks/ablation.py --output benchmarks/curve --curve 100 300 1000 --seeds 3
 
 Each row changes one setting of the first row: selection of queries, source of negatives, number of queries, base model.
-Every row runs the scripts with the demo's settings, once. The topics are the demo's, or those of --topics and --qrels.
-The table is written to OUTPUT.md and a plot to OUTPUT.png. Finished rows are saved in OUTPUT.jsonl, so the same command
-resumes. All rows use the same held-out queries for the interpolation weight and train on none of them. p is from a
-paired t-test over the topics: the reranker alone against the reranker of the first row.
+With --curve, the rows are numbers of queries, sampled from those that pass the BM25 filter. Every row runs the scripts
+with the demo's settings, once per seed; a seed decides the sample of queries, the negatives, the order of examples and
+new weights. The topics are the demo's, or those of --topics and --qrels. The table is written to OUTPUT.md and a plot
+to OUTPUT.png. Finished trainings are saved in OUTPUT.jsonl, so the same command resumes. All rows use the same held-out
+queries for the interpolation weight and train on none of them. Measures are means over the seeds, with the standard
+deviation. p is from a paired t-test over the topics: the reranker alone against the reranker of the first row.
 """
 
 import argparse
@@ -19,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -34,7 +37,7 @@ from inpars_lib.storage import json_line
 ROOT = Path(__file__).parent.parent
 # Settings of the demo
 MAX_LENGTH = 96
-TRAINING = f"--loss pairwise --epochs 2 --learning_rate 2e-4 --lr_scheduler_type linear --warmup_steps 20 \
+TRAINING = f"--loss pairwise --learning_rate 2e-4 --lr_scheduler_type linear --warmup_steps 20 \
     --gradient_accumulation_steps 2 --max_length {MAX_LENGTH}".split()
 HOLDOUT = 100
 TOP_K = 20
@@ -51,7 +54,7 @@ def script(name: str, *flags: object) -> None:
 
 class Ablation:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.folder, work = folder, Path(args.work).resolve()
+        self.folder, work, self.epochs = folder, Path(args.work).resolve(), args.epochs
         self.index, self.corpus = work / "index", work / "collection.tsv"
         rows = [
             json.loads(query.line_text)
@@ -86,8 +89,8 @@ class Ablation:
 
     # Selections of queries: each writes the kept queries.
 
-    def filtered(self, *flags: object) -> Callable[[int], Path]:
-        def keep(count: int) -> Path:
+    def filtered(self, *flags: object) -> Callable[[int, int], Path]:
+        def keep(count: int, seed: int) -> Path:
             files = ["--input", self.folder / "pool.jsonl", "--output", self.folder / "kept.jsonl", "--top_k", count]
             index = ["--index", self.index] if "--consistency_k" in flags else []
             script("filter_queries_by_score.py", *files, *flags, *index)
@@ -95,8 +98,15 @@ class Ablation:
 
         return keep
 
-    def random_queries(self, count: int) -> Path:
-        return self.write("kept", random.Random(1).sample(self.pool, min(count, len(self.pool))))
+    def random_queries(self, count: int, seed: int) -> Path:
+        return self.write("kept", random.Random(seed).sample(self.pool, min(count, len(self.pool))))
+
+    def consistent_queries(self, count: int, seed: int) -> Path:
+        """Sample queries that pass the BM25 filter."""
+        rows = list(map(json.loads, self.filtered(*CONSISTENT)(len(self.pool), seed).open()))
+        if count > len(rows):
+            sys.exit(f"error: only {len(rows):,} queries pass the BM25 filter. Write more queries in stage 1.")
+        return self.write("kept", random.Random(seed).sample(sorted(rows, key=lambda row: row["doc_id"]), count))
 
     def use_random_negatives(self, triples: Path) -> None:
         """Replace each negative by a random document of the collection."""
@@ -105,16 +115,24 @@ class Ablation:
         lines = [line.rsplit("\t", 1)[0] for line in triples.read_text().splitlines()]
         triples.write_text("".join(f"{line}\t{generator.choice(texts)}\n" for line in lines))
 
-    def measure(self, keep: Callable[[int], Path], count: int, base: str, random_negatives: bool) -> dict[str, Any]:
-        kept, triples, model = keep(count), self.folder / "triples.tsv", self.folder / f"model-{time.monotonic_ns()}"
+    def measure(
+        self, keep: Callable[[int, int], Path], count: int, base: str, random_negatives: bool, seed: int
+    ) -> dict[str, Any]:
+        kept, triples, model = (
+            keep(count, seed),
+            self.folder / "triples.tsv",
+            self.folder / f"model-{time.monotonic_ns()}",
+        )
         files = ["--input", kept, "--output", triples, "--output_ids", self.folder / "ids.tsv"]
         mining = ["--corpus", self.corpus, "--index", self.index, "--max_hits", 100, "--n_samples", 2]
+        mining += ["--seed", seed]
         script("generate_triples_train.py", *files, *mining)
         if random_negatives:
             self.use_random_negatives(triples)
         queries = sum(1 for _ in kept.open())
         started = time.monotonic()
         training = ["--triples_train", triples, "--output_dir", model, "--save_every_n_steps", 1_000_000]
+        training += ["--epochs", self.epochs, "--seed", seed]
         script("train_t5.py", "--base_model", base, *training, *TRAINING)
         minutes = (time.monotonic() - started) / 60
         reranker = load_reranker(str(model), max_length=MAX_LENGTH)
@@ -143,39 +161,60 @@ class Ablation:
         return [values[query_id] for query_id in sorted(values)]
 
 
-def report(results: dict[str, dict[str, Any]], output: str) -> str:
+def mean_and_deviation(values: list[float]) -> str:
+    """Return the mean, and the standard deviation if there are several values."""
+    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def report(results: dict[str, list[dict[str, Any]]], output: str, curve: list[int]) -> str:
+    """Write table and plot of the rows, each with a result per seed, and return the table."""
     from matplotlib.figure import Figure
     from scipy.stats import ttest_rel
 
     lines = [
-        "| | queries | training, minutes | nDCG@10 alone | p | weight | nDCG@10 interpolated |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | queries | seeds | training, minutes | nDCG@10 alone | p | weights | nDCG@10 interpolated |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     first = next(iter(results.values()))
-    bm25_alone = fmean(first["bm25"])
-    lines.append(f"| BM25 | | | {bm25_alone:.4f} | | | |")
-    for name, r in results.items():
-        p = "" if r is first else f"{ttest_rel(r['alone'], first['alone']).pvalue:.4f}"
-        alone, interpolated = fmean(r["alone"]), fmean(r["interpolated"])
+    bm25_alone = fmean(first[0]["bm25"])
+    lines.append(f"| BM25 | | | | {bm25_alone:.4f} | | | |")
+
+    def per_topic(seeds: list[dict[str, Any]]) -> list[float]:
+        return [fmean(values) for values in zip(*(r["alone"] for r in seeds), strict=True)]
+
+    means: dict[str, list[list[float]]] = {
+        "reranker alone": [],
+        "interpolated with BM25": [],
+    }  # by row, a value per seed
+    for name, seeds in results.items():
+        p = "" if seeds is first else f"{ttest_rel(per_topic(seeds), per_topic(first)).pvalue:.4f}"
+        alone, interpolated = ([fmean(r[key]) for r in seeds] for key in ("alone", "interpolated"))
+        for values, of_row in zip(means.values(), (alone, interpolated), strict=True):
+            values.append(of_row)
+        weights = ", ".join(f"{r['weight']:g}" for r in seeds)
         lines.append(
-            f"| {name} | {r['queries']:,} | {r['minutes']:.1f} | {alone:.4f} | {p} | {r['weight']:g} "
-            f"| {interpolated:.4f} |"
+            f"| {name} | {seeds[0]['queries']:,} | {len(seeds)} | {fmean(r['minutes'] for r in seeds):.1f} "
+            f"| {mean_and_deviation(alone)} | {p} | {weights} | {mean_and_deviation(interpolated)} |"
         )
 
-    figure = Figure(figsize=(8, 0.5 * len(results) + 1.2), layout="constrained")
+    figure = Figure(figsize=(7, 4) if curve else (8, 0.5 * len(results) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    rows = range(len(results))
-    axes.barh([row - 0.2 for row in rows], [fmean(r["alone"]) for r in results.values()], 0.38, label="reranker alone")
-    axes.barh(
-        [row + 0.2 for row in rows],
-        [fmean(r["interpolated"]) for r in results.values()],
-        0.38,
-        label="interpolated with BM25",
-    )
-    axes.axvline(bm25_alone, color="0.3", linestyle=":", label="BM25")
-    axes.set_yticks(rows, list(results))
-    axes.invert_yaxis()
-    axes.set(xlabel="nDCG@10")
+    for offset, (label, rows) in zip((-0.2, 0.2), means.items(), strict=True):
+        middle, deviations = map(fmean, rows), [stdev(row) if len(row) > 1 else 0 for row in rows]
+        if curve:
+            axes.errorbar(curve, list(middle), deviations, fmt="o-", capsize=3, label=label)
+        else:
+            axes.barh([i + offset for i in range(len(rows))], list(middle), 0.38, xerr=deviations, label=label)
+    if curve:
+        axes.axhline(bm25_alone, color="0.3", linestyle=":", label="BM25")
+        axes.set(xscale="log", xlabel="training queries", ylabel="nDCG@10", xticks=curve)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.minorticks_off()
+    else:
+        axes.axvline(bm25_alone, color="0.3", linestyle=":", label="BM25")
+        axes.set_yticks(range(len(results)), list(results))
+        axes.invert_yaxis()
+        axes.set(xlabel="nDCG@10")
     figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(f"{output}.png", dpi=150)
     text = "\n".join(lines)
@@ -190,6 +229,9 @@ def main() -> None:
     parser.add_argument("--qrels", help="default: the topics or qrels of --work")
     parser.add_argument("--output", default="ablation", help="default: %(default)s")
     parser.add_argument("--queries", type=int, default=300, help="queries to train on (default: %(default)s)")
+    parser.add_argument("--curve", type=int, nargs="+", default=[], metavar="N", help="numbers of queries to train on")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings per row (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, default=2, help="passes over the triples (default: %(default)s)")
     parser.add_argument("--t5", help="also train a monoT5 from this T5: a folder or a name on the hub")
     args = parser.parse_args()
     args.topics = args.topics or f"{args.work}/topics.tsv"
@@ -201,24 +243,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         ablation = Ablation(args, Path(name))
         best = ablation.filtered(*CONSISTENT)
-        rows = {"consistency and mean_log_probs": (best, args.queries, minilm, False)}
-        rows |= {
-            f"{function} alone": (ablation.filtered("--scoring_function", function), args.queries, minilm, False)
-            for function in ("mean_log_probs", "sum_log_probs", "mean_probs")
-        }
-        rows["random queries"] = (ablation.random_queries, args.queries, minilm, False)
-        rows["random negatives"] = (best, args.queries, minilm, True)
-        rows |= {f"{count:,} queries": (best, count, minilm, False) for count in (100, 1000)}
+        rows = {f"{count:,} queries": (ablation.consistent_queries, count, minilm, False) for count in args.curve}
+        if not args.curve:
+            rows["consistency and mean_log_probs"] = (best, args.queries, minilm, False)
+            for function in ("mean_log_probs", "sum_log_probs", "mean_probs"):
+                keep = ablation.filtered("--scoring_function", function)
+                rows[f"{function} alone"] = (keep, args.queries, minilm, False)
+            rows["random queries"] = (ablation.random_queries, args.queries, minilm, False)
+            rows["random negatives"] = (best, args.queries, minilm, True)
+            rows |= {f"{count:,} queries": (best, count, minilm, False) for count in (100, 1000)}
         if args.t5:
             rows["monoT5"] = (best, args.queries, args.t5, False)
         done = dict(json.loads(line) for line in kept.read_text().splitlines()) if kept.exists() else {}
-        for name, row in rows.items():
-            if name not in done:
-                print(name, "...", file=sys.stderr, flush=True)
-                done[name] = ablation.measure(*row)
-                with kept.open("a") as file:
-                    file.write(json.dumps([name, done[name]]) + "\n")
-        print(report({name: done[name] for name in rows}, args.output))
+        for seed in range(1, args.seeds + 1):
+            for name, row in rows.items():
+                key = f"{name}, seed {seed}"
+                if key not in done:
+                    print(key, "...", file=sys.stderr, flush=True)
+                    done[key] = ablation.measure(*row, seed)
+                    with kept.open("a") as file:
+                        file.write(json.dumps([key, done[key]]) + "\n")
+        results = {name: [done[f"{name}, seed {seed}"] for seed in range(1, args.seeds + 1)] for name in rows}
+        print(report(results, args.output, args.curve))
 
 
 if __name__ == "__main__":
