@@ -12,12 +12,12 @@ Scoring functions of the log-probabilities of a query's tokens:
     sum_log_probs    their sum: how likely the whole query is, which favours short queries
     mean_probs       the mean of the probabilities: less strict about a single unlikely token
 
-Two scoring functions need no log-probabilities: `monot5` scores query and document with a trained reranker (InPars-v2,
-arXiv 2301.01820), and `consistency` is 1 / the rank at which the first stage retrieves the source document. With any of
-them, --consistency_k 20 --index INDEX drops queries whose source document is not among the first 20 BM25 hits (after
-Promptagator, arXiv 2209.11755); --run RUN is any other first stage. Ties are broken by mean log-probability, then by a
-hash of doc_id. Memory grows with --top_k and the run, not with the input. Scores of a reranker are saved: after a kill,
-run the same command again.
+Two scoring functions need no log-probabilities: `monot5` scores query and document with a trained reranker
+(InPars-v2, arXiv 2301.01820), and `consistency` is 1 / the rank at which the first stage retrieves the source
+document. With every scoring function, --consistency_k 20 --index INDEX drops queries whose source document is not
+among the first 20 BM25 hits (after Promptagator, arXiv 2209.11755); --run RUN is any other first stage. Ties are
+broken by mean log-probability, then by a hash of doc_id. Memory grows with --top_k and the run, not with the input.
+Scores of a reranker are saved: after a kill, run the same command again.
 """
 
 import argparse

@@ -17,7 +17,7 @@ CONTEXT = 4096  # tokens per request, answer included
 
 
 def main() -> None:
-    """Start the server, print its address and wait for Ctrl-C."""
+    """Start the servers, print their addresses and wait for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8080, help="first port; 0 chooses free ones (default: %(default)s)")
     parser.add_argument("--servers", type=int, default=1, help="servers that share the cores (default: %(default)s). "

@@ -1,4 +1,4 @@
-"""Command-line edges of every script: input errors, warnings, exit codes, argparse types."""
+"""Command-line helpers of the scripts: input errors, warnings, exit codes, argparse types."""
 
 import argparse
 import math

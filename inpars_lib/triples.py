@@ -63,8 +63,8 @@ class TripleFile(Sequence[Triple]):
 def group_starts(triples: Sequence[Triple]) -> Sequence[int]:
     """Return the first triple of each group, and the number of triples at the end.
 
-    A group is at most n adjacent triples of one query and positive, where n is their most frequent number. More
-    triples form several groups: two equal queries for copies of a document, for example.
+    Let n be the most common number of adjacent triples of one query and positive. Each such sequence of triples is
+    split into groups of at most n: two equal queries for copies of a document, for example, are two groups.
     """
     sizes = array.array("q", (sum(1 for _ in row) for _, row in groupby(triples, key=lambda triple: triple[:2])))
     counts = Counter(sizes)
@@ -76,11 +76,11 @@ def group_starts(triples: Sequence[Triple]) -> Sequence[int]:
 class TrainingExamples:
     """Items of training batches: single examples for the pointwise loss, groups of a positive and negatives for others.
 
-    An example is (query, document, relevant or not). `loss` is a name in `LOSSES`.
+    An example is (query, document, relevant or not). A triple has two. `loss` is a name in `LOSSES`.
 
     Attributes:
         group_size: Examples of a full group, 1 + n.
-        item_size: Examples that an item counts as.
+        item_size: Examples per item: 1 for the pointwise loss, else `group_size`.
     """
 
     def __init__(self, triples: Sequence[Triple], loss: str = "pointwise") -> None:
