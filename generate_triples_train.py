@@ -106,13 +106,8 @@ def choose_held_out(args: argparse.Namespace, queries: list[SyntheticQuery]) -> 
     return chosen
 
 
-def write_held_out(output: str, held_out: list[SyntheticQuery], run: QueryRun | None) -> None:
-    """Write OUTPUT.holdout.jsonl and, with a run, OUTPUT.holdout.run.txt. Delete those of earlier triples."""
-    queries_path, run_path = f"{output}.holdout.jsonl", f"{output}.holdout.run.txt"
-    for path, needed in ((queries_path, held_out), (run_path, held_out and run)):
-        if not needed and os.path.exists(path):
-            os.remove(path)
-            print(f"{path}: deleted, because it belonged to the triples that this run has replaced", file=sys.stderr)
+def write_held_out(queries_path: str, run_path: str, held_out: list[SyntheticQuery], run: QueryRun | None) -> None:
+    """Write the held-out queries, if any, and their hits, if there is a run."""
     if held_out:
         with atomic_write(queries_path) as file:
             file.writelines(query.line_text + "\n" for query in held_out)
@@ -185,6 +180,7 @@ def write_triples(args: argparse.Namespace) -> None:
 
     # 4. The triples
     triples = unserved = 0
+    held_out_paths = f"{args.output}.holdout.jsonl", f"{args.output}.holdout.run.txt"
     with atomic_write(args.output) as output, atomic_write(args.output_ids) as output_ids:
         for query, hits in zip(queries, sampled, strict=True):
             usable = [doc_id for doc_id in hits.doc_ids if texts.get(doc_id) not in (None, "", query.doc_text)]
@@ -199,9 +195,16 @@ def write_triples(args: argparse.Namespace) -> None:
                 f"{first_stage}: no query has a hit{ranks} other than its source document. Pass the {kind} of "
                 f"{args.corpus}{', or lower --min_rank' if ranks else ''}."
             )
+        # Before the triples are replaced, so that a kill never leaves triples beside other held-out queries
+        replaced = [path for path in held_out_paths if os.path.exists(path)]
+        for path in replaced:
+            os.remove(path)
     if absent:
         warn(f"{args.corpus}: no text for {len(absent):,} documents of the {kind}, the first is {absent[0]}.")
-    write_held_out(args.output, held_out, run)
+    write_held_out(*held_out_paths, held_out, run)
+    for path in replaced:
+        if not os.path.exists(path):
+            print(f"{path}: deleted, because it belonged to the triples that this run has replaced", file=sys.stderr)
     os.remove(log_path)
     print(f"{args.output}: {triples:,} triples; {unserved:,} queries without a usable hit", file=sys.stderr)
 

@@ -48,6 +48,7 @@ step "$WORK/collection.tsv" "$PYTHON" demo/build_collection.py --output_dir "$WO
 if [ ! -e "$WORK/generated" ]; then
     echo
     echo "\$ python demo/serve_llm.py --port 0 --servers 2 &"
+    rm -f "$WORK/server.url" # of a killed run
     "$PYTHON" demo/serve_llm.py --port 0 --servers 2 >"$WORK/server.url" 2>"$WORK/server.log" &
     serving=$!
     for _ in $(seq 120); do
@@ -72,7 +73,7 @@ step "$WORK/filtered.jsonl" "$PYTHON" filter_queries_by_score.py --input "$WORK/
     --output "$WORK/filtered.jsonl" --top_k 500 --scoring_function mean_log_probs --consistency_k 20 \
     --corpus "$WORK/collection.tsv" --index "$WORK/index" --plot "$WORK/scores.png" --sample_html "$WORK/queries.html"
 
-step "$WORK/triples.tsv" "$PYTHON" generate_triples_train.py --input "$WORK/filtered.jsonl" --output "$WORK/triples.tsv" \
+step "$WORK/triples.tsv.holdout.jsonl" "$PYTHON" generate_triples_train.py --input "$WORK/filtered.jsonl" --output "$WORK/triples.tsv" \
     --output_ids "$WORK/triples.ids.tsv" --corpus "$WORK/collection.tsv" --index "$WORK/index" --max_hits 100 \
     --n_samples 2 --holdout 70
 

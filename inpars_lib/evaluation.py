@@ -314,9 +314,7 @@ def interpolation_curve(
 
 def best_weight(curve: Mapping[float, float]) -> float:
     """Return the weight with the highest nDCG@10, the largest weight among equals; 0 if all weights are equal."""
-    if len(set(curve.values())) == 1:
-        return 0.0
-    return max(curve, key=lambda weight: (curve[weight], weight))
+    return max(curve, key=lambda weight: (curve[weight], weight)) if len(set(curve.values())) > 1 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------- command

@@ -210,10 +210,10 @@ def read_qrels(path: str) -> Iterator[Qrel]:
     def parse(line: str) -> tuple[str, str, float] | None:
         nonlocal widths
         columns = split_columns(line, widths)
+        is_header = columns == ["query-id", "corpus-id", "score"]  # BEIR's
+        qrel = None if is_header else (columns[0], columns[-2], parse_number(columns[-1], float))
         widths = (len(columns),)
-        if columns == ["query-id", "corpus-id", "score"]:  # BEIR's header line
-            return None
-        return columns[0], columns[-2], parse_number(columns[-1], float)
+        return qrel
 
     seen: dict[tuple[str, str], int] = {}
     folder = os.path.join(path, "qrels")
@@ -255,12 +255,11 @@ def read_run(
     def parse(line: str) -> tuple[str, str, float, int]:
         nonlocal widths
         columns = split_columns(line, widths)
+        doc_id, rank = columns[-4 if len(columns) == 6 else 1], columns[-3 if len(columns) == 6 else 2]
+        position = parse_number(rank, int)
+        score = -float(position) if len(columns) == 3 else parse_number(columns[-2 if len(columns) == 6 else 3], float)
         widths = (len(columns),)
-        if len(columns) == 6:
-            return columns[0], columns[2], parse_number(columns[4], float), parse_number(columns[3], int)
-        rank = parse_number(columns[2], int)
-        score = -float(rank) if len(columns) == 3 else parse_number(columns[3], float)
-        return columns[0], columns[1], score, rank
+        return columns[0], doc_id, score, position
 
     found: dict[str, tuple[list[str], array.array[float], array.array[int]]] = {}
     interned: dict[str, str] = {}  # one string object per document, however many queries retrieve the document

@@ -81,8 +81,7 @@ def sample_negatives(
 def sample_hits(hits: Sequence[ScoredDoc], source: str, n: int, seed: str, min_rank: int = 1) -> SampledHits:
     """Sample `n` hits of a query, without the source document.
 
-    Hits with the source document's score, duplicates of its text for example, are used only if n + 50 samples bring too
-    few others.
+    Hits with the source document's score, duplicates of its text for example, are a last resort.
 
     Args:
         hits: Hits of the query, best first.

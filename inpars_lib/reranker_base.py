@@ -1,6 +1,7 @@
 """Base class of the rerankers: tokenization, batches, scoring."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 CPU_BATCH_TOKENS = 2048  # tokens per batch on a CPU; larger batches no longer fit its caches
 GPU_BATCH_TOKENS = 65536  # upper bound of tokens per batch on a GPU
+OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate memory")
 
 
 class Reranker:
@@ -147,7 +149,7 @@ class Reranker:
                     batch = self.pad([inputs[i] for i in chosen])
                     scored = self.forward({k: v.to(self.model.device) for k, v in batch.items()}).float().cpu()
                 except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if len(chosen) == 1 or not _is_out_of_memory(error):
+                    if len(chosen) == 1 or not OUT_OF_MEMORY.search(str(error)):
                         raise
                     self.batch_tokens = max(1, self.batch_tokens // 2)
                     continue
@@ -180,7 +182,3 @@ class Reranker:
         bytes_per_token = 4 * self.model.dtype.itemsize * (2 * width + heads * self.max_length)
         memory = torch.cuda.mem_get_info(self.model.device)[1] // 4
         return max(self.max_length, min(GPU_BATCH_TOKENS, memory // bytes_per_token))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()

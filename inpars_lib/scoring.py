@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby, islice
@@ -148,8 +147,7 @@ class ScoreStore:
 
     def read(self, block: int) -> list[float]:
         """Return the scores of a finished block."""
-        scores: list[float] = json.loads((self.folder / f"{block}.json").read_text())
-        return scores
+        return json.loads((self.folder / f"{block}.json").read_text())
 
     def check_complete(self, blocks: int) -> None:
         """Check that all blocks are finished.
@@ -163,7 +161,7 @@ class ScoreStore:
     def delete(self) -> None:
         """Delete the scores of these settings."""
         shutil.rmtree(self.folder)
-        with suppress(OSError):  # scores of other settings are left
+        if not any(self.root.iterdir()):  # no scores of other settings
             self.root.rmdir()
 
 

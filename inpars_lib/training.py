@@ -263,8 +263,7 @@ class TrainingRecord:
                 f"{self.path}: trained with other settings ({listed}). Repeat the earlier settings, or choose another "
                 "--output_dir."
             )
-        finished: int | None = record["finished"]
-        return finished
+        return record["finished"]
 
 
 def write_results(output_dir: str, history: Sequence[Mapping[str, Any]], first_stage: Mapping[str, float]) -> None:

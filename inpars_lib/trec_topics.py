@@ -11,16 +11,19 @@ from itertools import chain
 from inpars_lib.cli import InputError
 from inpars_lib.text_lines import Block
 
-START = re.compile(rb"(?i)(?:\s|<[^<>]*>)*?<top(?:ic)?[\s>]")  # tags only, before the first topic
+START = re.compile(rb"(?is)(?:\s|<!--.*?-->|<[^<>]*>)*?<top(?:ic)?[\s>]")  # tags only, before the first topic
 TOPIC = re.compile(r"(?is)<(top|topic)(?:\s[^>]*)?>.*?(?=</\1\s*>|<\1[\s>]|\Z)")
-ATTRIBUTE = re.compile(r"""(?i)<topic\s[^>]*\bnumber\s*=\s*["']?([^"'\s>]+)""")
+ATTRIBUTE = re.compile(r"""(?i)<topic\s(?:[^>]*?\s)?number\s*=\s*["']?([^"'\s>]+)""")
 TAGS = "top|topic|subtopic|num|title|query|question|desc|description|narr|narrative|dom|head|smry|con|fac|def|nat|time"
-# A field, without the label of old topics. It ends at a tag that topics have, or at a line that begins with any tag,
-# because other text may hold `<`.
-FIELD = rf"(?ims)<%s(?:\s[^>]*)?>(?:\s*(?:Number|Topic)\s*:)?\s*([^\s<].*?)(?=</?(?:{TAGS})[\s>]|^\s*<[a-z]|\Z)"
-NUM, TITLE, QUERY = (re.compile(FIELD % name) for name in ("num", "title", "query"))
-# Comments and closed fields that are not read, which may quote the tags of other fields
-IGNORED = re.compile(r"(?is)<!--.*?-->|<(desc|description|narr|narrative)(?:\s[^>]*)?>.*?</\1\s*>")
+# A field, without the label of old topics. If it is not closed, it ends at a tag that topics have, or at a line that
+# begins with any tag. Other text may hold `<`.
+FIELD = (
+    r"(?ims)<{0}(?:\s[^>]*)?>(?:\s*(?:Number|Topic)\s*:)?\s*(?=[^\s<])"
+    r"(?:(.*?)</{0}\s*>|(.*?)(?=</?(?:{1})[\s>]|^\s*<[a-z]|\Z))"
+)
+NUM, TITLE, QUERY = (re.compile(FIELD.format(name, TAGS)) for name in ("num", "title", "query"))
+COMMENT, CDATA = re.compile("(?s)<!--.*?-->"), re.compile(r"(?s)<!\[CDATA\[(.*?)\]\]>")
+IGNORED = re.compile(r"(?is)<(desc|description|narr|narrative)(?:\s[^>]*)?>.*?</\1\s*>")  # may quote other tags
 ENTITY = re.compile(r"&(#\d+|#[xX][\da-fA-F]+|\w+);")
 
 
@@ -33,14 +36,18 @@ def topics_as_tsv(blocks: Iterator[Block]) -> Iterator[Block]:
         return
     path, number, _ = first
     text, at = b"".join(line for block in blocks for line in block[2]).decode(errors="surrogateescape"), 0
-    text = IGNORED.sub(lambda ignored: "\n" * ignored[0].count("\n"), text)
+    text = COMMENT.sub(lambda comment: "\n" * comment[0].count("\n"), text)
+    text = CDATA.sub(lambda data: html.escape(data[1], quote=False), text)
     for topic in TOPIC.finditer(text):
         number += text.count("\n", at, topic.start())
-        at = topic.start()
-        fields = ATTRIBUTE.match(topic[0]) or NUM.search(topic[0]), TITLE.search(topic[0]) or QUERY.search(topic[0])
-        columns = [
-            " ".join(ENTITY.sub(lambda entity: html.unescape(entity[0]), field[1]).split()) for field in fields if field
-        ]
+        at, body = topic.start(), IGNORED.sub("", topic[0])
+        fields = ATTRIBUTE.match(body) or NUM.search(body), TITLE.search(body) or QUERY.search(body)
+        texts = (
+            ENTITY.sub(lambda entity: html.unescape(entity[0]), field[field.lastindex or 1])
+            for field in fields
+            if field
+        )
+        columns = [" ".join(text.split()) for text in texts]
         if len(columns) < 2:
             missing = "<title> or <query>" if fields[0] else "number"
             raise InputError(f"{path}, line {number}: the topic has no {missing}. Add it or delete the topic.")

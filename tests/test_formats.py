@@ -194,11 +194,31 @@ def test_trec_topics(tmp_path: Path, text: str) -> None:
         ("<!-- <title>old</title>\n --><title>new</title>", "new"),
         ("<desc>see the <title> field</desc><query>real query</query>", "real query"),
         ("<title> ?a=1&copy=2&amp;b", "?a=1&copy=2&b"),
+        ("<title>how to use the <title> tag</title>", "how to use the <title> tag"),
+        ("<title>html <time> element\n<a href></title>", "html <time> element <a href>"),
+        ("<title><![CDATA[a < b]]></title>", "a < b"),
+        ("<title></title><query>real query", "real query"),
     ],
 )
 def test_trec_topics_with_markup_in_the_query(tmp_path: Path, fields: str, query: str) -> None:
     (tmp_path / "topics").write_text(f"<top>\n<num> 1\n{fields}\n</top>\n")
     assert formats.read_topics(str(tmp_path / "topics")) == {"1": query}
+
+
+def test_trec_topics_of_mixed_files(tmp_path: Path) -> None:
+    """An unclosed description before a closed one, a comment with tags before the topics, a second number."""
+    topics = "<!-- a > b <x> -->\n<top><num>1<title>one<desc>open</top>\n<top><num>2<title>two<desc>d</desc></top>\n"
+    (tmp_path / "t").write_text(topics + "<top><num>3</num><title>three</title></top>\n")
+    assert formats.read_topics(str(tmp_path / "t")) == {"1": "one", "2": "two", "3": "three"}
+    (tmp_path / "t.xml").write_text('<t><topic number="1" sub-number="2"><query>q</query></topic></t>')
+    assert formats.read_topics(str(tmp_path / "t.xml")) == {"1": "q"}
+
+
+def test_a_comment_line_fixes_no_number_of_columns(tmp_path: Path) -> None:
+    (tmp_path / "q").write_text("# my qrels\n1 0 a 2\n")
+    assert list(formats.read_qrels(str(tmp_path / "q"))) == [Qrel("1", "a", 2)]
+    (tmp_path / "r").write_text("# a comment line\n1 Q0 a 1 1.5 x\n")
+    assert formats.read_run(str(tmp_path / "r")) == {"1": [("1", "a", 1.5)]}
 
 
 def test_topics_that_name_a_document(tmp_path: Path) -> None:

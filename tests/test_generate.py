@@ -385,12 +385,13 @@ def test_a_refused_document_with_many_queries_stops_no_run(numbered: Path, opena
 
 @pytest.mark.slow
 def test_kills_request_no_answered_query_again(numbered: Path, openai_server: StandIn) -> None:
-    output, reached = numbered.parent / "queries.jsonl", threading.Event()
+    output, reached, killed = numbered.parent / "queries.jsonl", threading.Event(), threading.Event()
 
     def respond(request: dict) -> tuple[int, object]:
         if len(openai_server.requests) in (4, 8):
+            killed.clear()
             reached.set()
-            time.sleep(0.5)  # killed in the meantime
+            killed.wait(60)
         return seeded(request)
 
     openai_server.respond = respond
@@ -401,6 +402,7 @@ def test_kills_request_no_answered_query_again(numbered: Path, openai_server: St
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stderr.close()
+        killed.set()
     with output.open("a") as file:
         file.write('{"doc_id": "a#1", "doc_text"')  # torn by the kill
     ok(generate(numbered, openai_server.url, *SEVERAL))
@@ -1022,11 +1024,11 @@ def test_headers_and_key_go_together(collection: Path, openai_server: StandIn) -
 )
 def test_a_server_that_quotes_the_headers(collection: Path, openai_server: StandIn, status: int, body: object) -> None:
     def respond(request: dict) -> tuple[int, object]:
-        return openai_server.answer(request) if len(openai_server.requests) % 3 == 1 else (status, body)
+        return openai_server.answer(request) if document_of(request) == "number0" else (status, body)
 
     openai_server.respond = respond
     secrets = ["--header", "Authorization=Bearer sk-header", "--header", "X-Key=Header-Secret", "--patience", 0.5]
-    for api in ([], ["--batch", "--batch_poll", 0]):
+    for api in ([], ["--batch", "--batch_poll", 0, "--retry_errors"]):
         done = generate(collection, openai_server.url, *secrets, *api, API_KEY="sk-key")
         assert "is not known" in done.stderr or status == 401
         said = done.stderr + "".join(path.read_text() for path in collection.parent.iterdir())

@@ -335,7 +335,14 @@ def test_keys() -> None:
     assert read_key(both, []) == read_key(both, ["http://h/v1"]) == "sk-a"
     assert read_key({"OPENAI_API_KEY": "sk-o"}, []) == "sk-o"
     assert read_key({"OPENAI_API_KEY": "sk-o"}, ["https://api.openai.com/v1"]) == "sk-o"
-    assert read_key({"OPENAI_API_KEY": "sk-o"}, ["https://api.openai.com.evil.net/v1"]) is None
+    for url in ("https://api.openai.com.evil.net/v1", "https://notopenai.com/v1"):
+        assert read_key({"OPENAI_API_KEY": "sk-o"}, [url]) is None
+
+
+def test_short_keys_are_no_secrets() -> None:
+    """Local servers take any key, and a word of a parameter's name must stay readable."""
+    assert Access("token").redact({"param": "max_tokens"}) == {"param": "max_tokens"}
+    assert Access("sk-abc").redact([{"msg": "sk-abc"}, 1]) == [{"msg": "<key>"}, 1]
 
 
 @pytest.mark.parametrize(

@@ -351,4 +351,4 @@ class BatchRunner:
             if verdict.action in (Action.GIVE_UP, Action.ADAPT):
                 self.store.add_failure(key, reason, "", usage)
                 return None
-        return error.get("code") or reason
+        return self.access.quote(error.get("code") or reason)

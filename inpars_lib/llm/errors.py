@@ -24,7 +24,7 @@ REPLACEMENTS = (
     "--engine NAME), or the demo's local server (python demo/serve_llm.py --port 8080, then --base_url "
     "http://127.0.0.1:8080/v1 --engine smollm2-135m-instruct)."
 )
-MIN_SECRET = 6  # characters; shorter words of a header are no keys
+MIN_SECRET = 6  # characters; shorter keys and words of a header are no secrets
 RESUME = "Answers so far are saved. Run the same command again to resume."
 
 
@@ -60,7 +60,7 @@ def read_key(environment: Mapping[str, str], urls: Sequence[str]) -> str | None:
         InputError: The key cannot be sent in an HTTP header.
     """
     names = ["API_KEY"]
-    if all((urlsplit(url).hostname or "").endswith("openai.com") for url in urls):
+    if all(f".{urlsplit(url).hostname}".endswith(".openai.com") for url in urls):
         names.append("OPENAI_API_KEY")
     for name in names:
         if key := environment.get(name, "").strip():
@@ -102,11 +102,13 @@ class Access(NamedTuple):
 
     def redact(self, body: Any) -> Any:
         """Return a message or an `error` object without secrets."""
+        if isinstance(body, dict):
+            return {name: self.redact(value) for name, value in body.items()}
         if not isinstance(body, str):
-            return {name: self.redact(value) for name, value in body.items()} if isinstance(body, dict) else body
-        words = {word for _, value in self.headers for word in (value, *value.split()) if len(word) >= MIN_SECRET}
-        for secret in sorted(words | {self.key or ""} - {""}, key=len, reverse=True):
-            body = body.replace(secret, "<key>")
+            return [self.redact(value) for value in body] if isinstance(body, list) else body
+        words = {word for _, value in self.headers for word in (value, *value.split())} | {self.key or ""}
+        for secret in sorted(words, key=len, reverse=True):
+            body = body.replace(secret, "<key>") if len(secret) >= MIN_SECRET else body
         return body
 
 
