@@ -1,8 +1,11 @@
 """Measure the effect of each part of the recipe on the demo's collection.
 
     bash run_demo.sh                                     # writes demo/work: collection, queries, topics
-    python benchmarks/ablation.py --output benchmarks/ablation
-    python benchmarks/ablation.py --output benchmarks/curve --curve 100 300 1000 --seeds 3
+    python benchmarks/ablation.py --output ablation
+    python benchmarks/ablation.py --output curve --curve 100 300 --seeds 3
+
+The demo has 549 queries, of which 100 are held out here and about a third fail the BM25 filter. For 1,000 queries, run
+stage 1 with --max_examples 1650 first, and for 2,000 with 3100.
 
 Each row changes one setting of the first row: selection of queries, source of negatives, number of queries, base model.
 With --curve, the rows are numbers of queries, sampled from those that pass the BM25 filter. Every row runs the scripts
@@ -32,14 +35,14 @@ from inpars_lib.evaluation import best_weight, evaluate_per_query, interpolate, 
 from inpars_lib.formats import read_collection, read_qrels, read_run, read_synthetic_queries, read_texts, read_topics
 from inpars_lib.rerankers import load_reranker
 from inpars_lib.scoring import scores_by_query
-from inpars_lib.storage import json_line
+from inpars_lib.storage import file_sha256, json_line
 
 ROOT = Path(__file__).parent.parent
+HOLDOUT = 100  # queries that choose the weight
 # Settings of the demo
 MAX_LENGTH = 96
 TRAINING = f"--loss pairwise --learning_rate 2e-4 --lr_scheduler_type linear --warmup_steps 20 \
     --gradient_accumulation_steps 2 --max_length {MAX_LENGTH}".split()
-HOLDOUT = 100
 TOP_K = 20
 CONSISTENT = ["--consistency_k", 20]
 
@@ -104,16 +107,16 @@ class Ablation:
     def consistent_queries(self, count: int, seed: int) -> Path:
         """Sample queries that pass the BM25 filter."""
         rows = list(map(json.loads, self.filtered(*CONSISTENT)(len(self.pool), seed).open()))
-        if count > len(rows):
-            sys.exit(f"error: only {len(rows):,} queries pass the BM25 filter. Write more queries in stage 1.")
-        return self.write("kept", random.Random(seed).sample(sorted(rows, key=lambda row: row["doc_id"]), count))
+        rows.sort(key=lambda row: row["doc_id"])
+        return self.write("kept", random.Random(seed).sample(rows, min(count, len(rows))))
 
-    def use_random_negatives(self, triples: Path) -> None:
+    def use_random_negatives(self, triples: Path, seed: int) -> None:
         """Replace each negative by a random document of the collection."""
         texts = [doc.text for doc in read_collection(str(self.corpus))]
-        generator = random.Random(2)
-        lines = [line.rsplit("\t", 1)[0] for line in triples.read_text().splitlines()]
-        triples.write_text("".join(f"{line}\t{generator.choice(texts)}\n" for line in lines))
+        generator = random.Random(seed)
+        pairs = [line.split("\t")[:2] for line in triples.read_text().splitlines()]
+        negatives = [generator.choice([text for text in generator.sample(texts, 2) if text != p]) for _, p in pairs]
+        triples.write_text("".join(f"{q}\t{p}\t{n}\n" for (q, p), n in zip(pairs, negatives, strict=True)))
 
     def measure(
         self, keep: Callable[[int, int], Path], count: int, base: str, random_negatives: bool, seed: int
@@ -128,8 +131,10 @@ class Ablation:
         mining += ["--seed", seed]
         script("generate_triples_train.py", *files, *mining)
         if random_negatives:
-            self.use_random_negatives(triples)
+            self.use_random_negatives(triples, seed)
         queries = sum(1 for _ in kept.open())
+        if queries < count:
+            sys.exit(f"error: only {queries:,} of {count:,} queries are left. Write more queries in stage 1.")
         started = time.monotonic()
         training = ["--triples_train", triples, "--output_dir", model, "--save_every_n_steps", 1_000_000]
         training += ["--epochs", self.epochs, "--seed", seed]
@@ -255,15 +260,21 @@ def main() -> None:
         if args.t5:
             rows["monoT5"] = (best, args.queries, args.t5, False)
         done = dict(json.loads(line) for line in kept.read_text().splitlines()) if kept.exists() else {}
+        files = [f"{args.work}/queries.jsonl", args.topics, args.qrels]  # results of others are not used again
+        settings = (
+            f"{args.epochs:g} epochs, {bool(args.curve)}, {args.queries}, {args.t5}, {[*map(file_sha256, files)]}"
+        )
         for seed in range(1, args.seeds + 1):
             for name, row in rows.items():
-                key = f"{name}, seed {seed}"
+                key = f"{name}, seed {seed}, {settings}"
                 if key not in done:
                     print(key, "...", file=sys.stderr, flush=True)
                     done[key] = ablation.measure(*row, seed)
                     with kept.open("a") as file:
                         file.write(json.dumps([key, done[key]]) + "\n")
-        results = {name: [done[f"{name}, seed {seed}"] for seed in range(1, args.seeds + 1)] for name in rows}
+        results = {
+            name: [done[f"{name}, seed {seed}, {settings}"] for seed in range(1, args.seeds + 1)] for name in rows
+        }
         print(report(results, args.output, args.curve))
 
 

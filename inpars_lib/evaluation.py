@@ -323,7 +323,7 @@ def best_weight(curve: Mapping[float, float]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table of runs."""
     parser = script_parser(__doc__, prog="python -m inpars_lib.evaluation")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="runs, TREC or MS MARCO format")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="runs: TREC, MS MARCO or ColBERT format")
     parser.add_argument("--qrels", required=True, help="judgements")
     add_measure_flags(parser.add_argument)
     args = parser.parse_args(argv)
