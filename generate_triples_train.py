@@ -30,7 +30,7 @@ from inpars_lib.first_stage import QueryRun
 from inpars_lib.formats import read_synthetic_queries, read_texts, tsv_line, write_run
 from inpars_lib.negatives import sample_negatives
 from inpars_lib.records import SyntheticQuery
-from inpars_lib.storage import atomic_write, exclusive
+from inpars_lib.storage import atomic_write, exclusive, is_special
 
 EXPECTED_RECALL = 0.1  # a first stage that retrieves fewer source documents is suspicious
 
@@ -123,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if os.path.realpath(args.output) == os.path.realpath(args.output_ids):
         parser.error("--output and --output_ids name the same file")
+    if is_special(args.output):
+        parser.error(f"--output {args.output}: a log is kept beside the triples, so name a file")
     if args.min_rank > args.max_hits:
         parser.error("--min_rank must not be above --max_hits")
     if args.run and (args.k1, args.b, args.language) != (None, None, None):

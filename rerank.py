@@ -46,7 +46,7 @@ from inpars_lib.scoring import (
     score_blocks,
     scores_by_query,
 )
-from inpars_lib.storage import exclusive
+from inpars_lib.storage import exclusive, is_special
 
 FIRST_STAGE_HITS = 1000  # BM25 hits per query with --index; those below --top_k keep their order
 
@@ -108,6 +108,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--run or --index is required")
     if args.interpolation_weight is None and not (args.holdout and (args.holdout_run or args.index)):
         parser.error("--interpolation_weight auto needs --holdout, and --holdout_run or --index for its hits")
+    if is_special(args.output):
+        parser.error(f"--output {args.output}: scores are saved beside the run, so name a file")
     if [args.queries, args.run, args.qrels, args.holdout, args.holdout_run].count("-") > 1:
         parser.error("only one input can be `-`, standard input")
     if args.holdout_run and args.interpolation_weight is not None:

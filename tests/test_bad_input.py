@@ -274,6 +274,12 @@ def test_links_and_devices_as_output(files: dict[str, Path], tmp_path: Path) -> 
     ok(run(*words))
     assert Path("/dev/null").is_char_device()
     assert not Path("/dev/null.lock").exists()
+    mining = ["generate_triples_train.py", "--input", files["queries"], "--corpus", files["collection"]]
+    mining += ["--output", "/dev/null", "--output_ids", tmp_path / "ids"]
+    assert "so name a file" in error_line(run(*mining), 2)
+    words = ["rerank.py", "--model", "m", "--queries", files["topics"], "--corpus", files["collection"], "--run", "r"]
+    assert "so name a file" in error_line(run(*words, "--output", "/dev/null"), 2)
+    assert not list(Path("/dev").glob("null.*"))
 
 
 def test_two_outputs_with_one_name(files: dict[str, Path], tmp_path: Path) -> None:
