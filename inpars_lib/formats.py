@@ -255,11 +255,11 @@ def read_run(
     def parse(line: str) -> tuple[str, str, float, int]:
         nonlocal widths
         columns = split_columns(line, widths)
-        doc_id, rank = columns[-4 if len(columns) == 6 else 1], columns[-3 if len(columns) == 6 else 2]
-        position = parse_number(rank, int)
-        score = -float(position) if len(columns) == 3 else parse_number(columns[-2 if len(columns) == 6 else 3], float)
+        after_q0 = len(columns) == 6  # TREC's Q0 shifts the other columns by one
+        rank = parse_number(columns[2 + after_q0], int)
+        score = -float(rank) if len(columns) == 3 else parse_number(columns[3 + after_q0], float)
         widths = (len(columns),)
-        return columns[0], doc_id, score, position
+        return columns[0], columns[1 + after_q0], score, rank
 
     found: dict[str, tuple[list[str], array.array[float], array.array[int]]] = {}
     interned: dict[str, str] = {}  # one string object per document, however many queries retrieve the document
