@@ -193,12 +193,13 @@ def print_summary(store: QueryStore, wanted: Set[RequestKey], output: str) -> No
     before = "" if store.usage == store.usage_now else f"; all runs {store.usage}"
     print(f"tokens: {store.usage_now}{before}", file=sys.stderr)
     done, failed = wanted & store.done, len(wanted & store.failed)
-    answered, documents = (len({key.doc_id for key in keys}) for keys in (done, wanted))
+    several = store.queries_per_doc > 1
+    answered, documents = (len({key.doc_id for key in keys} if several else keys) for keys in (done, wanted))
     dropped, left = len(wanted & store.duplicates), len(wanted) - len(done) - failed
     requests = f"; of {len(wanted):,} requests, {len(done):,} are answered ({dropped:,} duplicates dropped)"
     print(
         f"{output}: {store.written:,} queries written; {answered:,} of {documents:,} documents have one"
-        f"{requests if store.queries_per_doc > 1 else ''}, {failed:,} failed, {left:,} are left",
+        f"{requests if several else ''}, {failed:,} failed, {left:,} are left",
         file=sys.stderr,
     )
     if failed:
@@ -241,8 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     decoding = {name: getattr(args, name) for name in names}
     decoding["seed"] = args.seed if args.sampling_seed is None else args.sampling_seed
     model = ModelConfig(args.engine, **decoding, log_probs=not args.no_log_probs, echo=args.include_doc_probs)
-    default_api = "completions" if urls or args.include_doc_probs else "chat"
-    api = ModelApi(model, store.settings["api"] or default_api)
+    api = ModelApi(model, store.settings["api"] or ("completions" if urls or args.include_doc_probs else "chat"))
     if store.request:
         api.restore(store.request)
 

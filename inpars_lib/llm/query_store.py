@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from statistics import median_high
+from statistics import fmean, median_high
 from typing import IO, Any, NamedTuple
 
 from inpars_lib.cli import InputError, shorten, warn
@@ -31,7 +31,7 @@ class RequestKey(NamedTuple):
 
 def request_key(doc_id: str, name: str | None = None) -> RequestKey:
     """Return the key of a request from its name in a file, `doc_id#number`, or None for the first request."""
-    number = (name or "").rpartition("#")[2]
+    number = name.rpartition("#")[2] if name else ""
     return RequestKey(doc_id, int(number) if number.isdecimal() else 1)
 
 
@@ -103,7 +103,7 @@ class QueryStore:
 
     def _named(self, key: RequestKey) -> dict[str, str]:
         """Return the field that tells the requests of a document apart, if there are several."""
-        return {} if self.queries_per_doc == key.number == 1 else {"request": self.name(key)}
+        return {} if self.name(key) == key.doc_id else {"request": self.name(key)}
 
     def _read_done(self, path: str) -> None:
         def note(row: SyntheticRow) -> bool:
@@ -258,18 +258,16 @@ class QueryStore:
 
 def summarize_queries(path: str) -> str:
     """Return a line on all queries of an output: lengths, duplicates, copies, mean log-probability."""
-    lengths = array.array("H")
+    lengths, means = array.array("H"), array.array("d")
     distinct: set[int] = set()
-    copied = scored = 0
-    log_probs = 0.0
+    copied = 0
     for row in read_synthetic_queries(path):
         lengths.append(min(len(row.question.split()), 65_535))
         distinct.add(hash(row.question.lower()))
         copied += row.question.lower() in row.doc_text.lower()
         if row.log_probs:
-            scored += 1
-            log_probs += sum(row.log_probs) / len(row.log_probs)
-    mean = f"; mean log-probability {log_probs / scored:.3f}" if scored else ""
+            means.append(fmean(row.log_probs))
+    mean = f"; mean log-probability {fmean(means):.3f}" if means else ""
     return (
         f"questions: {min(lengths)} to {max(lengths)} words, median {median_high(lengths)}; "
         f"{len(lengths) - len(distinct):,} duplicates, {copied:,} copied from the document{mean}"
