@@ -1,9 +1,11 @@
 """All five stages, on real text with a real language model and real Lucene."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import error_line, ok, rows, run, run_process, save_t5
+from conftest import ROOT, error_line, ok, rows, run, run_process, save_t5
 from stand_in import StandIn, completion
 
 
@@ -39,6 +41,15 @@ def test_from_a_collection_to_a_table(demo_data: Path, llm_url: str, tmp_path: P
     assert "20 judged queries" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("R@1000")
     assert len({line.split()[0] for line in (work / "run.txt").read_text().splitlines()}) == 20
+
+
+@pytest.mark.parametrize("documents", ["many", "0", "-5", "1.5", "6,000"])
+def test_the_demo_refuses_a_wrong_number_of_documents(documents: str) -> None:
+    command = ["bash", str(ROOT / "run_demo.sh")]
+    done = subprocess.run(command, env={**os.environ, "DEMO_DOCUMENTS": documents}, capture_output=True, text=True)
+    assert done.returncode == 2
+    expected = f"error: DEMO_DOCUMENTS is '{documents}'. Set it to a number of documents, such as 6000.\n"
+    assert (done.stdout, done.stderr) == ("", expected)
 
 
 GENERATE = """--collection data/msmarco/collection.tsv --output data/msmarco/synthetic_queries.jsonl --engine curie"""
