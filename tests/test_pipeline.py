@@ -1,7 +1,9 @@
 """All five stages, on real text with a real language model and real Lucene."""
 
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,23 @@ def test_the_demo_refuses_a_wrong_number_of_documents(documents: str) -> None:
     assert done.returncode == 2
     expected = f"error: DEMO_DOCUMENTS is '{documents}'. Set it to a number of documents, such as 6000.\n"
     assert (done.stdout, done.stderr) == ("", expected)
+
+
+@pytest.mark.parametrize("settings", [None, "settings 2, 800 documents\n"])
+def test_the_demo_refuses_a_folder_of_other_settings(settings: str | None, tmp_path: Path) -> None:
+    """Finished stages are skipped, so files of other settings would give a mixed result."""
+    for name in ("run_demo.sh", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("work*"))
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    work = tmp_path / "demo/work"
+    work.mkdir()
+    (work / "collection.tsv").touch()
+    if settings:
+        (work / "settings.txt").write_text(settings)
+    done = subprocess.run(["bash", str(tmp_path / "run_demo.sh")], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: demo/work was made with other settings. Move or delete this folder.\n"
 
 
 GENERATE = """--collection data/msmarco/collection.tsv --output data/msmarco/synthetic_queries.jsonl --engine curie"""
