@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -50,10 +50,10 @@ ROOT = Path(__file__).parent.parent
 HOLDOUT = 100  # queries that choose the weight `auto`
 SAMPLE = 1000  # queries that a selection selects from
 FIXED_WEIGHT = 0.5
-Series = dict[str, list[list[float]]]  # {plotted series: for each row, a value per seed}
+Series = dict[str, list[list[float]]]  # {column: for each row, a value per seed}
 # Settings of the demo
 TOP_K = 20
-CONSISTENT = ["--consistency_k", TOP_K]
+CONSISTENT = ("--consistency_k", str(TOP_K))
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Ablation:
 
     def train(self, row: Row, triples: Path, seed: int) -> Any:
         """Return the reranker that is trained on the triples."""
-        model = self.folder / f"model-{time.monotonic_ns()}"
+        model = self.folder / "model"
         batch = 2 * (1 + row.negatives) if row.loss == "listwise" else 4 * row.negatives  # two queries
         flags = ["--epochs", row.epochs, "--loss", row.loss, "--learning_rate", row.learning_rate, "--seed", seed]
         flags += ["--max_length", row.max_length, "--per_device_train_batch_size", batch]
@@ -239,11 +239,11 @@ def per_topic(seeds: Sequence[list[float]]) -> list[float]:
     return [fmean(values) for values in zip(*seeds, strict=True)]
 
 
-def table(results: dict[str, list[dict[str, Any]]], topics: int, against_bm25: bool) -> tuple[str, Series]:
-    """Return the table of a set of topics, and the plotted values: {series: a value per row and seed}."""
+def table(results: dict[str, list[dict[str, Any]]], topics: int, against_bm25: bool) -> tuple[str, float, Series]:
+    """Return the table of a set of topics, BM25's mean, and the means of each column by row and seed."""
     from scipy.stats import ttest_rel
 
-    fixed = f"weight {FIXED_WEIGHT:g}"
+    alone, auto, fixed = "alone", "auto", f"weight {FIXED_WEIGHT:g}"
     lines = [
         f"| | queries | seeds | training, minutes | alone | p | auto: weights | auto | p | {fixed} | p | best weight |",
         "|---|" + "---:|" * 11,
@@ -251,46 +251,40 @@ def table(results: dict[str, list[dict[str, Any]]], topics: int, against_bm25: b
     first = next(iter(results.values()))
     bm25 = first[0]["ndcg"][topics]["0.0"]
     lines.append(f"| BM25 | | | | {fmean(bm25):.4f} |" + " |" * 7)
-    series: Series = {"reranker alone": [], f"interpolated, {fixed}": [], "BM25": [bm25]}
-    compared: list[list[float]] = []
+    series: Series = {alone: [], auto: [], fixed: []}
+    compared: dict[str, list[float]] = {}
     for name, seeds in results.items():
-        cells = []
-        weights: list[Callable[[dict[str, Any]], str]] = [
-            lambda result: "1.0",
-            lambda result: str(float(result["auto"])),
-            lambda result: str(FIXED_WEIGHT),
-        ]
-        for i, weight in enumerate(weights):
-            values = [result["ndcg"][topics][weight(result)] for result in seeds]
-            if seeds is first:
-                compared.append(bm25 if against_bm25 else per_topic(values))
+        weights = {alone: ["1.0"] * len(seeds), fixed: [str(FIXED_WEIGHT)] * len(seeds)}
+        weights[auto] = [str(float(result["auto"])) for result in seeds]
+        cells = {}
+        for column in series:
+            values = [result["ndcg"][topics][w] for result, w in zip(seeds, weights[column], strict=True)]
             mean = per_topic(values)
-            pvalue = 1.0 if mean == compared[i] else ttest_rel(mean, compared[i]).pvalue
-            p = "" if seeds is first and not against_bm25 else f"{pvalue:.4f}"
-            means = list(map(fmean, values))
-            if i == 1:
-                cells.append(", ".join(f"{result['auto']:g}" for result in seeds))
-            else:
-                list(series.values())[i // 2].append(means)
-            cells += [mean_and_deviation(means), p]
+            other = compared.setdefault(column, bm25 if against_bm25 else mean)
+            p = 1.0 if mean == other else ttest_rel(mean, other).pvalue
+            series[column].append(list(map(fmean, values)))
+            shown = "" if seeds is first and not against_bm25 else f"{p:.4f}"
+            cells[column] = f"{mean_and_deviation(series[column][-1])} | {shown}"
         of_weight = {w: fmean(fmean(result["ndcg"][topics][w]) for result in seeds) for w in seeds[0]["ndcg"][topics]}
         best = max(of_weight, key=lambda w: of_weight[w])
         queries, minutes = (fmean(result[key] for result in seeds) for key in ("queries", "minutes"))
+        listed = ", ".join(f"{result['auto']:g}" for result in seeds)
         lines.append(
-            f"| {name} | {queries:,.0f} | {len(seeds)} | {minutes:.1f} | {' | '.join(cells)} "
-            f"| {float(best):g}: {of_weight[best]:.4f} |"
+            f"| {name} | {queries:,.0f} | {len(seeds)} | {minutes:.1f} | {cells[alone]} | {listed} | {cells[auto]} "
+            f"| {cells[fixed]} | {float(best):g}: {of_weight[best]:.4f} |"
         )
-    return "\n".join(lines), series
+    return "\n".join(lines), fmean(bm25), series
 
 
-def plot(series: Series, names: list[str], curve: list[int], path: str) -> None:
+def plot(bm25: float, series: Series, names: list[str], curve: list[int], path: str) -> None:
     """Plot means and standard deviations of the rows: lines over the numbers of queries, or bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4) if curve else (8, 0.5 * len(names) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    bm25 = fmean(series.pop("BM25")[0])
-    for offset, (label, rows) in zip((-0.2, 0.2), series.items(), strict=True):
+    fixed = f"weight {FIXED_WEIGHT:g}"
+    plotted = {"reranker alone": series["alone"], f"interpolated, {fixed}": series[fixed]}
+    for offset, (label, rows) in zip((-0.2, 0.2), plotted.items(), strict=True):
         middle, deviations = list(map(fmean, rows)), [stdev(row) if len(row) > 1 else 0 for row in rows]
         if curve:
             axes.errorbar(curve, middle, deviations, fmt="o-", capsize=3, label=label)
@@ -315,11 +309,11 @@ def ablation_rows(count: int, base_model: str, epochs: float, t5: str | None) ->
     rows = {
         "BM25 filter, random sample": first,
         "no filter, random sample": replace(first, unfiltered=True),
-        "BM25 filter, mean_log_probs": replace(first, selection=("--consistency_k", str(TOP_K))),
+        "BM25 filter, mean_log_probs": replace(first, selection=CONSISTENT),
     }
     for function in ("mean_log_probs", "sum_log_probs", "mean_probs"):
         rows[f"{function} alone"] = replace(first, selection=("--scoring_function", function))
-    copied = ("--consistency_k", str(TOP_K), "--skip_questions_copied_from_context")
+    copied = (*CONSISTENT, "--skip_questions_copied_from_context")
     rows |= {
         "BM25 filter, mean_log_probs, copied queries dropped": replace(first, selection=copied),
         "random negatives": replace(first, random_negatives=True),
@@ -367,21 +361,23 @@ def main() -> None:
     topics = [Path(name).resolve() for name in args.topics or [work]]
     files = [work / name for name in ("queries.jsonl", "collection.tsv", "index/inpars.json")]
     files += [path / name for path in topics for name in ("topics.tsv", "qrels.txt")]
-    with exclusive(f"{args.output}.jsonl"), tempfile.TemporaryDirectory() as name:
+    with exclusive(f"{args.output}.jsonl"), tempfile.TemporaryDirectory() as folder:
         log = ResumeLog(f"{args.output}.jsonl", {"files": [file_sha256(str(path)) for path in files]})
         done = {(json_line(saved["row"]), saved["seed"]): saved["result"] for saved in log.open()}
-        ablation = Ablation(work, topics, Path(name))
-        for seed in args.seeds:
-            for name, row in rows.items():
-                if (json_line(asdict(row)), seed) not in done:
-                    print(f"{name}, seed {seed} ...", file=sys.stderr, flush=True)
-                    result = done[json_line(asdict(row)), seed] = ablation.measure(row, seed)
-                    log.write({"row": asdict(row), "seed": seed, "result": result})
-        results = {name: [done[json_line(asdict(row)), seed] for seed in args.seeds] for name, row in rows.items()}
+        keys = {name: [(json_line(asdict(row)), seed) for seed in args.seeds] for name, row in rows.items()}
+        if any(key not in done for row_keys in keys.values() for key in row_keys):
+            ablation = Ablation(work, topics, Path(folder))
+            for i, seed in enumerate(args.seeds):
+                for name, row in rows.items():
+                    if (key := keys[name][i]) not in done:
+                        print(f"{name}, seed {seed} ...", file=sys.stderr, flush=True)
+                        done[key] = ablation.measure(row, seed)
+                        log.write({"row": asdict(row), "seed": seed, "result": done[key]})
+        results = {name: [done[key] for key in row_keys] for name, row_keys in keys.items()}
         tables = [table(results, i, bool(args.curve)) for i in range(len(topics))]
-        text = "\n\n".join(f"Topics: {path.name}\n\n{lines}" for path, (lines, _) in zip(topics, tables, strict=True))
+        text = "\n\n".join(f"Topics: {path.name}\n\n{lines}" for path, (lines, *_) in zip(topics, tables, strict=True))
         Path(f"{args.output}.md").write_text(text + "\n")
-        plot(tables[0][1], list(rows), args.curve, f"{args.output}.png")
+        plot(*tables[0][1:], list(rows), args.curve, f"{args.output}.png")
         print(text)
 
 
