@@ -54,7 +54,7 @@ def test_the_demo_refuses_a_wrong_number_of_documents(documents: str) -> None:
     assert (done.stdout, done.stderr) == ("", expected)
 
 
-@pytest.mark.parametrize("settings", [None, "settings 2, 800 documents\n"])
+@pytest.mark.parametrize("settings", [None, "settings 2, 600 documents\n", "settings 3, 800 documents\n"])
 def test_the_demo_refuses_a_folder_of_other_settings(settings: str | None, tmp_path: Path) -> None:
     """Finished stages are skipped, so files of other settings would give a mixed result."""
     for name in ("run_demo.sh", "requirements.txt", "requirements-dev.txt"):
