@@ -8,7 +8,8 @@
 Each row changes the first row: selection of queries, negatives, loss, length, rate, base model. With --curve, the rows
 are numbers of queries, sampled from those that pass the BM25 filter. Every row runs the scripts with the demo's
 settings, once per seed; a seed decides the sample of queries, the negatives, the order of examples and new weights.
-Rows that select queries select them from a sample of 1,000, another one for each seed.
+Rows that select queries select them from a sample of 3.3 times as many, another one for each seed. --two_per_document
+adds a row that is trained on two queries for each document, from a file of stage 1 with --queries_per_doc 2.
 
 Each folder of --topics gets a table in OUTPUT.md, and the first one a plot, OUTPUT.png. Finished trainings are saved in
 OUTPUT.jsonl, so the same command resumes. 100 queries are held out from every training; they choose the weight `auto`.
@@ -48,7 +49,7 @@ from inpars_lib.storage import ResumeLog, exclusive, file_sha256, json_line
 
 ROOT = Path(__file__).parent.parent
 HOLDOUT = 100  # queries that choose the weight `auto`
-SAMPLE = 1000  # queries that a selection selects from
+SELECTED = 0.3  # share of a sample that a selection keeps
 FIXED_WEIGHT = 0.5
 Series = dict[str, list[list[float]]]  # {column: for each row, a value per seed}
 # Settings of the demo
@@ -65,6 +66,7 @@ class Row:
         selection: Flags of filter_queries_by_score.py, or None for a random sample of the queries that pass the BM25
             filter.
         unfiltered: Sample from all queries, not only from those that pass the BM25 filter.
+        two_per_document: Sample documents of --two_per_document, with all their queries that pass the BM25 filter.
         negatives: Negatives per query.
         random_negatives: Replace each negative by a random document of the collection.
         self_filter: Train twice: the first reranker drops queries whose source document it does not rank first, and
@@ -76,6 +78,7 @@ class Row:
     epochs: float
     selection: tuple[str, ...] | None = None
     unfiltered: bool = False
+    two_per_document: bool = False
     negatives: int = 2
     random_negatives: bool = False
     self_filter: bool = False
@@ -95,13 +98,9 @@ def script(name: str, *flags: object) -> None:
 class Ablation:
     """Files and queries that all rows share."""
 
-    def __init__(self, work: Path, topics: Sequence[Path], folder: Path) -> None:
+    def __init__(self, work: Path, topics: Sequence[Path], two_per_document: str | None, folder: Path) -> None:
         self.folder, self.index, self.corpus = folder, work / "index", work / "collection.tsv"
-        rows = [
-            json.loads(query.line_text)
-            for query in read_synthetic_queries(str(work / "queries.jsonl"))
-            if query.question
-        ]
+        rows = self.read(work / "queries.jsonl")
         consistent = self.filtered(rows, len(rows), *CONSISTENT)
         consistent.sort(key=lambda row: (row["doc_id"], row["question"]))
         random.Random(0).shuffle(consistent)
@@ -109,15 +108,20 @@ class Ablation:
         used = {row[name].lower() for row in held_out for name in ("doc_id", "question")}
         holdout = self.write("holdout", held_out)
         self.held_out = read_held_out_queries(str(holdout), str(self.index), None, BM25Config(), TOP_K)
-        self.pool, self.consistent = (
+        pairs = self.read(two_per_document) if two_per_document else []
+        pairs = self.filtered(pairs, len(pairs), *CONSISTENT) if pairs else []
+        self.pool, self.consistent, self.pairs = (
             [row for row in pool if used.isdisjoint((row["doc_id"].lower(), row["question"].lower()))]
-            for pool in (rows, consistent)
+            for pool in (rows, consistent, pairs)
         )
         self.topics = [self.judged(path) for path in topics]
         wanted = {
             hit.doc_id for dev in (self.held_out, *self.topics) for hits in dev.run.values() for hit in hits[:TOP_K]
         }
         self.texts = read_texts(str(self.corpus), wanted)
+
+    def read(self, path: Path | str) -> list[dict[str, Any]]:
+        return [json.loads(query.line_text) for query in read_synthetic_queries(str(path)) if query.question]
 
     def judged(self, path: Path) -> DevSet:
         topics, run = path / "topics.tsv", self.folder / "run.txt"
@@ -138,14 +142,20 @@ class Ablation:
 
     def select(self, row: Row, seed: int) -> list[dict[str, Any]]:
         pool = self.pool if row.unfiltered or row.selection else self.consistent
-        needed = SAMPLE if row.selection else row.count
+        pool = self.pairs if row.two_per_document else pool
+        needed = round(row.count / SELECTED) if row.selection else row.count
         if len(pool) < needed:
             sys.exit(f"error: {needed:,} queries are needed, {len(pool):,} are there. Write more in stage 1.")
-        rows = random.Random(seed).sample(pool, needed)
+        generator = random.Random(seed)
+        if row.two_per_document:
+            doc_ids = sorted({query["doc_id"] for query in pool})
+            order = {doc_id: i for i, doc_id in enumerate(generator.sample(doc_ids, len(doc_ids)))}
+            return sorted(pool, key=lambda query: order[query["doc_id"]])[: row.count]
+        rows = generator.sample(pool, needed)
         if row.selection:
             rows = self.filtered(rows, row.count, *row.selection)
         if len(rows) < row.count:
-            sys.exit(f"error: {len(rows):,} of {SAMPLE:,} queries pass, {row.count:,} are needed. Lower --queries.")
+            sys.exit(f"error: {len(rows):,} of {needed:,} queries pass, {row.count:,} are needed. Lower --queries.")
         return rows
 
     def mine(self, row: Row, rows: list[dict[str, Any]], seed: int) -> Path:
@@ -304,7 +314,7 @@ def plot(bm25: float, series: Series, names: list[str], curve: list[int], path: 
     figure.savefig(path, dpi=150)
 
 
-def ablation_rows(count: int, base_model: str, epochs: float, t5: str | None) -> dict[str, Row]:
+def ablation_rows(count: int, base_model: str, epochs: float, two: bool, t5: str | None) -> dict[str, Row]:
     first = Row(count, base_model, epochs)
     rows = {
         "BM25 filter, random sample": first,
@@ -319,10 +329,13 @@ def ablation_rows(count: int, base_model: str, epochs: float, t5: str | None) ->
         "random negatives": replace(first, random_negatives=True),
         "listwise loss": replace(first, loss="listwise"),
         "listwise loss, 4 negatives": replace(first, loss="listwise", negatives=4),
+        "64 tokens": replace(first, max_length=64),
         "128 tokens": replace(first, max_length=128),
         "two epochs at half the learning rate": replace(first, epochs=2 * epochs, learning_rate=1e-4),
         "filtered by itself": replace(first, self_filter=True),
     }
+    if two:
+        rows["two queries per document"] = replace(first, two_per_document=True)
     if t5:
         rows["monoT5"] = replace(first, base_model=t5)
     return rows
@@ -339,10 +352,11 @@ def main() -> None:
     add("--rows", nargs="+", metavar="NAME", help="rows of the ablation (default: all)")
     add("--seeds", type=int, nargs="+", default=[1], help="seeds of each row (default: 1)")
     add("--epochs", type=float, default=1.0, help="passes over the triples (default: %(default)s)")
+    add("--two_per_document", metavar="QUERIES", help="file of stage 1; adds a row of two queries per document")
     add("--t5", help="also train a monoT5 from this T5: a folder or a name on the hub")
     args = parser.parse_args()
-    if args.curve and (args.rows or args.t5):
-        parser.error("--rows and --t5 are for the ablation. Omit --curve.")
+    if args.curve and (args.rows or args.two_per_document or args.t5):
+        parser.error("--rows, --two_per_document and --t5 are for the ablation. Omit --curve.")
     args.curve = sorted({*args.curve})
     if args.t5 and Path(args.t5).is_dir():
         args.t5 = str(Path(args.t5).resolve())
@@ -352,7 +366,7 @@ def main() -> None:
     if args.curve:
         rows = {f"{count:,} queries": Row(count, minilm, args.epochs) for count in args.curve}
     else:
-        rows = ablation_rows(args.queries, minilm, args.epochs, args.t5)
+        rows = ablation_rows(args.queries, minilm, args.epochs, bool(args.two_per_document), args.t5)
         if unknown := set(args.rows or ()) - rows.keys():
             parser.error(f"--rows: no row {sorted(unknown)}. Rows: {', '.join(rows)}")
         first = next(iter(rows))  # the others are compared with this row
@@ -361,12 +375,13 @@ def main() -> None:
     topics = [Path(name).resolve() for name in args.topics or [work]]
     files = [work / name for name in ("queries.jsonl", "collection.tsv", "index/inpars.json")]
     files += [path / name for path in topics for name in ("topics.tsv", "qrels.txt")]
+    files += [Path(args.two_per_document)] if args.two_per_document else []
     with exclusive(f"{args.output}.jsonl"), tempfile.TemporaryDirectory() as folder:
         log = ResumeLog(f"{args.output}.jsonl", {"files": [file_sha256(str(path)) for path in files]})
         done = {(json_line(saved["row"]), saved["seed"]): saved["result"] for saved in log.open()}
         keys = {name: [(json_line(asdict(row)), seed) for seed in args.seeds] for name, row in rows.items()}
         if any(key not in done for row_keys in keys.values() for key in row_keys):
-            ablation = Ablation(work, topics, Path(folder))
+            ablation = Ablation(work, topics, args.two_per_document, Path(folder))
             for i, seed in enumerate(args.seeds):
                 for name, row in rows.items():
                     if (key := keys[name][i]) not in done:
