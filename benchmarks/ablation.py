@@ -5,11 +5,12 @@
     python benchmarks/ablation.py --work demo/work-6000 --topics demo/dev --output ablation --seeds 1 2 3
     python benchmarks/ablation.py --work demo/work-6000 --output curve --curve 100 300 1000 --seeds 1 2 3
 
-Each row changes the first row: selection of queries, negatives, loss, length, rate, base model. With --curve, the rows
-are numbers of queries, sampled from those that pass the BM25 filter. Every row runs the scripts with the demo's
-settings, once per seed; a seed decides the sample of queries, the negatives, the order of examples and new weights.
-Rows that select queries select them from a sample of 3.3 times as many, another one for each seed. --two_per_document
-adds a row that is trained on two queries for each document, from a file of stage 1 with --queries_per_doc 2.
+Each row changes a part of the first row: selection of queries, negatives, loss, length, rate, base model. With
+--curve, the rows are numbers of queries, sampled from those that pass the BM25 filter. Every row runs the scripts with
+the demo's settings, once per seed; a seed decides the sample of queries, the negatives, the order of examples and new
+weights. Rows that select queries select them from a sample of 3.3 times as many, another one for each seed.
+--two_per_document adds a row that is trained on up to two queries per document, from a file of stage 1 with
+--queries_per_doc 2 --temperature 0.7.
 
 Each folder of --topics gets a table in OUTPUT.md, and the first one a plot, OUTPUT.png. Finished trainings are saved in
 OUTPUT.jsonl, so the same command resumes. 100 queries are held out from every training; they choose the weight `auto`.
@@ -48,6 +49,7 @@ from inpars_lib.scoring import scores_by_query
 from inpars_lib.storage import ResumeLog, exclusive, file_sha256, json_line
 
 ROOT = Path(__file__).parent.parent
+QUERIES = 500  # training queries of a row
 HOLDOUT = 100  # queries that choose the weight `auto`
 SELECTED = 0.3  # share of a sample that a selection keeps
 FIXED_WEIGHT = 0.5
@@ -111,7 +113,10 @@ class Ablation:
         pairs = self.read(two_per_document) if two_per_document else []
         pairs = self.filtered(pairs, len(pairs), *CONSISTENT) if pairs else []
         self.pool, self.consistent, self.pairs = (
-            [row for row in pool if used.isdisjoint((row["doc_id"].lower(), row["question"].lower()))]
+            sorted(
+                (row for row in pool if used.isdisjoint((row["doc_id"].lower(), row["question"].lower()))),
+                key=lambda row: (row["doc_id"], row["question"]),
+            )
             for pool in (rows, consistent, pairs)
         )
         self.topics = [self.judged(path) for path in topics]
@@ -167,7 +172,7 @@ class Ablation:
         if row.random_negatives:
             texts = [doc.text for doc in read_collection(str(self.corpus))]
             generator = random.Random(seed)
-            pairs = [line.split("\t")[:2] for line in triples.read_text().splitlines()]
+            pairs = [line.split("\t")[:2] for line in triples.read_text().split("\n")[:-1]]
             negatives = [generator.choice([text for text in generator.sample(texts, 2) if text != p]) for _, p in pairs]
             triples.write_text("".join(f"{q}\t{p}\t{n}\n" for (q, p), n in zip(pairs, negatives, strict=True)))
         return triples
@@ -175,10 +180,10 @@ class Ablation:
     def train(self, row: Row, triples: Path, seed: int) -> Any:
         """Return the reranker that is trained on the triples."""
         model = self.folder / "model"
-        batch = 2 * (1 + row.negatives) if row.loss == "listwise" else 4 * row.negatives  # two queries
+        batch = 4 * (1 + row.negatives) if row.loss == "listwise" else 8 * row.negatives  # four queries
         flags = ["--epochs", row.epochs, "--loss", row.loss, "--learning_rate", row.learning_rate, "--seed", seed]
         flags += ["--max_length", row.max_length, "--per_device_train_batch_size", batch]
-        flags += ["--lr_scheduler_type", "linear", "--warmup_steps", "20", "--gradient_accumulation_steps", "2"]
+        flags += ["--lr_scheduler_type", "linear", "--warmup_steps", "20", "--gradient_accumulation_steps", "1"]
         flags += ["--save_every_n_steps", 1_000_000]
         script("train_t5.py", "--base_model", row.base_model, "--triples_train", triples, "--output_dir", model, *flags)
         reranker = load_reranker(str(model), max_length=row.max_length)
@@ -195,7 +200,7 @@ class Ablation:
         scores = self.score(reranker, dev)
         source = {qrel.query_id: qrel.doc_id for qrel in dev.qrels}
         first = {q for q, hits in scores.items() if max(hits, key=lambda doc_id: hits[doc_id]) == source[q]}
-        lines = triples.read_text().splitlines()
+        lines = triples.read_text().split("\n")[:-1]
         numbers = [line.split("\t")[0] for line in (self.folder / "ids.tsv").read_text().splitlines()]
         pairs = [line.split("\t") for line in lines]
         positive = reranker.score([(query, document) for query, document, _ in pairs])
@@ -287,10 +292,10 @@ def table(results: dict[str, list[dict[str, Any]]], topics: int, against_bm25: b
 
 
 def plot(bm25: float, series: Series, names: list[str], curve: list[int], path: str) -> None:
-    """Plot means and standard deviations of the rows: lines over the numbers of queries, or bars."""
+    """Plot means and standard deviations of the rows: over the numbers of queries, or one below the other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4) if curve else (8, 0.5 * len(names) + 1.2), layout="constrained")
+    figure = Figure(figsize=(7, 4) if curve else (9, 0.4 * len(names) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     fixed = f"weight {FIXED_WEIGHT:g}"
     plotted = {"reranker alone": series["alone"], f"interpolated, {fixed}": series[fixed]}
@@ -299,7 +304,8 @@ def plot(bm25: float, series: Series, names: list[str], curve: list[int], path: 
         if curve:
             axes.errorbar(curve, middle, deviations, fmt="o-", capsize=3, label=label)
         else:
-            axes.barh([i + offset for i in range(len(rows))], middle, 0.38, xerr=deviations, label=label)
+            positions = [i + offset for i in range(len(rows))]
+            axes.errorbar(middle, positions, xerr=deviations, fmt="o", capsize=3, label=label)
     if curve:
         axes.axhline(bm25, color="0.3", linestyle=":", label="BM25")
         axes.set(xscale="log", xlabel="training queries", ylabel="nDCG@10", xticks=curve)
@@ -322,7 +328,7 @@ def ablation_rows(count: int, base_model: str, epochs: float, two: bool, t5: str
         "BM25 filter, mean_log_probs": replace(first, selection=CONSISTENT),
     }
     for function in ("mean_log_probs", "sum_log_probs", "mean_probs"):
-        rows[f"{function} alone"] = replace(first, selection=("--scoring_function", function))
+        rows[f"{function}, no BM25 filter"] = replace(first, selection=("--scoring_function", function))
     copied = (*CONSISTENT, "--skip_questions_copied_from_context")
     rows |= {
         "BM25 filter, mean_log_probs, copied queries dropped": replace(first, selection=copied),
@@ -335,7 +341,7 @@ def ablation_rows(count: int, base_model: str, epochs: float, two: bool, t5: str
         "filtered by itself": replace(first, self_filter=True),
     }
     if two:
-        rows["two queries per document"] = replace(first, two_per_document=True)
+        rows["up to two queries per document, temperature 0.7"] = replace(first, two_per_document=True)
     if t5:
         rows["monoT5"] = replace(first, base_model=t5)
     return rows
@@ -347,7 +353,7 @@ def main() -> None:
     add("--work", default=str(ROOT / "demo/work"), help="folder of run_demo.sh (default: %(default)s)")
     add("--topics", nargs="+", metavar="FOLDER", help="folders of topics.tsv and qrels.txt (default: --work)")
     add("--output", default="ablation", help="default: %(default)s")
-    add("--queries", type=int, default=300, help="queries to train on (default: %(default)s)")
+    add("--queries", type=int, help=f"queries to train on (default: {QUERIES})")
     add("--curve", type=int, nargs="+", default=[], metavar="N", help="numbers of queries to train on")
     add("--rows", nargs="+", metavar="NAME", help="rows of the ablation (default: all)")
     add("--seeds", type=int, nargs="+", default=[1], help="seeds of each row (default: 1)")
@@ -355,8 +361,8 @@ def main() -> None:
     add("--two_per_document", metavar="QUERIES", help="file of stage 1; adds a row of two queries per document")
     add("--t5", help="also train a monoT5 from this T5: a folder or a name on the hub")
     args = parser.parse_args()
-    if args.curve and (args.rows or args.two_per_document or args.t5):
-        parser.error("--rows, --two_per_document and --t5 are for the ablation. Omit --curve.")
+    if args.curve and (args.queries or args.rows or args.two_per_document or args.t5):
+        parser.error("--queries, --rows, --two_per_document and --t5 are for the ablation. Omit --curve.")
     args.curve = sorted({*args.curve})
     if args.t5 and Path(args.t5).is_dir():
         args.t5 = str(Path(args.t5).resolve())
@@ -366,7 +372,7 @@ def main() -> None:
     if args.curve:
         rows = {f"{count:,} queries": Row(count, minilm, args.epochs) for count in args.curve}
     else:
-        rows = ablation_rows(args.queries, minilm, args.epochs, bool(args.two_per_document), args.t5)
+        rows = ablation_rows(args.queries or QUERIES, minilm, args.epochs, bool(args.two_per_document), args.t5)
         if unknown := set(args.rows or ()) - rows.keys():
             parser.error(f"--rows: no row {sorted(unknown)}. Rows: {', '.join(rows)}")
         first = next(iter(rows))  # the others are compared with this row
