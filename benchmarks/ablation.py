@@ -65,10 +65,9 @@ class Row:
 
     Attributes:
         count: Queries to train on.
-        selection: Flags of filter_queries_by_score.py, or None for a random sample of the queries that pass the BM25
-            filter.
-        unfiltered: Sample from all queries, not only from those that pass the BM25 filter.
-        two_per_document: Sample documents of --two_per_document, with all their queries that pass the BM25 filter.
+        pool: Queries to sample from: "consistent", those that pass the BM25 filter; "all"; or "two per document", those
+            of --two_per_document that pass it: documents are sampled, with all their queries.
+        selection: Flags of filter_queries_by_score.py, which selects from the sample.
         negatives: Negatives per query.
         random_negatives: Replace each negative by a random document of the collection.
         self_filter: Train twice: the first reranker drops queries whose source document it does not rank first, and
@@ -78,9 +77,8 @@ class Row:
     count: int
     base_model: str
     epochs: float
-    selection: tuple[str, ...] | None = None
-    unfiltered: bool = False
-    two_per_document: bool = False
+    pool: str = "consistent"
+    selection: tuple[str, ...] = ()
     negatives: int = 2
     random_negatives: bool = False
     self_filter: bool = False
@@ -97,6 +95,11 @@ def script(name: str, *flags: object) -> None:
         sys.exit(done.stderr)
 
 
+def by_document(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the document and the question of a synthetic query: a sort key."""
+    return row["doc_id"], row["question"]
+
+
 class Ablation:
     """Files and queries that all rows share."""
 
@@ -104,7 +107,7 @@ class Ablation:
         self.folder, self.index, self.corpus = folder, work / "index", work / "collection.tsv"
         rows = self.read(work / "queries.jsonl")
         consistent = self.filtered(rows, len(rows), *CONSISTENT)
-        consistent.sort(key=lambda row: (row["doc_id"], row["question"]))
+        consistent.sort(key=by_document)
         random.Random(0).shuffle(consistent)
         held_out = consistent[:HOLDOUT]
         used = {row[name].lower() for row in held_out for name in ("doc_id", "question")}
@@ -112,13 +115,10 @@ class Ablation:
         self.held_out = read_held_out_queries(str(holdout), str(self.index), None, BM25Config(), TOP_K)
         pairs = self.read(two_per_document) if two_per_document else []
         pairs = self.filtered(pairs, len(pairs), *CONSISTENT) if pairs else []
-        self.pool, self.consistent, self.pairs = (
-            sorted(
-                (row for row in pool if used.isdisjoint((row["doc_id"].lower(), row["question"].lower()))),
-                key=lambda row: (row["doc_id"], row["question"]),
-            )
-            for pool in (rows, consistent, pairs)
-        )
+        self.pools = {
+            name: sorted((row for row in pool if used.isdisjoint(map(str.lower, by_document(row)))), key=by_document)
+            for name, pool in (("all", rows), ("consistent", consistent), ("two per document", pairs))
+        }
         self.topics = [self.judged(path) for path in topics]
         wanted = {
             hit.doc_id for dev in (self.held_out, *self.topics) for hits in dev.run.values() for hit in hits[:TOP_K]
@@ -146,13 +146,12 @@ class Ablation:
         return list(map(json.loads, output.open()))
 
     def select(self, row: Row, seed: int) -> list[dict[str, Any]]:
-        pool = self.pool if row.unfiltered or row.selection else self.consistent
-        pool = self.pairs if row.two_per_document else pool
+        pool = self.pools[row.pool]
         needed = round(row.count / SELECTED) if row.selection else row.count
         if len(pool) < needed:
             sys.exit(f"error: {needed:,} queries are needed, {len(pool):,} are there. Write more in stage 1.")
         generator = random.Random(seed)
-        if row.two_per_document:
+        if row.pool == "two per document":
             doc_ids = sorted({query["doc_id"] for query in pool})
             order = {doc_id: i for i, doc_id in enumerate(generator.sample(doc_ids, len(doc_ids)))}
             return sorted(pool, key=lambda query: order[query["doc_id"]])[: row.count]
@@ -322,16 +321,17 @@ def plot(bm25: float, series: Series, names: list[str], curve: list[int], path: 
 
 def ablation_rows(count: int, base_model: str, epochs: float, two: bool, t5: str | None) -> dict[str, Row]:
     first = Row(count, base_model, epochs)
+    unfiltered = replace(first, pool="all")
     rows = {
         "BM25 filter, random sample": first,
-        "no filter, random sample": replace(first, unfiltered=True),
-        "BM25 filter, mean_log_probs": replace(first, selection=CONSISTENT),
+        "no filter, random sample": unfiltered,
+        "BM25 filter, mean_log_probs": replace(unfiltered, selection=CONSISTENT),
     }
     for function in ("mean_log_probs", "sum_log_probs", "mean_probs"):
-        rows[f"{function}, no BM25 filter"] = replace(first, selection=("--scoring_function", function))
+        rows[f"{function}, no BM25 filter"] = replace(unfiltered, selection=("--scoring_function", function))
     copied = (*CONSISTENT, "--skip_questions_copied_from_context")
     rows |= {
-        "BM25 filter, mean_log_probs, copied queries dropped": replace(first, selection=copied),
+        "BM25 filter, mean_log_probs, copied queries dropped": replace(unfiltered, selection=copied),
         "random negatives": replace(first, random_negatives=True),
         "listwise loss": replace(first, loss="listwise"),
         "listwise loss, 4 negatives": replace(first, loss="listwise", negatives=4),
@@ -341,7 +341,7 @@ def ablation_rows(count: int, base_model: str, epochs: float, two: bool, t5: str
         "filtered by itself": replace(first, self_filter=True),
     }
     if two:
-        rows["up to two queries per document, temperature 0.7"] = replace(first, two_per_document=True)
+        rows["up to two queries per document, temperature 0.7"] = replace(first, pool="two per document")
     if t5:
         rows["monoT5"] = replace(first, base_model=t5)
     return rows
