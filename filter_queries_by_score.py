@@ -33,12 +33,13 @@ from itertools import islice
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
+from inpars_lib.files import ResumeLog, atomic_write, exclusive, is_special, json_line
 from inpars_lib.first_stage import QueryRun
-from inpars_lib.formats import LARGEST, SyntheticRow, read_synthetic_queries
-from inpars_lib.line_parsers import json_object
-from inpars_lib.query_browser import QuerySample, plot_histogram
-from inpars_lib.records import ScoredDoc, SyntheticQuery
-from inpars_lib.storage import ResumeLog, atomic_write, exclusive, is_special, json_line
+from inpars_lib.formats.fields import json_object
+from inpars_lib.formats.queries import LARGEST, SyntheticRow, read_synthetic_queries
+from inpars_lib.formats.records import ScoredDoc, SyntheticQuery
+from inpars_lib.plots import plot_histogram
+from inpars_lib.query_browser import QuerySample
 
 LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
     "mean_log_probs": lambda log_probs: sum(log_probs) / len(log_probs),  # arXiv 2202.05144, section 3
@@ -139,8 +140,8 @@ def score_queries(
         score = LOG_PROB_SCORES[args.scoring_function]
         yield from ((query, score(query.log_probs or [])) for query, _ in ranked)
     else:
-        from inpars_lib import scoring
-        from inpars_lib.rerankers import load_reranker
+        from inpars_lib.rerankers import scoring
+        from inpars_lib.rerankers.load import load_reranker
 
         reranker = load_reranker(args.model, instruction=args.instruction)
         settings = {"model": args.model, "instruction": args.instruction, "dtype": str(reranker.model.dtype)}

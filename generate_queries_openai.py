@@ -33,14 +33,16 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import islice
 
 from inpars_lib.cli import InputError, at_least, between, parse_header, run_script, script_parser
-from inpars_lib.formats import collection_fingerprint, conflicting_texts, read_collection
+from inpars_lib.formats.collection import collection_fingerprint, conflicting_texts, read_collection
+from inpars_lib.formats.records import Doc
+from inpars_lib.llm.access import Access, check_url, read_key
 from inpars_lib.llm.batch import BatchRunner, BatchState
 from inpars_lib.llm.client import GenerationClient
-from inpars_lib.llm.errors import RESUME, Access, check_url, read_key, retired_model_error
-from inpars_lib.llm.protocol import SLOT, ModelApi, ModelConfig, PromptTemplate, parse_extra_body
+from inpars_lib.llm.errors import RESUME, retired_model_error
+from inpars_lib.llm.prompt import SLOT, PromptTemplate
+from inpars_lib.llm.protocol import ModelApi, ModelConfig, parse_extra_body
 from inpars_lib.llm.query_store import QueryStore, RequestKey, summarize_queries
 from inpars_lib.llm.server import ClientConfig
-from inpars_lib.records import Doc
 
 # OpenAI's cheapest current model, which it names as the successor of GPT-4o and GPT-4.1. With reasoning effort `none`
 # it takes `logprobs` and `temperature`: https://developers.openai.com/api/docs/guides/deployment-checklist (11/2026)

@@ -26,11 +26,14 @@ from collections.abc import Sequence
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
+from inpars_lib.files import atomic_write, exclusive, is_special
 from inpars_lib.first_stage import QueryRun
-from inpars_lib.formats import read_synthetic_queries, read_texts, tsv_line, write_run
+from inpars_lib.formats.collection import read_texts
+from inpars_lib.formats.lines import tsv_line
+from inpars_lib.formats.queries import read_synthetic_queries
+from inpars_lib.formats.records import SyntheticQuery
+from inpars_lib.formats.runs import write_run
 from inpars_lib.negatives import sample_negatives
-from inpars_lib.records import SyntheticQuery
-from inpars_lib.storage import atomic_write, exclusive, is_special
 
 EXPECTED_RECALL = 0.1  # a first stage that retrieves fewer source documents is suspicious
 

@@ -22,31 +22,24 @@ from itertools import islice
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, between, run_script, script_parser, warn
-from inpars_lib.dev_set import DevSet, read_held_out_queries
-from inpars_lib.evaluation import (
-    MEASURES,
-    add_measure_flags,
-    best_weight,
-    check_threshold,
-    comparison_table,
-    evaluate_per_query,
-    interpolate,
-    interpolation_curve,
-    plot_gains,
-    rerank_hits,
-)
-from inpars_lib.formats import read_qrels, read_run, read_topics, write_run
-from inpars_lib.records import ScoredDoc
-from inpars_lib.scoring import (
+from inpars_lib.evaluation import MEASURES, add_measure_flags, check_threshold, comparison_table, evaluate_per_query
+from inpars_lib.files import exclusive, is_special
+from inpars_lib.formats.qrels import read_qrels
+from inpars_lib.formats.records import ScoredDoc
+from inpars_lib.formats.runs import read_run, rerank_hits, write_run
+from inpars_lib.formats.topics import read_topics
+from inpars_lib.interpolation import best_weight, interpolate, interpolation_curve
+from inpars_lib.plots import plot_gains
+from inpars_lib.processes import ProcessGroup
+from inpars_lib.rerankers.scoring import (
     PairBlocks,
-    ProcessGroup,
     ScoreStore,
     estimate_cost,
     files_fingerprint,
     score_blocks,
     scores_by_query,
 )
-from inpars_lib.storage import exclusive, is_special
+from inpars_lib.training.dev_set import DevSet, read_held_out_queries
 
 FIRST_STAGE_HITS = 1000  # BM25 hits per query with --index; those below --top_k keep their order
 
@@ -188,8 +181,7 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
         held_out = read_held_out_queries(*files, config, args.top_k, args.holdout_run)
 
     # 2. The model's scores, of the held-out queries first
-    from inpars_lib.devices import choose_dtype, default_device
-    from inpars_lib.rerankers import load_reranker
+    from inpars_lib.rerankers.load import choose_dtype, default_device, load_reranker
 
     device = default_device(group.local_rank) if args.device in (None, "cuda") else args.device
     reranker = load_reranker(

@@ -28,13 +28,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from inpars_lib.bm25 import BM25Config
+from inpars_lib.bm25.config import BM25Config
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
-from inpars_lib.dev_set import DevSet, read_held_out_queries, read_judged_queries
 from inpars_lib.evaluation import MEASURES, add_measure_flags, check_threshold, format_value
-from inpars_lib.losses import LOSSES
-from inpars_lib.storage import exclusive, file_sha256
-from inpars_lib.triples import TrainingExamples, TripleFile
+from inpars_lib.files import exclusive, file_sha256
+from inpars_lib.training.dev_set import DevSet, read_held_out_queries, read_judged_queries
+from inpars_lib.training.examples import TrainingExamples, TripleFile
+from inpars_lib.training.losses import LOSSES
 
 # Flags that decide the weights. A training that is resumed must repeat them.
 DECISIVE = ("base_model", "per_device_train_batch_size", "loss", "learning_rate", "warmup_steps", "weight_decay",
@@ -100,7 +100,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
     args, others = parser.parse_known_args(argv)
     trainer_flags: dict[str, Any] = {}
     if others:
-        from inpars_lib.training import parse_trainer_flags
+        from inpars_lib.training.trainer import parse_trainer_flags
 
         try:
             trainer_flags = parse_trainer_flags(others)
@@ -120,7 +120,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
     if args.early_stopping_patience and not args.select_by:
         parser.error("--early_stopping_patience needs --select_by")
     if any(judged + held_out) and trainer_flags:
-        from inpars_lib.training import is_sharded
+        from inpars_lib.training.trainer import is_sharded
 
         if is_sharded(trainer_flags):
             parser.error("an evaluation needs the whole model on each GPU: omit --fsdp, and use ZeRO stage 1 or 2")
@@ -167,17 +167,17 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], processes: in
     import torch
     from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments, set_seed
 
-    from inpars_lib import training
-    from inpars_lib.devices import has_fast_bfloat16
-    from inpars_lib.model_card import CardInfo, model_card
-    from inpars_lib.rerankers import load_reranker
+    from inpars_lib.rerankers.load import has_fast_bfloat16, load_reranker
+    from inpars_lib.training.checkpoints import TrainingRecord, find_checkpoint, move_model
+    from inpars_lib.training.model_card import CardInfo, model_card
+    from inpars_lib.training.trainer import RerankerTrainer, TrainingConfig
 
     on_cpu = not torch.cuda.is_available()
     if args.bf16 is None:
         args.bf16 = on_cpu and "fp16" not in trainer_flags and has_fast_bfloat16("cpu")
 
     # 1. The data
-    checkpoint = training.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     threshold = 1 if args.holdout else args.relevance_threshold  # source documents of held-out queries have grade 1
     dev = read_dev(args, threshold)
     examples = TrainingExamples(TripleFile(args.triples_train), args.loss)
@@ -189,7 +189,7 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], processes: in
     if args.measures != MEASURES:  # results.csv has the same columns in all rows
         decisive["measures"] = " ".join(args.measures)
     decisive |= {"examples_per_step": examples_per_step, "triples": file_sha256(args.triples_train)}
-    record = training.TrainingRecord(args.output_dir, decisive)
+    record = TrainingRecord(args.output_dir, decisive)
     if checkpoint and (finished := record.check()) is not None:
         if main_process:
             print(f"{args.output_dir}: training is finished, model of step {finished:,}", file=sys.stderr)
@@ -241,8 +241,8 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], processes: in
         raise InputError(f"transformers.TrainingArguments refuses these flags: {error}") from None
 
     # 4. Training
-    config = training.TrainingConfig(args.loss, examples_per_step, args.seed, threshold, args.measures)
-    trainer = training.RerankerTrainer(reranker, examples, config, arguments, dev)
+    config = TrainingConfig(args.loss, examples_per_step, args.seed, threshold, args.measures)
+    trainer = RerankerTrainer(reranker, examples, config, arguments, dev)
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if main_process:
@@ -291,7 +291,7 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], processes: in
         max_docs=args.max_eval_docs_per_query,
     )
     Path(unfinished, "README.md").write_text(model_card(info), encoding="utf-8")
-    training.move_model(unfinished, args.output_dir)
+    move_model(unfinished, args.output_dir)
     record.write(finished=step)
     print(f"{args.output_dir}: model of step {step:,}", file=sys.stderr)
 

@@ -33,20 +33,16 @@ from statistics import fmean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from inpars_lib.bm25 import BM25Config
-from inpars_lib.dev_set import DevSet, read_held_out_queries, read_judged_queries
-from inpars_lib.evaluation import (
-    INTERPOLATION_WEIGHTS,
-    best_weight,
-    evaluate_per_query,
-    interpolate,
-    interpolation_curve,
-    rerank_hits,
-)
-from inpars_lib.formats import read_collection, read_synthetic_queries, read_texts
-from inpars_lib.rerankers import load_reranker
-from inpars_lib.scoring import scores_by_query
-from inpars_lib.storage import ResumeLog, exclusive, file_sha256, json_line
+from inpars_lib.bm25.config import BM25Config
+from inpars_lib.evaluation import evaluate_per_query
+from inpars_lib.files import ResumeLog, exclusive, file_sha256, json_line
+from inpars_lib.formats.collection import read_collection, read_texts
+from inpars_lib.formats.queries import read_synthetic_queries
+from inpars_lib.formats.runs import rerank_hits
+from inpars_lib.interpolation import INTERPOLATION_WEIGHTS, best_weight, interpolate, interpolation_curve
+from inpars_lib.rerankers.load import load_reranker
+from inpars_lib.rerankers.scoring import scores_by_query
+from inpars_lib.training.dev_set import DevSet, read_held_out_queries, read_judged_queries
 
 ROOT = Path(__file__).parent.parent
 QUERIES = 500  # training queries of a row

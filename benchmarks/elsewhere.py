@@ -13,8 +13,10 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from inpars_lib import rerankers
-from inpars_lib.formats import read_collection, read_topics
+from inpars_lib.formats.collection import read_collection
+from inpars_lib.formats.topics import read_topics
+from inpars_lib.rerankers.load import load_reranker
+from inpars_lib.rerankers.mono_t5 import MonoT5
 
 
 def main() -> None:
@@ -25,14 +27,14 @@ def main() -> None:
     args = parser.parse_args()
     query = next(iter(read_topics(args.topics).values()))
     texts = [doc.text[:400] for doc in islice(read_collection(args.corpus), 8)]
-    ours = rerankers.load_reranker(args.model, dtype="float32")
+    ours = load_reranker(args.model, dtype="float32")
     scores = {"ours": ours.score([(query, text) for text in texts]).tolist()}
 
     try:
         from rerankers import Reranker
     except ImportError:
         sys.exit("error: the packages to compare with are not installed. See benchmarks/rerank.py for the command.")
-    kind = "t5" if isinstance(ours, rerankers.MonoT5) else "cross-encoder"
+    kind = "t5" if isinstance(ours, MonoT5) else "cross-encoder"
     ranked = Reranker(args.model, model_type=kind, device="cpu", dtype="float32", verbose=0)
     results = ranked.rank(query=query, docs=texts, doc_ids=list(range(len(texts)))).results
     scores["rerankers"] = [r.score for r in sorted(results, key=lambda r: r.doc_id)]

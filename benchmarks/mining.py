@@ -24,7 +24,8 @@ PEER = """
 import os, random, resource, sys, time
 os.environ.setdefault("OPENAI_API_KEY", "not-a-key")  # Pyserini builds a client on import
 sys.path.insert(0, sys.argv[1])
-from inpars_lib import formats, lucene
+from inpars_lib import formats
+from inpars_lib.bm25 import lucene
 lucene.start_lucene()
 from pyserini.search.lucene import LuceneSearcher
 searcher = LuceneSearcher(sys.argv[2])
@@ -47,7 +48,7 @@ print(time.monotonic() - started, read, peak)
 
 
 def generate(folder: Path, corpus: str, documents: int, queries: int) -> None:
-    from inpars_lib.formats import read_collection
+    from inpars_lib.formats.collection import read_collection
 
     generator = random.Random(0)
     words = [word for doc in read_collection(corpus) for word in doc.text.split()]

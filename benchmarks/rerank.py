@@ -55,7 +55,7 @@ def random_cross_encoder(folder: Path, encoder: str) -> Path:
 
 
 def ours(folder: Path, dtype: str) -> Score:
-    from inpars_lib.rerankers import load_reranker
+    from inpars_lib.rerankers.load import load_reranker
 
     model = load_reranker(str(folder), device="cpu", dtype=dtype)
     return lambda pairs: model.score(pairs).tolist()
@@ -123,7 +123,7 @@ def peak(dtype: str) -> float:
 
 def operations(folder: Path, pairs: list[tuple[str, str]], shape: str) -> float:
     """Return the floating-point operations of T5's encoder and one decoding step for the pairs, without padding."""
-    from inpars_lib.rerankers import load_reranker
+    from inpars_lib.rerankers.load import load_reranker
 
     model = load_reranker(str(folder), device="cpu", dtype="float32")
     width, head, feed, layers, heads = SHAPES[shape]
@@ -167,7 +167,7 @@ def table(
 
 def growth(folder: Path, texts: list[str], query: str) -> None:
     """Print pairs per second by document length and by number of pairs."""
-    from inpars_lib.rerankers import load_reranker
+    from inpars_lib.rerankers.load import load_reranker
 
     model = load_reranker(str(folder), device="cpu")
     tokens = model.tokenize([" ".join(texts)])[0].max()  # only the number of tokens matters
@@ -204,9 +204,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
     args = parser.parse_args()
 
-    from inpars_lib.devices import has_fast_bfloat16
-    from inpars_lib.formats import read_collection, read_topics
-    from inpars_lib.rerankers import load_reranker
+    from inpars_lib.formats.collection import read_collection
+    from inpars_lib.formats.topics import read_topics
+    from inpars_lib.rerankers.load import has_fast_bfloat16, load_reranker
 
     texts = [doc.text for doc in read_collection(args.corpus) if doc.text]
     generator = random.Random(0)

@@ -28,7 +28,7 @@ def main() -> None:
 
     root = Path(__file__).parent.parent
     sys.path.insert(0, str(root))
-    from inpars_lib.formats import read_collection
+    from inpars_lib.formats.collection import read_collection
 
     generator = random.Random(0)
     words = [word for doc in read_collection(args.corpus) for word in doc.text.split()]

@@ -61,7 +61,8 @@ def main() -> None:
     parser.add_argument("--topics", required=True, help="topics, TSV")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     args = parser.parse_args()
-    from inpars_lib.bm25 import BM25Config, build_index
+    from inpars_lib.bm25.config import BM25Config
+    from inpars_lib.bm25.index import build_index
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from inpars_lib.cli import run_script, script_parser
-from inpars_lib.formats import write_texts
-from inpars_lib.records import Doc, Topic
-from inpars_lib.storage import atomic_write
+from inpars_lib.files import atomic_write
+from inpars_lib.formats.collection import write_texts
+from inpars_lib.formats.records import Doc, Topic
 
 PACKAGES = ["numpy", "pandas", "scipy", "sklearn", "matplotlib"]
 PASSAGE_CHARS = 600  # longer passages are truncated at a space

@@ -12,13 +12,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from statistics import fmean, pstdev
 from typing import Any
 
 from inpars_lib.cli import InputError, at_least, report, run_script, script_parser, warn
-from inpars_lib.formats import RUN_SCORE, read_qrels, read_run
-from inpars_lib.records import Qrel, ScoredDoc
-from inpars_lib.storage import atomic_write
+from inpars_lib.formats.qrels import read_qrels
+from inpars_lib.formats.records import Qrel
+from inpars_lib.formats.runs import Run, read_run, trec_order
 
 MEASURES = ("nDCG@10", "nDCG@20", "MRR@10", "MAP", "P@20", "R@1000")
 # Means over queries that ir-measures computes without another program. IPrec is missing: its recall level is rounded.
@@ -26,36 +25,7 @@ FAMILIES = ("nDCG", "RR", "AP", "P", "R", "Success", "Rprec", "Bpref", "infAP", 
             "SetAP", "Compat")  # fmt: skip
 MEASURE = re.compile(r"\w+(\((rel=[1-9]\d{0,5})?,?(judged_only=True)?\))?(@[1-9]\d{0,5})?", re.ASCII)
 COLUMNS = f"{'change':>9}{'p':>8}{'won':>6}{'tied':>6}{'lost':>6}"  # of tables that compare runs
-INTERPOLATION_WEIGHTS = [i / 10 for i in range(11)]  # the grid that `auto` searches
-
-Run = Mapping[str, Sequence[ScoredDoc]]
 MeasureValues = dict[str, dict[str, float]]  # {measure: {query id: value}}
-
-
-# --------------------------------------------------------------------------------------------------------- measures
-
-
-def trec_order(hit: ScoredDoc) -> tuple[float, str]:
-    """Return trec_eval's sort key of a hit, for descending order: the score, then the doc_id."""
-    return hit.score, hit.doc_id
-
-
-def rerank_hits(hits: Sequence[ScoredDoc], scores: Mapping[str, float]) -> list[ScoredDoc]:
-    """Return the hits of a query in the order of their new scores, hits without one below in their old order.
-
-    Scores are rounded to the digits that a run holds, and ties are broken by descending doc_id as in trec_eval, so that
-    every reader of the run sees the same order.
-
-    Args:
-        hits: First-stage hits, best first.
-        scores: New score by doc_id.
-    """
-    reranked = [
-        hit._replace(score=float(format(scores[hit.doc_id], RUN_SCORE))) for hit in hits if hit.doc_id in scores
-    ]
-    reranked.sort(key=trec_order, reverse=True)
-    rest = [hit for hit in hits if hit.doc_id not in scores]
-    return reranked + [hit._replace(score=reranked[-1].score - 1 - i) for i, hit in enumerate(rest)]
 
 
 def parse_measures(words: str) -> tuple[str, ...]:
@@ -240,84 +210,6 @@ def run_table(runs: Sequence[tuple[str, MeasureValues]]) -> str:
                 line += f"{change:+9.4f}{p:>8}{won:6}{tied:6}{lost:6}"
             lines.append(line)
     return "\n".join(lines)
-
-
-def plot_gains(path: str, before: Mapping[str, float], after: Mapping[str, float], measure: str) -> None:
-    """Plot each query's gain over the first stage, in descending order, as PNG.
-
-    Args:
-        path: File to write.
-        before: First-stage value by query id.
-        after: Reranked value by query id.
-        measure: Name of the measure.
-    """
-    from matplotlib.figure import Figure
-
-    gains = sorted((after[query_id] - value for query_id, value in before.items()), reverse=True)
-    won, lost = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.bar(range(len(gains)), gains, width=1.0, color=["tab:green" if gain > 0 else "tab:red" for gain in gains])
-    axes.axhline(0, color="0.3", linewidth=0.8)
-    mean = sum(gains) / len(gains)
-    axes.axhline(mean, color="tab:blue", linestyle=":", label=f"mean {mean:+.4f}")
-    axes.set(xlabel=f"queries: {won:,} won, {len(gains) - won - lost:,} tied, {lost:,} lost")
-    axes.set(ylabel=f"gain in {measure} over the first stage", ylim=(-1.05, 1.05))
-    axes.legend()
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
-
-
-# ---------------------------------------------------------------------------------------------------- interpolation
-
-
-def z_normalize(values: Sequence[float]) -> list[float]:
-    """Return the values scaled to mean 0 and standard deviation 1, or zeros if all values are equal."""
-    mean, deviation = fmean(values), pstdev(values)
-    return [(value - mean) / deviation if deviation else 0.0 for value in values]
-
-
-def interpolate(hits: Sequence[ScoredDoc], scores: Mapping[str, float], weight: float) -> dict[str, float]:
-    """Return the linear interpolation of reranker and first-stage scores of a query, by doc_id.
-
-    Both are z-normalized over the reranked documents of the query. A weight of 1 returns the reranker's scores as
-    they are.
-
-    Args:
-        hits: First-stage hits.
-        scores: Reranker score by doc_id.
-        weight: Weight of the reranker, 0 to 1.
-    """
-    if weight == 1.0:
-        return dict(scores)
-    both = [hit for hit in hits if hit.doc_id in scores]
-    new, old = z_normalize([scores[hit.doc_id] for hit in both]), z_normalize([hit.score for hit in both])
-    return {hit.doc_id: weight * a + (1 - weight) * b for hit, a, b in zip(both, new, old, strict=True)}
-
-
-def interpolation_curve(
-    run: Run, scores: Mapping[str, Mapping[str, float]], qrels: Sequence[Qrel]
-) -> dict[float, float]:
-    """Return nDCG@10 by interpolation weight.
-
-    Args:
-        run: First-stage hits by query id.
-        scores: Reranker score by query id and doc_id.
-        qrels: Judgements.
-    """
-    curve = {}
-    for weight in INTERPOLATION_WEIGHTS:
-        mixed = {q: rerank_hits(hits, interpolate(hits, scores[q], weight)) for q, hits in run.items()}
-        curve[weight] = round(mean_values(evaluate_per_query(qrels, mixed, 1))["nDCG@10"], 4)
-    return curve
-
-
-def best_weight(curve: Mapping[float, float]) -> float:
-    """Return the weight with the highest nDCG@10, the largest weight among equals; 0 if all weights are equal."""
-    return max(curve, key=lambda weight: (curve[weight], weight)) if len(set(curve.values())) > 1 else 0.0
-
-
-# ---------------------------------------------------------------------------------------------------------- command
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,10 +4,9 @@ import re
 from collections.abc import Iterator, Mapping
 
 from inpars_lib.cli import InputError
-from inpars_lib.formats import read_run
-from inpars_lib.records import RankedList
-from inpars_lib.storage import file_sha256
-from inpars_lib.text_lines import count_lines
+from inpars_lib.files import file_sha256
+from inpars_lib.formats.lines import count_lines
+from inpars_lib.formats.runs import RankedList, read_run
 
 
 class QueryRun:

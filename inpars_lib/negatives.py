@@ -7,10 +7,10 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from inpars_lib.bm25 import BM25Searcher
+from inpars_lib.bm25.search import BM25Searcher
+from inpars_lib.files import ResumeLog
 from inpars_lib.first_stage import QueryRun
-from inpars_lib.records import ScoredDoc, SyntheticQuery
-from inpars_lib.storage import ResumeLog
+from inpars_lib.formats.records import ScoredDoc, SyntheticQuery
 
 TIE = 1e-4  # Anserini rounds scores to this, and lowers tied scores by a few millionths to keep their order
 SPARE_SAMPLES = 50  # further hits to try before a hit with the source document's score becomes a negative

@@ -2,13 +2,12 @@
 
 import json
 import random
-from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from inpars_lib.records import SyntheticQuery
-from inpars_lib.storage import atomic_write
+from inpars_lib.files import atomic_write
+from inpars_lib.formats.records import SyntheticQuery
 
 PAGE = Path(__file__).with_suffix(".html")
 SAMPLE_SIZE = 500  # rows on the page
@@ -61,20 +60,3 @@ class QuerySample:
             data = data.replace(character, f"\\u{ord(character):04x}")
         with atomic_write(path) as file:
             file.write(PAGE.read_text(encoding="utf-8").replace("DATA", data))
-
-
-def plot_histogram(
-    path: str, all_bins: Counter[int], kept: Counter[int], width: float, cutoff: float, name: str
-) -> None:
-    """Plot the histogram of the scores, kept and dropped, with the cutoff, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for bins, color, label in ((all_bins, "0.75", "dropped"), (kept, "tab:blue", "kept")):
-        axes.bar([i * width for i in bins], list(bins.values()), width, align="edge", color=color, label=label)
-    axes.axvline(cutoff, color="tab:red", label=f"cutoff at {cutoff:.3f}")
-    axes.set(xlabel=name, ylabel="synthetic queries")
-    axes.legend()
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=150)

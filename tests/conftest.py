@@ -65,7 +65,8 @@ def environment(cwd: Path, variables: dict[str, str | None]) -> Iterator[None]:
 
 def run(script: str, *args: object, cwd: Path = ROOT, stdin: bytes = b"", **variables: str | None) -> Done:
     """Call the `main` of a script, or of a module of the package, in this process."""
-    main = importlib.import_module(script.removesuffix(".py")).main
+    name = "inpars_lib.bm25.__main__" if script == "inpars_lib.bm25" else script.removesuffix(".py")
+    main = importlib.import_module(name).main
     out, err, code = io.StringIO(), io.StringIO(), 0
     source = io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin)))
     with environment(cwd, variables), redirect_stdout(out), redirect_stderr(err), patch("sys.stdin", source):

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 from conftest import ROOT, command_of, error_line, ok, rows, run, write_rows
 
-from inpars_lib import bm25, formats, storage
+from inpars_lib import bm25, files, formats
+from inpars_lib.bm25.index import count_documents
+from inpars_lib.bm25.lucene import MAX_QUERY_TERMS, start_lucene
 from inpars_lib.cli import InputError
-from inpars_lib.lucene import MAX_QUERY_TERMS
+from inpars_lib.files import exclusive
+from inpars_lib.formats.runs import RankedList, read_anserini_run
 from inpars_lib.negatives import sample_hits
-from inpars_lib.records import RankedList
-from inpars_lib.storage import exclusive
 
 
 def java_class(name: str) -> Any:
-    bm25.start_lucene()
+    start_lucene()
     from jnius import autoclass
 
     return autoclass(name)
@@ -95,7 +96,7 @@ def test_an_incomplete_index_is_never_used(demo_data: Path, tmp_path: Path) -> N
     assert not (tmp_path / "index").exists()
     ok(run("inpars_lib.bm25", "index", "--corpus", demo_data / "collection.tsv", "--index", tmp_path / "index"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "large.tsv"]
-    assert bm25.count_documents(str(tmp_path / "index")) == len(lines)
+    assert count_documents(str(tmp_path / "index")) == len(lines)
 
 
 def test_hits_are_those_of_the_searcher_that_pyserini_wraps(demo_index: Path, demo_data: Path) -> None:
@@ -130,9 +131,9 @@ def test_a_torn_run_of_anserini_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run.txt").write_text("0 Q0 a 1 2.500000 bm25\n0 Q0 b 2 1.0")
     for name in ("run.txt", "absent.txt"):
         with pytest.raises(InputError, match="could not write its hits"):
-            bm25._read_block(str(tmp_path / name))
+            read_anserini_run(str(tmp_path / name))
     (tmp_path / "run.txt").write_text("0 Q0 a 1 2.500000 bm25\n")
-    assert bm25._read_block(str(tmp_path / "run.txt")) == {"0": (["a"], [2.5])}
+    assert read_anserini_run(str(tmp_path / "run.txt")) == {"0": (["a"], [2.5])}
 
 
 def test_a_sample_of_hits() -> None:
@@ -240,7 +241,9 @@ def test_an_index_without_all_documents_is_refused(
     demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Anserini's indexer hides errors of writing. Here two documents never reach it."""
-    monkeypatch.setattr(bm25, "json_line", lambda row: "{}" if row["id"] in lost else storage.json_line(row))
+    monkeypatch.setattr(
+        "inpars_lib.bm25.index.json_line", lambda row: "{}" if row["id"] in lost else files.json_line(row)
+    )
     lost = [doc.doc_id for doc in formats.read_collection(str(demo_data / "collection.tsv"))][:2]
     index = run("inpars_lib.bm25", "index", "--corpus", demo_data / "collection.tsv", "--index", tmp_path / "index")
     assert "index: 398 of 400 documents were indexed" in error_line(index)

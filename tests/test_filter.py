@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command_of, error_line, ok, rows, run, save_t5, write_rows
 
+from inpars_lib.files import exclusive
+from inpars_lib.formats.records import SyntheticQuery
 from inpars_lib.query_browser import QuerySample
-from inpars_lib.records import SyntheticQuery
-from inpars_lib.storage import exclusive
 
 SCRIPT = "filter_queries_by_score.py"
 

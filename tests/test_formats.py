@@ -16,10 +16,12 @@ from conftest import write_rows
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from inpars_lib import formats, storage, text_lines
+from inpars_lib import files, formats
 from inpars_lib.cli import InputError
-from inpars_lib.records import Doc, Qrel, ScoredDoc, Topic
-from inpars_lib.triples import TripleFile
+from inpars_lib.formats import lines
+from inpars_lib.formats.fields import single_line
+from inpars_lib.formats.records import Doc, Qrel, ScoredDoc, Topic
+from inpars_lib.training.examples import TripleFile
 
 
 def zst(data: bytes) -> bytes:
@@ -85,7 +87,7 @@ def test_the_first_malformed_lines_are_shown_and_all_are_counted(tmp_path: Path,
     path.write_text("d1\tone\n" + "bad\n" * 7)
     assert len(list(formats.read_collection(str(path)))) == 1
     said = capsys.readouterr().err
-    assert said.count("no tab") == text_lines.QUOTED_PROBLEMS
+    assert said.count("no tab") == lines.QUOTED_PROBLEMS
     assert "7 of 8 lines are malformed" in said
 
 
@@ -122,7 +124,7 @@ def test_a_suffix_compresses_an_output(tmp_path: Path, suffix: str) -> None:
     assert data[4:8] == bytes(4) or suffix != "gz"  # no time stamp
     unpack = {"gz": gzip.decompress, "bz2": bz2.decompress, "xz": lzma.decompress, "zst": zstd.decompress}[suffix]
     assert unpack(data).decode() == f"1\t{'é' * 99}\n2\tx\n"
-    with pytest.raises(RuntimeError), storage.atomic_write(str(tmp_path / f"a.{suffix}")) as file:
+    with pytest.raises(RuntimeError), files.atomic_write(str(tmp_path / f"a.{suffix}")) as file:
         file.write("half")
         raise RuntimeError
     assert (tmp_path / f"a.{suffix}").read_bytes() == data
@@ -380,9 +382,7 @@ def test_a_written_run_is_read_back_by_us_and_by_ir_measures(tmp_path: Path) -> 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     docs = [Doc("007", "a\ttext\nin lines"), Doc("x", 'quotes " and {braces} \u2028 é')]
     formats.write_texts(str(tmp_path / "c.tsv"), docs)
-    assert list(formats.read_collection(str(tmp_path / "c.tsv"))) == [
-        Doc(i, formats.single_line(text)) for i, text in docs
-    ]
+    assert list(formats.read_collection(str(tmp_path / "c.tsv"))) == [Doc(i, single_line(text)) for i, text in docs]
     formats.write_texts(str(tmp_path / "t.tsv"), [Topic("1", "why"), Topic("2", "what")])
     assert formats.read_topics(str(tmp_path / "t.tsv")) == {"1": "why", "2": "what"}
     (tmp_path / "triples.tsv").write_text(formats.tsv_line("q\tr", "p\np", "n"))
@@ -392,14 +392,14 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 def test_atomic_write(tmp_path: Path) -> None:
     path = tmp_path / "out.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), storage.atomic_write(str(path)) as file:
+    with pytest.raises(RuntimeError), files.atomic_write(str(path)) as file:
         file.write("half")
         file.flush()
         assert path.read_text() == "old"
         raise RuntimeError
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["out.txt"]
-    with storage.atomic_write(str(path)) as file:
+    with files.atomic_write(str(path)) as file:
         file.write("new")
     assert path.read_text() == "new"
 
@@ -407,10 +407,10 @@ def test_atomic_write(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", range(1, 40, 3))
 def test_a_torn_last_line_is_repaired(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "q.jsonl"
-    first, second = (storage.json_line({"doc_id": str(i), "question": "é" * 5}) for i in (1, 2))
+    first, second = (files.json_line({"doc_id": str(i), "question": "é" * 5}) for i in (1, 2))
     data = (first + second).encode()
     path.write_bytes(data[:-cut])
-    storage.repair_last_line(str(path))
+    files.repair_last_line(str(path))
     expected = data if cut == 1 else first.encode()  # only the line's end was missing: the answer stays
     if cut > len(second.encode()):
         expected = b""
@@ -447,7 +447,7 @@ def test_triples_are_read_at_random(tmp_path: Path, capsys, pack: str) -> None:
 
 def test_json_lines_hold_any_text() -> None:
     row = {"doc_id": "1", "question": 'tab\t"quote" \u2028 \ud83d\ude00 é'}
-    line = storage.json_line(row)
+    line = files.json_line(row)
     assert line.count("\n") == 1
     assert json.loads(line) == row
 
@@ -465,11 +465,11 @@ def test_any_texts_are_read_back(texts: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/texts.tsv"
         formats.write_texts(path, [Topic(*item) for item in texts.items()])
-        expected = {query_id: formats.single_line(text) for query_id, text in texts.items()}
+        expected = {query_id: single_line(text) for query_id, text in texts.items()}
         assert formats.read_topics(path) == expected
         assert {doc.doc_id: doc.text for doc in formats.read_collection(path)} == expected
         with gzip.open(f"{path}.gz", "wb") as file:
-            file.writelines(storage.json_line({"_id": i, "title": "", "text": t}).encode() for i, t in texts.items())
+            file.writelines(files.json_line({"_id": i, "title": "", "text": t}).encode() for i, t in texts.items())
         assert formats.read_topics(f"{path}.gz") == expected
 
 
@@ -488,7 +488,7 @@ def test_any_judgements_and_any_run_are_read_back(pairs: dict[tuple[str, str], t
 
 @given(st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=1))
 def test_any_triples_are_read_back(texts: list[tuple[str, str, str]]) -> None:
-    triples = [triple for triple in (tuple(map(formats.single_line, text)) for text in texts) if all(triple)]
+    triples = [triple for triple in (tuple(map(single_line, text)) for text in texts) if all(triple)]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "t.tsv").write_text("".join(formats.tsv_line(*text) for text in texts), newline="\n")
         if triples:

@@ -20,9 +20,9 @@ from conftest import ROOT, command_of, error_line, ok, rows, run, serve
 from generation import EVERY, SCRIPT, errors, fails_for, flags, generate, meta, queries, start, written
 from stand_in import FAULTS, StandIn, completion, document_of, error, prompt_of
 
+from inpars_lib.formats.records import Doc
 from inpars_lib.llm.client import GenerationClient
-from inpars_lib.llm.protocol import PromptTemplate
-from inpars_lib.records import Doc
+from inpars_lib.llm.prompt import PromptTemplate
 
 # ------------------------------------------------------------------------------------------------------- a real one
 

@@ -4,20 +4,13 @@ import pytest
 from stand_in import chat, completion
 
 from inpars_lib.cli import InputError
-from inpars_lib.llm.errors import (
-    Access,
-    Action,
-    check_url,
-    classify_error,
-    public_url,
-    read_key,
-    refused_parameter,
-    retired_model_error,
-)
+from inpars_lib.formats.records import Doc
+from inpars_lib.llm.access import Access, check_url, public_url, read_key
+from inpars_lib.llm.errors import Action, classify_error, refused_parameter, retired_model_error
+from inpars_lib.llm.log_probs import align
 from inpars_lib.llm.protocol import AnswerError, ModelApi, ModelConfig, NoLogProbs
 from inpars_lib.llm.server import Server
-from inpars_lib.llm.tokens import Usage, align, read_usage
-from inpars_lib.records import Doc
+from inpars_lib.llm.usage import Usage, read_usage
 
 DOC = Doc("d", "doc")
 

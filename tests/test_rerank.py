@@ -13,11 +13,12 @@ import torch
 from conftest import ROOT, SUBJECTS, command_of, error_line, ok, rows, run, save_t5, write_rows
 from training_helpers import QUICK, dev, dev_but, train
 
-from inpars_lib.formats import read_run, write_texts
-from inpars_lib.records import Topic
-from inpars_lib.rerankers import load_reranker
-from inpars_lib.scoring import ScoreStore
-from inpars_lib.storage import exclusive
+from inpars_lib.files import exclusive
+from inpars_lib.formats.collection import write_texts
+from inpars_lib.formats.records import Topic
+from inpars_lib.formats.runs import read_run
+from inpars_lib.rerankers.load import load_reranker
+from inpars_lib.rerankers.scoring import ScoreStore
 
 
 @pytest.fixture(scope="module")

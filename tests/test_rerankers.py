@@ -10,11 +10,13 @@ import torch
 import transformers
 from conftest import error_line, ok, run, save_t5
 
-from inpars_lib import evaluation, rerankers
+from inpars_lib import evaluation
 from inpars_lib.cli import InputError
-from inpars_lib.evaluation import best_weight, interpolate, interpolation_curve
-from inpars_lib.records import Qrel, ScoredDoc
-from inpars_lib.t5_forward import first_token_logits
+from inpars_lib.formats.records import Qrel, ScoredDoc
+from inpars_lib.formats.runs import rerank_hits
+from inpars_lib.interpolation import best_weight, interpolate, interpolation_curve
+from inpars_lib.rerankers.load import checkpoint_name, load_reranker
+from inpars_lib.rerankers.t5_forward import first_token_logits
 
 WORDS = [
     "what",
@@ -36,14 +38,14 @@ WORDS = [
 
 
 def test_monot5_reads_the_papers_input(tiny_t5: Path) -> None:
-    model = rerankers.load_reranker(str(tiny_t5))
+    model = load_reranker(str(tiny_t5))
     ids = model.encode("what are tides", "the study of tides")[0].tolist()
     whole = model.tokenizer("Query: what are tides Document: the study of tides Relevant:", add_special_tokens=False)
     assert ids == [*whole.input_ids, model.tokenizer.eos_token_id]
 
 
 def test_a_long_document_is_truncated_but_never_the_suffix(tiny_t5: Path) -> None:
-    model = rerankers.load_reranker(str(tiny_t5), max_length=40)
+    model = load_reranker(str(tiny_t5), max_length=40)
     suffix = [*model.tokenizer(" Relevant:", add_special_tokens=False).input_ids, model.tokenizer.eos_token_id]
     for query, text in (("what are tides", "tides " * 500), ("what are tides " * 500, "tides"), ("tides " * 500, "")):
         ids = model.encode(query, text)[0].tolist()
@@ -55,7 +57,7 @@ def test_a_long_document_is_truncated_but_never_the_suffix(tiny_t5: Path) -> Non
 
 def test_the_monot5_score_equals_generation(tiny_t5: Path) -> None:
     """The score is the log-softmax over both target tokens at the first decoding step, in any batch."""
-    model = rerankers.load_reranker(str(tiny_t5), dtype="float32")
+    model = load_reranker(str(tiny_t5), dtype="float32")
     pairs = [("what are tides", " ".join(WORDS[:n])) for n in (1, 14, 3, 9, 5)]
     model.batch_tokens = 40  # several batches, of several lengths
     scores = model.score(pairs)
@@ -71,25 +73,25 @@ def test_the_monot5_score_equals_generation(tiny_t5: Path) -> None:
 
 def test_target_words_come_from_the_vocabulary(tmp_path: Path) -> None:
     texts = ["what are tides", "bread and bees"] * 20
-    model = rerankers.load_reranker(str(save_t5(tmp_path / "yes", texts, answers="yes no ")))
+    model = load_reranker(str(save_t5(tmp_path / "yes", texts, answers="yes no ")))
     assert model.model.config.answers == ["▁yes", "▁no"]
-    model = rerankers.load_reranker(
+    model = load_reranker(
         str(save_t5(tmp_path / "both", texts, answers="true false hot cold ")), targets=("hot", "cold")
     )
     assert model.model.config.answers == ["▁hot", "▁cold"]
     model.model.save_pretrained(tmp_path / "both")
-    assert rerankers.load_reranker(str(tmp_path / "both")).model.config.answers == ["▁hot", "▁cold"]
+    assert load_reranker(str(tmp_path / "both")).model.config.answers == ["▁hot", "▁cold"]
     with pytest.raises(InputError, match="not one token each"):
-        rerankers.load_reranker(str(tmp_path / "both"), targets=("supercalifragilistic", "cold"))
+        load_reranker(str(tmp_path / "both"), targets=("supercalifragilistic", "cold"))
 
 
 def test_labels_of_a_training_batch(tiny_t5: Path, tiny_encoder: Path) -> None:
     examples = [("tides", "the study of tides", True), ("tides", "buy tides", False)]
-    model = rerankers.load_reranker(str(tiny_t5))
+    model = load_reranker(str(tiny_t5))
     labels = model.collate(examples)["labels"]
     true, false, eos = *model.target_ids, model.tokenizer.eos_token_id
     assert labels.tolist() == [[true, eos], [false, eos]]
-    encoder = rerankers.load_reranker(str(tiny_encoder), new_head=True)
+    encoder = load_reranker(str(tiny_encoder), new_head=True)
     assert encoder.collate(examples)["labels"].tolist() == [[1.0], [0.0]]
 
 
@@ -97,7 +99,7 @@ def test_logits_are_the_scores_with_gradients(tiny_t5: Path, tiny_encoder: Path)
     pairs = [("tides", "the study of tides and bees in detail"), ("bread", "buy bread")]
     examples = [(*pair, True) for pair in pairs]
     for base, squashed in ((tiny_t5, torch.nn.functional.logsigmoid), (tiny_encoder, lambda logits: logits)):
-        reranker = rerankers.load_reranker(str(base), dtype="float32", new_head=True)
+        reranker = load_reranker(str(base), dtype="float32", new_head=True)
         reranker.model.eval()
         batch = reranker.collate(examples)
         del batch["labels"]
@@ -108,7 +110,7 @@ def test_logits_are_the_scores_with_gradients(tiny_t5: Path, tiny_encoder: Path)
 
 
 def test_a_cross_encoder_truncates_documents(tiny_encoder: Path) -> None:
-    model = rerankers.load_reranker(str(tiny_encoder), max_length=20, dtype="float32", new_head=True)
+    model = load_reranker(str(tiny_encoder), max_length=20, dtype="float32", new_head=True)
     for query, text in (("what are tides", "tides " * 500), ("what are tides " * 500, "bread and bees")):
         ids, second = model.encode(query, text)
         assert 0 < second < len(ids) <= 20
@@ -128,22 +130,22 @@ def test_a_cross_encoder_truncates_documents(tiny_encoder: Path) -> None:
 
 def test_models_that_are_no_rerankers(tiny_encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="never trained to rerank"):
-        rerankers.load_reranker(str(tiny_encoder))
+        load_reranker(str(tiny_encoder))
     with pytest.raises(InputError, match="cannot load this model"):
-        rerankers.load_reranker(str(tmp_path))
+        load_reranker(str(tmp_path))
     with pytest.raises(InputError, match="--device cuda:77: "):
-        rerankers.load_reranker(str(tiny_encoder), device="cuda:77")
+        load_reranker(str(tiny_encoder), device="cuda:77")
 
 
 def test_the_papers_name_of_t5() -> None:
-    assert rerankers.checkpoint_name("t5_base") == rerankers.checkpoint_name("t5-base") == "google-t5/t5-base"
-    assert rerankers.checkpoint_name("castorini/monot5-base-msmarco") == "castorini/monot5-base-msmarco"
-    assert rerankers.checkpoint_name("t5_mine") == "t5_mine"
+    assert checkpoint_name("t5_base") == checkpoint_name("t5-base") == "google-t5/t5-base"
+    assert checkpoint_name("castorini/monot5-base-msmarco") == "castorini/monot5-base-msmarco"
+    assert checkpoint_name("t5_mine") == "t5_mine"
 
 
 def test_ties_in_a_ranking() -> None:
     hits = [ScoredDoc("q", doc_id, 10.0 - i) for i, doc_id in enumerate("abcde")]
-    ranked = evaluation.rerank_hits(hits, {"a": -0.5, "b": -0.1, "c": -0.5000000001})
+    ranked = rerank_hits(hits, {"a": -0.5, "b": -0.1, "c": -0.5000000001})
     # c and a tie in the digits of a run, and trec_eval puts the greater id first; d and e were not reranked.
     assert [(hit.doc_id, hit.score) for hit in ranked] == [
         ("b", -0.1),
@@ -392,7 +394,7 @@ def test_scores_equal_transformers(tiny_t5: Path, tmp_path: Path, family: str, d
     config.vocab_size = len(transformers.AutoTokenizer.from_pretrained(tiny_t5))
     scale = 3000.0 if dtype == "float16" else 1.0
     folder = str(save_seq2seq(tmp_path / "model", tiny_t5, config, scale))
-    reranker = rerankers.load_reranker(folder, dtype=dtype, device="cpu", targets=("true", "false"))
+    reranker = load_reranker(folder, dtype=dtype, device="cpu", targets=("true", "false"))
     assert reranker.is_fast == (family.startswith("t5") and dtype != "float16")
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="float32")
     pairs = [("what are tides", "the study of tides"), ("why", "bread rises in the oven when bees make honey")]
@@ -410,7 +412,7 @@ def test_unsupported_types_are_refused_before_training(tiny_t5: Path, tmp_path: 
     bart = transformers.BartConfig(**size, encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=400)
     folder = save_seq2seq(tmp_path / "bart", tiny_t5, bart)
     with pytest.raises(InputError, match="models of type bart are not supported"):
-        rerankers.load_reranker(str(folder), new_head=True)
+        load_reranker(str(folder), new_head=True)
 
 
 def save_classifier(folder: Path, tiny_encoder: Path, labels: list[str]) -> Path:
@@ -435,7 +437,7 @@ def test_the_score_of_two_outputs_is_their_difference(
     tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, labels: list[str], relevant: int, note: str
 ) -> None:
     folder = save_classifier(tmp_path / "two", tiny_encoder, labels)
-    reranker = rerankers.load_reranker(str(folder), dtype="float32", device="cpu")
+    reranker = load_reranker(str(folder), dtype="float32", device="cpu")
     said = capsys.readouterr().err
     assert note in said
     assert bool(said) == bool(note)
@@ -445,7 +447,7 @@ def test_the_score_of_two_outputs_is_their_difference(
         logits = model(**reranker.tokenizer(*pair, return_tensors="pt")).logits[0]
         assert score == pytest.approx((logits[relevant] - logits[1 - relevant]).item(), abs=1e-5)
     similar = [("what are tides", f"{a} {b}") for a in WORDS for b in WORDS]
-    low = torch.from_numpy(rerankers.load_reranker(str(folder), dtype="bfloat16", device="cpu").score(similar))
+    low = torch.from_numpy(load_reranker(str(folder), dtype="bfloat16", device="cpu").score(similar))
     assert not torch.equal(low, low.bfloat16().float())  # the difference is taken in float32
 
 
@@ -462,14 +464,14 @@ def test_outputs_without_a_relevant_one_are_refused(
 ) -> None:
     folder = save_classifier(tmp_path / "model", tiny_encoder, labels)
     with pytest.raises(InputError, match=words):
-        rerankers.load_reranker(str(folder))
+        load_reranker(str(folder))
 
 
 def test_cross_encoders_with_two_outputs_are_base_models(
     tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     save_classifier(tmp_path / "two", tiny_encoder, ["LABEL_0", "LABEL_1"])
-    reranker = rerankers.load_reranker(str(tmp_path / "two"), new_head=True)
+    reranker = load_reranker(str(tmp_path / "two"), new_head=True)
     assert reranker.model.config.num_labels == 1
     assert reranker.score([("what", "tides")]).shape == (1,)
     assert "A new one with one output is trained" in capsys.readouterr().err
@@ -477,7 +479,7 @@ def test_cross_encoders_with_two_outputs_are_base_models(
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "two")
     with pytest.raises(InputError, match="has no padding token"):
-        rerankers.load_reranker(str(tmp_path / "two"), new_head=True)
+        load_reranker(str(tmp_path / "two"), new_head=True)
 
 
 QWEN_PROMPT = """<|im_start|>system
@@ -504,7 +506,7 @@ QWEN_PAIRS = [
 @pytest.mark.parametrize("instruction", [None, "Given a claim, retrieve documents that refute it"])
 def test_causal_scores_equal_transformers(tiny_qwen3: Path, instruction: str | None) -> None:
     """Padded batches give the scores of single prompts, read by the tokenizer and by the model as a whole."""
-    reranker = rerankers.load_reranker(str(tiny_qwen3), dtype="float32", device="cpu", instruction=instruction)
+    reranker = load_reranker(str(tiny_qwen3), dtype="float32", device="cpu", instruction=instruction)
     reranker.batch_tokens = 400  # several batches, of several lengths
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_qwen3).eval()
     yes, no = reranker.tokenizer.convert_tokens_to_ids(["yes", "no"])
@@ -520,16 +522,16 @@ def test_causal_scores_equal_transformers(tiny_qwen3: Path, instruction: str | N
     scores = reranker.score(QWEN_PAIRS)
     numpy.testing.assert_allclose(scores, expected, atol=1e-4)
     assert scores.tobytes() == reranker.score(QWEN_PAIRS).tobytes()
-    low = rerankers.load_reranker(str(tiny_qwen3), dtype="bfloat16", device="cpu", instruction=instruction)
+    low = load_reranker(str(tiny_qwen3), dtype="bfloat16", device="cpu", instruction=instruction)
     numpy.testing.assert_allclose(low.score(QWEN_PAIRS), expected, rtol=0.1, atol=0.5)
     similar = torch.from_numpy(low.score([("what are tides", f"{a} {b}") for a in WORDS for b in WORDS]))
     assert not torch.equal(similar, similar.bfloat16().float())
 
 
 def test_a_causal_prompt_loses_tokens_of_the_document_only(tiny_qwen3: Path, capsys: pytest.CaptureFixture) -> None:
-    whole = rerankers.load_reranker(str(tiny_qwen3), max_length=1000)
+    whole = load_reranker(str(tiny_qwen3), max_length=1000)
     prompt = len(whole.encode("what are tides", "")[0])  # with the space before the document
-    model = rerankers.load_reranker(str(tiny_qwen3), max_length=prompt + 5)
+    model = load_reranker(str(tiny_qwen3), max_length=prompt + 5)
     ids = model.encode("what are tides", "tides " * 500)[0].tolist()
     start, end = QWEN_PROMPT.partition("{text}")[::2]
     kept = model.tokenizer.decode(ids)
@@ -540,22 +542,22 @@ def test_a_causal_prompt_loses_tokens_of_the_document_only(tiny_qwen3: Path, cap
     assert model.score([("", ""), ("what are tides " * 500, "tides")]).shape == (2,)
     capsys.readouterr()
     with pytest.raises(InputError, match="--max_length 40: too short"):
-        rerankers.load_reranker(str(tiny_qwen3), max_length=40)
-    assert rerankers.load_reranker(str(tiny_qwen3), max_length=10**6).max_length == 32768
+        load_reranker(str(tiny_qwen3), max_length=40)
+    assert load_reranker(str(tiny_qwen3), max_length=10**6).max_length == 32768
     assert "reads at most 32768 tokens" in capsys.readouterr().err
 
 
 def test_causal_models_that_are_refused(tiny_qwen3: Path, tiny_t5: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="causal models rerank, but cannot be trained"):
-        rerankers.load_reranker(str(tiny_qwen3), new_head=True)
+        load_reranker(str(tiny_qwen3), new_head=True)
     with pytest.raises(InputError, match="has no token 'perhaps'"):
-        rerankers.load_reranker(str(tiny_qwen3), targets=("yes", "perhaps"))
+        load_reranker(str(tiny_qwen3), targets=("yes", "perhaps"))
     with pytest.raises(InputError, match="reads no instruction"):
-        rerankers.load_reranker(str(tiny_t5), instruction="Find.")
+        load_reranker(str(tiny_t5), instruction="Find.")
     transformers.AutoModelForCausalLM.from_pretrained(tiny_qwen3).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"has no token '<\|im_start\|>'"):
-        rerankers.load_reranker(str(tmp_path))
+        load_reranker(str(tmp_path))
 
 
 def test_large_margins_are_no_ties() -> None:
@@ -565,18 +567,18 @@ def test_large_margins_are_no_ties() -> None:
     assert len(set(logits.log_softmax(-1)[:, 0].tolist())) < 10
     scores = torch.nn.functional.logsigmoid(logits[:, 0] - logits[:, 1]).tolist()
     hits = [ScoredDoc("q", str(i), 1.0) for i in range(10)]
-    ranked = evaluation.rerank_hits(hits, {str(i): score for i, score in enumerate(scores)})
+    ranked = rerank_hits(hits, {str(i): score for i, score in enumerate(scores)})
     assert [hit.doc_id for hit in ranked] == [str(i) for i in range(9, -1, -1)]
     assert len({f"{hit.score:.9g}" for hit in ranked}) == 10
 
 
 def test_bfloat16_makes_no_ties(tiny_t5: Path, tiny_encoder: Path) -> None:
     """The output layer computes in float32: bfloat16 has 8 bits, so similar documents would share a score."""
-    encoder = rerankers.load_reranker(str(tiny_encoder), dtype="bfloat16", device="cpu", new_head=True)
+    encoder = load_reranker(str(tiny_encoder), dtype="bfloat16", device="cpu", new_head=True)
     words = ("bees", "make", "honey", "the", "oven", "tides")
     scores = torch.from_numpy(encoder.score([("what are tides", f"{a} {b}") for a in words for b in words]))
     assert not torch.equal(scores, scores.bfloat16().float())
-    t5 = rerankers.load_reranker(str(tiny_t5), dtype="bfloat16", device="cpu")
+    t5 = load_reranker(str(tiny_t5), dtype="bfloat16", device="cpu")
     batch = t5.pad([t5.encode("what are tides", "the study of tides")])
     mask = batch["attention_mask"].bool()
     with torch.inference_mode():
@@ -584,7 +586,7 @@ def test_bfloat16_makes_no_ties(tiny_t5: Path, tiny_encoder: Path) -> None:
 
 
 def test_scores_that_are_not_numbers_are_refused(tiny_t5: Path) -> None:
-    reranker = rerankers.load_reranker(str(tiny_t5), dtype="float32", device="cpu")
+    reranker = load_reranker(str(tiny_t5), dtype="float32", device="cpu")
     reranker.model.shared.weight.data[reranker.tokenizer("bees").input_ids[0]] = float("nan")
     reranker.score([("what are tides", "the study of tides")])
     with pytest.raises(InputError, match=r"the score of 'Query: what.*Document: bees.*is not a finite number"):
@@ -593,8 +595,8 @@ def test_scores_that_are_not_numbers_are_refused(tiny_t5: Path) -> None:
 
 def test_lengths_that_a_model_cannot_read(tiny_t5: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(InputError, match="--max_length 3: too short"):
-        rerankers.load_reranker(str(tiny_t5), max_length=3)
-    encoder = rerankers.load_reranker(str(tiny_encoder), max_length=1024, new_head=True)
+        load_reranker(str(tiny_t5), max_length=3)
+    encoder = load_reranker(str(tiny_encoder), max_length=1024, new_head=True)
     assert encoder.max_length == 512
     assert "reads at most 512 tokens, so inputs are truncated to 512 and not 1024" in capsys.readouterr().err
-    assert rerankers.load_reranker(str(tiny_t5), max_length=1024).max_length == 1024  # relative positions
+    assert load_reranker(str(tiny_t5), max_length=1024).max_length == 1024  # relative positions

@@ -18,10 +18,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from training_helpers import QUICK, dev, dev_but, train, train_flags
 
-from inpars_lib.devices import has_fast_bfloat16
-from inpars_lib.losses import softmax_cross_entropy
-from inpars_lib.storage import exclusive
-from inpars_lib.triples import LengthSortedSampler, TrainingExamples, TripleFile
+from inpars_lib.files import exclusive
+from inpars_lib.rerankers.load import has_fast_bfloat16
+from inpars_lib.training.examples import LengthSortedSampler, TrainingExamples, TripleFile
+from inpars_lib.training.losses import softmax_cross_entropy
 
 
 @pytest.fixture(scope="module", params=["t5", "encoder"])

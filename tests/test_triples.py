@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Done, error_line, ok, rows, run, write_rows
 
-from inpars_lib import lucene
-from inpars_lib.formats import read_run
+from inpars_lib.bm25 import lucene
+from inpars_lib.formats.runs import read_run
 
 SCRIPT = "generate_triples_train.py"
 
@@ -269,7 +269,7 @@ def test_lucene_starts_without_pyserinis_modules() -> None:
     code = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from inpars_lib import lucene
+from inpars_lib.bm25 import lucene
 before = dict(os.environ)
 lucene.start_lucene()
 assert os.environ == before, set(os.environ.items()) ^ set(before.items())

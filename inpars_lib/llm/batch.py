@@ -15,18 +15,19 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from inpars_lib.cli import InputError, report, warn
-from inpars_lib.llm.errors import RESUME, Action, classify_error, error_message, public_url
-from inpars_lib.llm.protocol import AnswerError, ModelApi, PromptTemplate
+from inpars_lib.files import FORMAT_VERSION, atomic_write, json_line
+from inpars_lib.formats.records import Doc
+from inpars_lib.llm.access import public_url
+from inpars_lib.llm.errors import RESUME, Action, classify_error, error_message
+from inpars_lib.llm.prompt import PromptTemplate
+from inpars_lib.llm.protocol import AnswerError, ModelApi
 from inpars_lib.llm.query_store import QueryStore, RequestKey, request_key
 from inpars_lib.llm.server import ClientConfig
-from inpars_lib.llm.tokens import read_usage
-from inpars_lib.records import Doc
-from inpars_lib.storage import FORMAT_VERSION, atomic_write, json_line
+from inpars_lib.llm.usage import read_usage
 
 MAX_FILE_BYTES = 200_000_000  # OpenAI's limit for a request file
 MAX_RETRIES = 8  # of requests to the server's batch endpoints
 ENDED = ("completed", "failed", "expired", "cancelled")
-
 Batch = dict[str, Any]
 
 

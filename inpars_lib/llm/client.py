@@ -15,13 +15,13 @@ from contextlib import suppress
 from typing import Any
 
 from inpars_lib.cli import InputError, report, warn
-from inpars_lib.llm.budget import TokenBudget
+from inpars_lib.formats.records import Doc
 from inpars_lib.llm.errors import RESUME, Action, Verdict, classify_error
-from inpars_lib.llm.protocol import AnswerError, ModelApi, NoLogProbs, PromptTemplate
+from inpars_lib.llm.prompt import PromptTemplate
+from inpars_lib.llm.protocol import AnswerError, ModelApi, NoLogProbs
 from inpars_lib.llm.query_store import QueryStore, RequestKey
 from inpars_lib.llm.server import ClientConfig, Server, backoff
-from inpars_lib.llm.tokens import NO_TOKENS, Usage, read_usage
-from inpars_lib.records import Doc
+from inpars_lib.llm.usage import NO_TOKENS, TokenBudget, Usage, read_usage
 
 TRIES = 7  # failures of its own after which a request is given up
 GRACE = 60.0  # seconds without an answer at the end of a run, in which an outage fails no document

@@ -12,15 +12,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from inpars_lib.cli import InputError, warn
-from inpars_lib.line_parsers import json_object
+from inpars_lib.formats.fields import json_object
+from inpars_lib.formats.records import Doc
 from inpars_lib.llm.errors import error_message
-from inpars_lib.llm.tokens import align, log_probs_within, read_tokens
-from inpars_lib.records import Doc
+from inpars_lib.llm.log_probs import align, log_probs_within, read_tokens
+from inpars_lib.llm.prompt import first_line
 
-SLOT = "{document_text}"  # where a prompt takes the document
 STOP = "\n\n"  # a prompt separates its examples by an empty line, so the model writes one after its query
 OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 # What --extra_body may not hold: flags decide the first line, and reading answers depends on the others.
@@ -39,27 +39,6 @@ class AnswerError(Exception):
 
 class NoLogProbs(AnswerError):
     """An answer without the requested log-probabilities."""
-
-
-# --------------------------------------------------------------------------------------------- requests and answers
-
-
-class PromptTemplate(NamedTuple):
-    """Prompt with a slot for the document, which is truncated to `max_chars` characters, if any."""
-
-    text: str
-    max_chars: int | None = None
-
-    def truncate(self, doc: Doc) -> Doc:
-        """Return the document as the prompt contains it, cut at a space if the second half has one."""
-        if self.max_chars is None or len(doc.text) <= self.max_chars:
-            return doc
-        words = doc.text[: self.max_chars + 1].rpartition(" ")[0].rstrip()
-        return Doc(doc.doc_id, words if len(words) > self.max_chars // 2 else doc.text[: self.max_chars])
-
-    def fill(self, doc: Doc) -> str:
-        """Return the prompt of a document."""
-        return self.text.replace(SLOT, self.truncate(doc).text)
 
 
 @dataclass(frozen=True)
@@ -242,10 +221,10 @@ class ModelApi:
         bad_question = ""
         if config.good_bad:  # without the bad question the answer did not follow the prompt, so neither is trusted
             generated, _, bad_part = re.sub(r"(?i)bad question:", "\0", generated, count=1).partition("\0")
-            bad_question = _first_line(bad_part)
+            bad_question = first_line(bad_part)
             if not bad_question:
                 raise AnswerError("the answer has no bad question", text)
-        question = _first_line(generated)
+        question = first_line(generated)
         if not question:
             cut = " (the token limit was reached: raise --max_tokens)"
             problem = "only an introduction" if generated.strip() else "empty"
@@ -271,21 +250,3 @@ class ModelApi:
         if config.good_bad:
             row["bad_question"] = bad_question
         return row
-
-
-# What chat models write before a question or around it
-INTRODUCTION = re.compile(
-    r"(?i)(sure|certainly|of course|okay|here('s| is| are)|(the|a) (relevant )?(answer|query|question)|example)\b.*:"
-)
-LABEL = re.compile(r"(?i)^((good|relevant|search) )?(query|question) *:\s*")
-
-
-def _first_line(text: str) -> str:
-    """Return the first line that is not an introduction, without a label or quotation marks."""
-    for line in text.strip().split("\n"):
-        line = LABEL.sub("", line.rstrip("\ufffd \t\r").lstrip(), count=1)  # a token limit may cut a character in two
-        if len(line) > 1 and (line[0], line[-1]) in (('"', '"'), ("'", "'"), ("\u201c", "\u201d")):
-            line = line[1:-1].strip()
-        if line and not INTRODUCTION.fullmatch(line):
-            return line
-    return ""

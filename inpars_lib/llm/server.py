@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from inpars_lib.cli import InputError, report, shorten, warn
-from inpars_lib.llm.errors import Access, public_url
+from inpars_lib.llm.access import Access, public_url
 
 FIRST_WAIT = 0.5  # seconds before the second try; doubles with each further failure
 SHORTEST_WAIT = 0.25  # seconds after status 429, even if the server asks for none

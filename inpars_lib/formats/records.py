@@ -1,8 +1,6 @@
 """The records that pass between stages: documents, topics, judgements, hits, synthetic queries, triples."""
 
-import array
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 
 class Doc(NamedTuple):
@@ -61,28 +59,3 @@ class Triple(NamedTuple):
     query: str
     positive: str
     negative: str
-
-
-class RankedList(Sequence[ScoredDoc]):
-    """The hits of one query, best first. Takes 16 bytes a hit beside the ids, where named tuples would take 200."""
-
-    def __init__(self, query_id: str, doc_ids: list[str], scores: Iterable[float]) -> None:
-        self.query_id, self.doc_ids, self.scores = query_id, doc_ids, array.array("d", scores)
-
-    def __len__(self) -> int:
-        return len(self.doc_ids)
-
-    @overload
-    def __getitem__(self, at: int) -> ScoredDoc: ...
-    @overload
-    def __getitem__(self, at: slice) -> "RankedList": ...
-    def __getitem__(self, at: int | slice) -> "ScoredDoc | RankedList":
-        if isinstance(at, slice):
-            return RankedList(self.query_id, self.doc_ids[at], self.scores[at])
-        return ScoredDoc(self.query_id, self.doc_ids[at], self.scores[at])
-
-    def __iter__(self) -> Iterator[ScoredDoc]:
-        return (ScoredDoc(self.query_id, *hit) for hit in zip(self.doc_ids, self.scores, strict=True))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)

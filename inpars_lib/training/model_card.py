@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inpars_lib.evaluation import format_value
-from inpars_lib.storage import file_sha256
+from inpars_lib.files import file_sha256
 
 LOADING = {
     "MonoT5": """rerankers.Reranker("MODEL", model_type="t5")
@@ -93,7 +93,7 @@ def model_card(info: CardInfo) -> str:
     """Return the text of the card, with the metadata that the Hugging Face hub reads at its head."""
     from huggingface_hub import ModelCardData
 
-    from inpars_lib.rerankers import checkpoint_name
+    from inpars_lib.rerankers.load import checkpoint_name
 
     local = os.path.isdir(info.base_model)
     base = Path(info.base_model).name if local else checkpoint_name(info.base_model)

@@ -1,7 +1,48 @@
-"""The token limit of --max_total_tokens, which holds for requests in flight too."""
+"""Numbers of tokens as the server counts them, and the limit of --max_total_tokens."""
+
+from typing import Any, NamedTuple
 
 from inpars_lib.cli import warn
-from inpars_lib.llm.tokens import Usage
+
+
+class Usage(NamedTuple):
+    """Numbers of tokens as the server counts them.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompts.
+        cached_tokens: Those of them that came from the server's prefix cache.
+        completion_tokens: Tokens of the answers.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def plus(self, other: "Usage") -> "Usage":
+        """Return the sum."""
+        return Usage(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def total(self) -> int:
+        """Prompt and completion tokens together."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def __str__(self) -> str:
+        return f"{self.prompt_tokens:,} in ({self.cached_tokens:,} cached), {self.completion_tokens:,} out"
+
+
+NO_TOKENS = Usage()
+
+
+def read_usage(answer: Any) -> Usage:
+    """Return the tokens of an answer, zeros where the server does not count them."""
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("prompt_tokens_details")
+    details = details if isinstance(details, dict) else {}
+    counts = usage.get("prompt_tokens"), details.get("cached_tokens"), usage.get("completion_tokens")
+    return Usage(*(count if isinstance(count, int) else 0 for count in counts))
+
 
 BYTES_PER_TOKEN = 3  # of a prompt whose tokens the server has not counted yet: fewer than in most languages
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from inpars_lib.cli import InputError, report
-from inpars_lib.reranker_base import Reranker
+from inpars_lib.rerankers.base import Reranker
 
 if TYPE_CHECKING:
     import numpy

@@ -7,12 +7,11 @@ from contextlib import nullcontext
 from typing import TypeVar
 
 from inpars_lib.cli import InputError, warn
-from inpars_lib.compression import decompressed
-from inpars_lib.storage import is_special
+from inpars_lib.files import decompressed, is_special
+from inpars_lib.formats.fields import single_line
 
 QUOTED_PROBLEMS = 3  # malformed lines that are quoted one by one; later ones are only counted
 BLOCK_BYTES = 1 << 20  # lines are read in blocks, because a Python generator per line would take most of the time
-
 T = TypeVar("T")
 Block = tuple[str, int, list[bytes]]  # path, number of the first line from 1, lines with their newlines
 
@@ -108,3 +107,8 @@ def read_records(
         )
     if not usable:
         raise InputError(f"{name}: no usable line found. Each line must be {form}.")
+
+
+def tsv_line(*columns: str) -> str:
+    """Return a line of a TSV file, newline included. Tabs and newlines inside a column become spaces."""
+    return "\t".join(map(single_line, columns)) + "\n"

@@ -1,49 +1,10 @@
-"""Tokens of an answer: their log-probabilities, their place in the text, their number."""
+"""Log-probabilities of the tokens of an answer, and their place in its text."""
 
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 REPLACEMENT = "\ufffd".encode()  # what some servers send for a piece of a character
-
-
-class Usage(NamedTuple):
-    """Numbers of tokens as the server counts them.
-
-    Attributes:
-        prompt_tokens: Tokens of the prompts.
-        cached_tokens: Those of them that came from the server's prefix cache.
-        completion_tokens: Tokens of the answers.
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-
-    def plus(self, other: "Usage") -> "Usage":
-        """Return the sum."""
-        return Usage(*(a + b for a, b in zip(self, other, strict=True)))
-
-    @property
-    def total(self) -> int:
-        """Prompt and completion tokens together."""
-        return self.prompt_tokens + self.completion_tokens
-
-    def __str__(self) -> str:
-        return f"{self.prompt_tokens:,} in ({self.cached_tokens:,} cached), {self.completion_tokens:,} out"
-
-
-NO_TOKENS = Usage()
-
-
-def read_usage(answer: Any) -> Usage:
-    """Return the tokens of an answer, zeros where the server does not count them."""
-    usage = answer.get("usage") if isinstance(answer, dict) else None
-    usage = usage if isinstance(usage, dict) else {}
-    details = usage.get("prompt_tokens_details")
-    details = details if isinstance(details, dict) else {}
-    counts = usage.get("prompt_tokens"), details.get("cached_tokens"), usage.get("completion_tokens")
-    return Usage(*(count if isinstance(count, int) else 0 for count in counts))
 
 
 def read_tokens(choice: dict[str, Any]) -> tuple[list[bytes], list[float | None]] | None:

@@ -3,11 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from inpars_lib.bm25 import BM25Config, open_index
+from inpars_lib.bm25.config import BM25Config
+from inpars_lib.bm25.search import open_index
 from inpars_lib.cli import InputError, warn
 from inpars_lib.first_stage import QueryRun
-from inpars_lib.formats import missing_documents, read_qrels, read_run, read_synthetic_queries, read_texts, read_topics
-from inpars_lib.records import Qrel, ScoredDoc
+from inpars_lib.formats.collection import missing_documents, read_texts
+from inpars_lib.formats.qrels import read_qrels
+from inpars_lib.formats.queries import read_synthetic_queries
+from inpars_lib.formats.records import Qrel, ScoredDoc
+from inpars_lib.formats.runs import read_run
+from inpars_lib.formats.topics import read_topics
 
 
 class DevSet(NamedTuple):

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from itertools import chain
 
 from inpars_lib.cli import InputError
-from inpars_lib.text_lines import Block
+from inpars_lib.formats.fields import TEXT_FORM, parse_id, parse_topic, single_line
+from inpars_lib.formats.folders import beir_file
+from inpars_lib.formats.ir_dataset import download_errors, ir_dataset
+from inpars_lib.formats.lines import Block, read_blocks, read_records
 
 START = re.compile(rb"(?is)(?:\s|<!--.*?-->|<[^<>]*>)*?<top(?:ic)?[\s>]")  # tags only, before the first topic
 TOPIC = re.compile(r"(?is)<(top|topic)(?:\s[^>]*)?>.*?(?=</\1\s*>|<\1[\s>]|\Z)")
@@ -52,3 +55,23 @@ def topics_as_tsv(blocks: Iterator[Block]) -> Iterator[Block]:
             missing = "<title> or <query>" if fields[0] else "number"
             raise InputError(f"{path}, line {number}: the topic has no {missing}. Add it or delete the topic.")
         yield path, number, ["\t".join(columns).encode(errors="surrogateescape")]
+
+
+def read_topics(path: str) -> dict[str, str]:
+    """Return the topics of a file or of a BEIR folder, text by query id, in file order.
+
+    Raises:
+        InputError: No line is usable, or a query id is on two lines.
+    """
+    topics: dict[str, str] = {}
+    scheme, _, name = path.partition(":")
+    if scheme == "ir_datasets":
+        dataset = ir_dataset(name, "queries")
+        with download_errors(path):
+            return {parse_id(query.query_id): single_line(query.default_text()) for query in dataset.queries_iter()}
+    blocks = topics_as_tsv(read_blocks([beir_file(path, "queries.jsonl")]))
+    for number, (query_id, text) in read_records(blocks, parse_topic, f"{TEXT_FORM}, or a TREC topic", path):
+        if query_id in topics:
+            raise InputError(f"{path}, line {number}: the query id {query_id} is repeated. Keep one of its lines.")
+        topics[query_id] = text
+    return topics

@@ -1,26 +1,24 @@
-"""Training: the Trainer that evaluates by reranking, checkpoints, results."""
+"""The Trainer that evaluates by reranking, and its flags."""
 
-import csv
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
-from inpars_lib.cli import InputError, warn
-from inpars_lib.dev_set import DevSet
-from inpars_lib.evaluation import MEASURES, evaluate_per_query, mean_values, rerank_hits
-from inpars_lib.losses import LOSSES
-from inpars_lib.reranker_base import Reranker
-from inpars_lib.storage import FORMAT_VERSION, atomic_write
-from inpars_lib.triples import LengthSortedSampler, TrainingExamples
+from inpars_lib.evaluation import MEASURES, evaluate_per_query, mean_values
+from inpars_lib.formats.runs import rerank_hits
+from inpars_lib.rerankers.base import Reranker
+from inpars_lib.training.checkpoints import write_results
+from inpars_lib.training.dev_set import DevSet
+from inpars_lib.training.examples import LengthSortedSampler, TrainingExamples
+from inpars_lib.training.losses import LOSSES
 
 PUBLISH = "publish the model after training: hf upload YOU/NAME MODEL --exclude 'checkpoint-*/*'"
 REFUSED_FLAGS = {  # of transformers.TrainingArguments
@@ -36,10 +34,6 @@ REFUSED_FLAGS = {  # of transformers.TrainingArguments
     "hub_model_id": PUBLISH,
     "hub_token": PUBLISH,
 }
-PLOTTED = ("nDCG@10", "MRR@10")  # in learning_curve.png, or the first two measures if one of these is missing
-
-
-# ----------------------------------------------------------------------------------------------------------- trainer
 
 
 @dataclass(frozen=True)
@@ -191,124 +185,3 @@ def is_sharded(flags: Mapping[str, Any]) -> bool:
         with open(config, encoding="utf-8") as file:
             config = json.load(file)
     return isinstance(config, dict) and config.get("zero_optimization", {}).get("stage") == 3
-
-
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
-    """Return the checkpoint to resume from, or None to start from the base model.
-
-    A checkpoint without trainer_state.json, which is written last, is incomplete.
-
-    Args:
-        output_dir: Where checkpoints are.
-        resume: A checkpoint's folder, `last`, or None.
-
-    Raises:
-        InputError: The named checkpoint is incomplete, or there are checkpoints and `resume` is None.
-    """
-    if resume not in (None, "last"):
-        if not os.path.isfile(os.path.join(resume, "trainer_state.json")):
-            raise InputError(f"{resume}: no trainer_state.json, so this is no complete checkpoint. Name another one.")
-        return resume
-    complete = {}
-    for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
-        try:
-            complete[json.loads(state.read_text())["global_step"]] = str(state.parent)
-        except ValueError:
-            continue
-    if resume is None and complete:
-        raise InputError(
-            f"{output_dir}: has checkpoints of an earlier run. Add --resume_from_checkpoint to resume from the last "
-            "one, or choose another --output_dir."
-        )
-    return complete[max(complete)] if complete else None
-
-
-class TrainingRecord:
-    """OUTPUT_DIR/training.json: the settings that decide the weights, and the step of the finished model.
-
-    Args:
-        output_dir: Folder of the training.
-        settings: The settings, as JSON values.
-    """
-
-    def __init__(self, output_dir: str, settings: Mapping[str, Any]) -> None:
-        self.path = os.path.join(output_dir, "training.json")
-        self.settings = json.loads(json.dumps(settings, default=str))
-
-    def write(self, finished: int | None = None) -> None:
-        """Write the file. `finished` is the step of the saved model."""
-        record = {"format_version": FORMAT_VERSION, "settings": self.settings, "finished": finished}
-        with atomic_write(self.path) as file:
-            json.dump(record, file, indent=2)
-
-    def check(self) -> int | None:
-        """Return the step of the finished model, or None if the training is not finished.
-
-        Raises:
-            InputError: The file has other settings.
-        """
-        if not os.path.exists(self.path):
-            warn(f"{self.path}: this file is missing, so the settings of the checkpoints cannot be checked.")
-            return None
-        with open(self.path, encoding="utf-8") as file:
-            record = json.load(file)
-        before = record["settings"]
-        names = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
-        if names:
-            listed = ", ".join(f"{name} {before.get(name)}, now {self.settings.get(name)}" for name in names)
-            raise InputError(
-                f"{self.path}: trained with other settings ({listed}). Repeat the earlier settings, or choose another "
-                "--output_dir."
-            )
-        return record["finished"]
-
-
-def write_results(output_dir: str, history: Sequence[Mapping[str, Any]], first_stage: Mapping[str, float]) -> None:
-    """Write results.csv and learning_curve.png from the log that checkpoints carry.
-
-    Args:
-        output_dir: Folder to write to.
-        history: The Trainer's log.
-        first_stage: Measures of the dev set's run, drawn as lines. Their names are the columns of results.csv.
-    """
-    from matplotlib.figure import Figure
-
-    rows: list[dict[str, Any]] = []
-    loss = None
-    for entry in history:
-        loss = entry.get("loss", loss)
-        if any(f"eval_{name}" in entry for name in first_stage):
-            values = {name: entry.get(f"eval_{name}") for name in first_stage}
-            rows.append({"step": entry["step"], "epoch": round(entry["epoch"], 3), "loss": loss, **values})
-    if rows:
-        with atomic_write(os.path.join(output_dir, "results.csv")) as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    if not losses:
-        return
-    figure = Figure(figsize=(10 if rows else 5, 4), layout="constrained")
-    panels = figure.subplots(1, 2 if rows else 1, squeeze=False)[0]
-    panels[0].plot(*zip(*losses, strict=True))
-    panels[0].set(xlabel="step", ylabel="training loss")
-    plotted = PLOTTED if first_stage.keys() >= set(PLOTTED) else list(first_stage)[:2]
-    for name, color in zip(plotted, ("tab:blue", "tab:orange"), strict=False) if rows else ():
-        if rows[-1][name] is None:
-            continue
-        panels[1].plot([row["step"] for row in rows], [row[name] for row in rows], "o-", color=color, label=name)
-        panels[1].axhline(first_stage[name], linestyle=":", color=color, label=f"{name}, first stage")
-        panels[1].set(xlabel="step")
-        panels[1].legend()
-    with atomic_write(os.path.join(output_dir, "learning_curve.png"), "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
-
-
-def move_model(source: str, output_dir: str) -> None:
-    """Move a saved model's files into the output folder, config.json last: a folder without it is not a model."""
-    for name in sorted(os.listdir(source), key=lambda name: name == "config.json"):
-        os.replace(os.path.join(source, name), os.path.join(output_dir, name))
-    os.rmdir(source)

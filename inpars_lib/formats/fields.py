@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from inpars_lib.records import Doc
+from inpars_lib.formats.records import Doc
 
 Number = TypeVar("Number", int, float)
-
 TEXT_FORM = "`id<TAB>text`, or a JSON object with an id (`id`, ...) and a text (`contents`, ...)"
 # The first of these that a JSON object has. In MS MARCO v2, `docid` is the document of the passage `pid`.
 ID_FIELDS = ("_id", "id", "doc_id", "pid", "docid", "query_id", "qid")

@@ -11,10 +11,10 @@ from itertools import accumulate, groupby, pairwise
 from typing import IO, Any
 
 from inpars_lib.cli import InputError
-from inpars_lib.compression import decompressed
-from inpars_lib.losses import LOSSES_OF_TRIPLES
-from inpars_lib.records import Triple
-from inpars_lib.text_lines import read_blocks, read_records
+from inpars_lib.files import decompressed
+from inpars_lib.formats.lines import read_blocks, read_records
+from inpars_lib.formats.records import Triple
+from inpars_lib.training.losses import LOSSES_OF_TRIPLES
 
 
 class TripleFile(Sequence[Triple]):

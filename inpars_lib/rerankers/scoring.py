@@ -1,4 +1,4 @@
-"""Scoring of many pairs: blocks of whole queries, scores on disk to resume from, processes of torchrun."""
+"""Scoring of many pairs: blocks of whole queries, scores on disk to resume from."""
 
 import array
 import hashlib
@@ -7,59 +7,26 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from inpars_lib.cli import InputError, warn
-from inpars_lib.formats import collection_files, conflicting_texts, missing_documents, read_collection
-from inpars_lib.records import ScoredDoc, SyntheticQuery
-from inpars_lib.storage import FORMAT_VERSION, ResumeLog, atomic_write
-from inpars_lib.text_lines import count_lines
+from inpars_lib.files import FORMAT_VERSION, ResumeLog, atomic_write
+from inpars_lib.formats.collection import conflicting_texts, missing_documents, read_collection
+from inpars_lib.formats.folders import collection_files
+from inpars_lib.formats.lines import count_lines
+from inpars_lib.formats.records import ScoredDoc, SyntheticQuery
 
 if TYPE_CHECKING:
     import numpy
 
-    from inpars_lib.reranker_base import Reranker
-
-T = TypeVar("T")
+    from inpars_lib.rerankers.base import Reranker
+from inpars_lib.processes import ProcessGroup
 
 BLOCK_QUERIES = 1024  # synthetic queries scored at a time
 BLOCK_PAIRS = 256  # pairs scored at a time, of whole queries: enough to batch pairs of similar length
 TOKENIZER_BATCH = 1024  # documents tokenized at a time
-
-
-@dataclass(frozen=True)
-class ProcessGroup:
-    """This process among those that torchrun started, or alone."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def from_environment(cls) -> "ProcessGroup":
-        """Return the group that torchrun describes in environment variables."""
-        return cls(*(int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
-
-    def barrier(self) -> None:
-        """Wait until every rank gets here."""
-        self.broadcast(None)
-
-    def broadcast(self, value: T) -> T:
-        """Return rank 0's value on every rank, once every rank gets here."""
-        if self.size == 1:
-            return value
-        import torch.distributed as distributed
-
-        if not distributed.is_initialized():  # one rank may have much more work than another
-            distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        distributed.barrier()
-        values = [value]
-        distributed.broadcast_object_list(values, src=0)
-        return values[0]
 
 
 class PairBlocks:

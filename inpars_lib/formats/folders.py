@@ -1,0 +1,38 @@
+"""Folders of files: which file of a collection, of topics or of qrels is meant."""
+
+import os
+import re
+
+from inpars_lib.cli import InputError
+from inpars_lib.files import SUFFIX
+
+OTHER_FILES = re.compile(r"(?i)(dev|train|test|synthetic|filtered)?[._-]?(topics|quer(y|ies)|qrels|runs?|triples)\b")
+
+
+def collection_files(path: str) -> list[str]:
+    """Return the files of a collection: the path itself, or of a folder BEIR's corpus.jsonl, else all by suffix."""
+    if path == "-":
+        raise InputError("-: a collection is read more than once. Write it to a file first.")
+    if not os.path.isdir(path):
+        return [path]
+    names = sorted(os.listdir(path))
+    plain = {name: SUFFIX.sub("", name) for name in names}
+    chosen = [name for name in names if plain[name] == "corpus.jsonl"]
+    chosen = chosen or [name for name in names if plain[name].endswith((".tsv", ".jsonl", ".json"))]
+    if other := next((name for name in chosen if OTHER_FILES.match(name)), None):
+        raise InputError(f"{path}: this folder also has {other}. Name the file of the collection.")
+    if other := next((name for name in chosen if name != plain[name] in chosen), None):
+        raise InputError(f"{path}: this folder has both {plain[other]} and {other}. Delete one of them.")
+    if not chosen:
+        raise InputError(f"{path}: no .tsv, .jsonl or .json file in this folder, compressed or not. Name a file.")
+    return [os.path.join(path, name) for name in chosen]
+
+
+def beir_file(path: str, *names: str) -> str:
+    """Return the path itself, or of a BEIR folder the only file that has one of these names."""
+    if not os.path.isdir(path):
+        return path
+    found = sorted(name for name in os.listdir(path) if SUFFIX.sub("", name) in names)
+    if len(found) != 1:
+        raise InputError(f"{path}: this folder has {', '.join(found) or 'no ' + ' or '.join(names)}. Name a file.")
+    return os.path.join(path, found[0])

@@ -1,0 +1,56 @@
+"""Interpolation of the scores of a reranker and of the first stage."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pstdev
+
+from inpars_lib.evaluation import evaluate_per_query, mean_values
+from inpars_lib.formats.records import Qrel, ScoredDoc
+from inpars_lib.formats.runs import Run, rerank_hits
+
+INTERPOLATION_WEIGHTS = [i / 10 for i in range(11)]  # the grid that `auto` searches
+
+
+def z_normalize(values: Sequence[float]) -> list[float]:
+    """Return the values scaled to mean 0 and standard deviation 1, or zeros if all values are equal."""
+    mean, deviation = fmean(values), pstdev(values)
+    return [(value - mean) / deviation if deviation else 0.0 for value in values]
+
+
+def interpolate(hits: Sequence[ScoredDoc], scores: Mapping[str, float], weight: float) -> dict[str, float]:
+    """Return the linear interpolation of reranker and first-stage scores of a query, by doc_id.
+
+    Both are z-normalized over the reranked documents of the query. A weight of 1 returns the reranker's scores as
+    they are.
+
+    Args:
+        hits: First-stage hits.
+        scores: Reranker score by doc_id.
+        weight: Weight of the reranker, 0 to 1.
+    """
+    if weight == 1.0:
+        return dict(scores)
+    both = [hit for hit in hits if hit.doc_id in scores]
+    new, old = z_normalize([scores[hit.doc_id] for hit in both]), z_normalize([hit.score for hit in both])
+    return {hit.doc_id: weight * a + (1 - weight) * b for hit, a, b in zip(both, new, old, strict=True)}
+
+
+def interpolation_curve(
+    run: Run, scores: Mapping[str, Mapping[str, float]], qrels: Sequence[Qrel]
+) -> dict[float, float]:
+    """Return nDCG@10 by interpolation weight.
+
+    Args:
+        run: First-stage hits by query id.
+        scores: Reranker score by query id and doc_id.
+        qrels: Judgements.
+    """
+    curve = {}
+    for weight in INTERPOLATION_WEIGHTS:
+        mixed = {q: rerank_hits(hits, interpolate(hits, scores[q], weight)) for q, hits in run.items()}
+        curve[weight] = round(mean_values(evaluate_per_query(qrels, mixed, 1))["nDCG@10"], 4)
+    return curve
+
+
+def best_weight(curve: Mapping[float, float]) -> float:
+    """Return the weight with the highest nDCG@10, the largest weight among equals; 0 if all weights are equal."""
+    return max(curve, key=lambda weight: (curve[weight], weight)) if len(set(curve.values())) > 1 else 0.0

@@ -1,0 +1,44 @@
+"""Prompts: the slot for the document, and the question in an answer."""
+
+import re
+from typing import NamedTuple
+
+from inpars_lib.formats.records import Doc
+
+SLOT = "{document_text}"  # where a prompt takes the document
+
+
+class PromptTemplate(NamedTuple):
+    """Prompt with a slot for the document, which is truncated to `max_chars` characters, if any."""
+
+    text: str
+    max_chars: int | None = None
+
+    def truncate(self, doc: Doc) -> Doc:
+        """Return the document as the prompt contains it, cut at a space if the second half has one."""
+        if self.max_chars is None or len(doc.text) <= self.max_chars:
+            return doc
+        words = doc.text[: self.max_chars + 1].rpartition(" ")[0].rstrip()
+        return Doc(doc.doc_id, words if len(words) > self.max_chars // 2 else doc.text[: self.max_chars])
+
+    def fill(self, doc: Doc) -> str:
+        """Return the prompt of a document."""
+        return self.text.replace(SLOT, self.truncate(doc).text)
+
+
+# What chat models write before a question or around it
+INTRODUCTION = re.compile(
+    r"(?i)(sure|certainly|of course|okay|here('s| is| are)|(the|a) (relevant )?(answer|query|question)|example)\b.*:"
+)
+LABEL = re.compile(r"(?i)^((good|relevant|search) )?(query|question) *:\s*")
+
+
+def first_line(text: str) -> str:
+    """Return the first line that is not an introduction, without a label or quotation marks."""
+    for line in text.strip().split("\n"):
+        line = LABEL.sub("", line.rstrip("\ufffd \t\r").lstrip(), count=1)  # a token limit may cut a character in two
+        if len(line) > 1 and (line[0], line[-1]) in (('"', '"'), ("'", "'"), ("\u201c", "\u201d")):
+            line = line[1:-1].strip()
+        if line and not INTRODUCTION.fullmatch(line):
+            return line
+    return ""

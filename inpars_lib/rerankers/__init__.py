@@ -1,0 +1,1 @@
+"""Rerankers, one module each: monoT5, cross-encoders, causal language models."""
