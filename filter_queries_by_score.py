@@ -33,13 +33,14 @@ from itertools import islice
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
-from inpars_lib.files import ResumeLog, atomic_write, exclusive, is_special, json_line
+from inpars_lib.files import atomic_write, exclusive, is_special, json_line
 from inpars_lib.first_stage import QueryRun
 from inpars_lib.formats.fields import json_object
 from inpars_lib.formats.queries import LARGEST, SyntheticRow, read_synthetic_queries
 from inpars_lib.formats.records import ScoredDoc, SyntheticQuery
 from inpars_lib.plots import plot_histogram
 from inpars_lib.query_browser import QuerySample
+from inpars_lib.resume import ResumeLog, add_restart_flag
 
 LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
     "mean_log_probs": lambda log_probs: sum(log_probs) / len(log_probs),  # arXiv 2202.05144, section 3
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip_questions_copied_from_context", action="store_true", help="drop queries that occur in their document")
     add("--plot", metavar="PNG", help="histogram of the scores to write, with the cutoff")
     add("--sample_html", metavar="HTML", help="page to write: browse a sample of the rows, kept and dropped")
+    add_restart_flag(add)
     bm25.add_search_flags(parser)
     return parser
 
@@ -147,7 +149,9 @@ def score_queries(
         settings = {"model": args.model, "instruction": args.instruction, "dtype": str(reranker.model.dtype)}
         settings |= {"files": scoring.files_fingerprint(args.model)}
         queries = (query for query, _ in ranked)
-        yield from scoring.score_queries(reranker, queries, args.input, ResumeLog(log_path, settings))
+        log = ResumeLog(log_path, settings, scoring.ScoredBlock)
+        log.prepare(args.restart)
+        yield from scoring.score_queries(reranker, queries, args.input, log)
 
 
 def tie_break(query: SyntheticQuery) -> tuple[float, int, int]:

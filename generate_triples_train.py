@@ -34,6 +34,7 @@ from inpars_lib.formats.queries import read_synthetic_queries
 from inpars_lib.formats.records import SyntheticQuery
 from inpars_lib.formats.runs import write_run
 from inpars_lib.negatives import sample_negatives
+from inpars_lib.resume import add_restart_flag
 
 EXPECTED_RECALL = 0.1  # a first stage that retrieves fewer source documents is suspicious
 
@@ -61,8 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="queries to hold out from training; more if a document has several (default: 0)",
     )
     add("--seed", type=int, default=1, help="seed of negatives and held-out queries (default: %(default)s)")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True,
-        help="resume from a killed run with the same input and settings (default: yes)")  # fmt: skip
+    add_restart_flag(add)
     bm25.add_search_flags(parser)
     return parser
 
@@ -157,7 +157,7 @@ def write_triples(args: argparse.Namespace) -> None:
         min_rank=args.min_rank,
         n_samples=args.n_samples,
         seed=args.seed,
-        resume=args.resume,
+        restart=args.restart,
     )
     mrr = sum(1 / hits.source_rank for hits in sampled if hits.source_rank) / len(queries)
     recall = sum(hits.source_found for hits in sampled) / len(queries)

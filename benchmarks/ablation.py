@@ -35,13 +35,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from inpars_lib.bm25.config import BM25Config
 from inpars_lib.evaluation import evaluate_per_query
-from inpars_lib.files import ResumeLog, exclusive, file_sha256, json_line
+from inpars_lib.files import exclusive, file_sha256, json_line
 from inpars_lib.formats.collection import read_collection, read_texts
 from inpars_lib.formats.queries import read_synthetic_queries
 from inpars_lib.formats.runs import rerank_hits
 from inpars_lib.interpolation import INTERPOLATION_WEIGHTS, best_weight, interpolate, interpolation_curve
 from inpars_lib.rerankers.load import load_reranker
 from inpars_lib.rerankers.scoring import scores_by_query
+from inpars_lib.resume import ResumeLog
 from inpars_lib.training.dev_set import DevSet, read_held_out_queries, read_judged_queries
 
 ROOT = Path(__file__).parent.parent
@@ -379,8 +380,9 @@ def main() -> None:
     files += [path / name for path in topics for name in ("topics.tsv", "qrels.txt")]
     files += [Path(args.two_per_document)] if args.two_per_document else []
     with exclusive(f"{args.output}.jsonl"), tempfile.TemporaryDirectory() as folder:
-        log = ResumeLog(f"{args.output}.jsonl", {"files": [file_sha256(str(path)) for path in files]})
-        done = {(json_line(saved["row"]), saved["seed"]): saved["result"] for saved in log.open()}
+        log = ResumeLog(f"{args.output}.jsonl", {"files": [file_sha256(str(path)) for path in files]}, dict)
+        log.prepare()
+        done = {(json_line(saved["row"]), saved["seed"]): saved["result"] for saved in log.rows()}
         keys = {name: [(json_line(asdict(row)), seed) for seed in args.seeds] for name, row in rows.items()}
         if any(key not in done for row_keys in keys.values() for key in row_keys):
             ablation = Ablation(work, topics, args.two_per_document, Path(folder))

@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, locks, append-only logs that survive a kill."""
+"""Files on disk: the paths of a command, atomic writes, locks, compression."""
 
 import bz2
 import fcntl
@@ -9,50 +9,148 @@ import json
 import lzma
 import os
 import re
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, Any
 
-from inpars_lib.cli import InputError, warn
+from inpars_lib.cli import InputError
 
-FORMAT_VERSION = 1  # of the resume and meta files; docs/files.md lists them
+STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+OPEN_FILES = ("/dev/fd/", "/proc/self/fd/")  # names of files that this process has open already
+
+# ------------------------------------------------------------------------------------------------ paths of a command
 
 
 def is_special(path: str) -> bool:
-    """Return whether the path exists and is neither a regular file nor a folder: a device or a pipe."""
+    """Return whether the path exists and is neither a regular file nor a folder: a device, a pipe or an open file."""
+    if path.startswith(OPEN_FILES):
+        return True
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def resolve_output(path: str) -> str:
+    """Return the name under which an output is written: of a symbolic link its target, `-` for standard output.
+
+    Locks, logs and other files beside the output take this name, so that two names of one output share them.
+    """
+    if path in STANDARD_OUTPUT:
+        return "-"
+    return os.path.realpath(path) if os.path.islink(path) and not is_special(path) else path
+
+
+def _identities(path: str) -> set[object]:
+    """Return what two names of one file share: the real path and, if the file exists, its device and inode."""
+    found: set[object] = {os.path.realpath(path)}
+    with suppress(OSError):
+        status = os.stat(path)
+        found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def check_paths(inputs: Mapping[str, str | Iterable[str] | None], outputs: Mapping[str, str | None]) -> None:
+    """Check that no output of a command is one of its inputs or another of its outputs.
+
+    Args:
+        inputs: Paths by flag, or several paths of one flag; None, `-` and special files are skipped.
+        outputs: Paths by flag or by the name of a file beside an output, likewise.
+
+    Raises:
+        InputError: Two flags name one file.
+    """
+    named: list[tuple[str, str, set[object]]] = []
+    for flag, paths in inputs.items():
+        for path in [paths] if isinstance(paths, str) else paths or ():
+            if path != "-" and not is_special(path):
+                named.append((flag, path, _identities(path)))
+    for flag, output in outputs.items():
+        if output is None or resolve_output(output) == "-" or is_special(output):
+            continue
+        identities = _identities(output)
+        for other, path, known in named:
+            if identities & known:
+                raise InputError(f"{output}: {flag} and {other} ({path}) are one file. Name another {flag}.")
+        named.append((flag, output, identities))
+
+
+# ---------------------------------------------------------------------------------------------------- atomic writes
+
+
+def _create(path: str, mode: int) -> None:
+    """Create an empty file with these permissions, in place of one that a killed run left."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    os.close(file)
+
+
+def _unfinished(target: str) -> str:
+    """Return the name of a file until it is complete. Its length does not depend on the target's."""
+    folder, name = os.path.split(target)
+    return os.path.join(folder, f".inpars-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.unfinished")
 
 
 @contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends without an error.
 
-    Until then an existing file stays as it is. Parent folders are created. Symbolic links are followed. `-` (standard
-    output) and paths that are no regular file, a pipe for example, are written in place. A suffix such as .gz
-    compresses the file.
+    Until then an existing file stays as it is, and its permissions are kept. Parent folders are created. Symbolic links
+    are followed. `-` (standard output) and paths that are no regular file, a pipe for example, are written in place. A
+    suffix such as .gz compresses the file.
 
     Args:
         path: The file to create or replace.
         mode: `w` for UTF-8 text, `wb` for bytes.
 
     Yields:
-        The open file, which is `PATH.unfinished` on disk.
+        The open file.
     """
-    if path == "-" or is_special(path):
-        with open_output(path, path, mode) as file:
-            yield file
-        return
-    target = os.path.realpath(path)
-    unfinished = f"{target}.unfinished"
-    os.makedirs(os.path.dirname(target), exist_ok=True)
+    with write_together((path, mode)) as [file]:
+        yield file
+
+
+@contextmanager
+def write_together(*outputs: tuple[str, str], stale: Sequence[str] = ()) -> Iterator[list[IO[Any]]]:
+    """Open several files of one result, which appear when the block ends without an error.
+
+    A kill leaves the old files, the new ones, or some missing, but never old and new ones side by side.
+
+    Args:
+        outputs: Path and mode of each file, as `atomic_write` takes them. The first is the last to appear.
+        stale: Files that belong to the old ones and are deleted with them.
+
+    Yields:
+        The open files, in the order of `outputs`.
+    """
+    moves: dict[str, str] = {}  # target by unfinished file
     try:
-        with open_output(unfinished, path, mode) as file:
-            yield file
-        os.replace(unfinished, target)
+        with ExitStack() as stack:
+            files = []
+            for path, mode in outputs:
+                if resolve_output(path) == "-" or is_special(path):
+                    files.append(stack.enter_context(open_output(path, path, mode)))
+                    continue
+                target = os.path.realpath(path)
+                unfinished = _unfinished(target)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                _create(unfinished, stat.S_IMODE(os.stat(target).st_mode) if os.path.exists(target) else 0o666)
+                moves[unfinished] = target
+                files.append(stack.enter_context(open_output(unfinished, path, mode)))
+            yield files
+        if len(moves) + len(stale) > 1:
+            for path in [*moves.values(), *stale]:
+                with suppress(FileNotFoundError):
+                    os.remove(path)
+        for unfinished in reversed(list(moves)):
+            os.replace(unfinished, moves[unfinished])
     except BaseException:
-        with suppress(FileNotFoundError):
-            os.remove(unfinished)
+        for unfinished in moves:
+            with suppress(FileNotFoundError):
+                os.remove(unfinished)
         raise
+
+
+# ---------------------------------------------------------------------------------------------------------- locks
 
 
 def lock(file: IO[Any], path: str) -> None:
@@ -106,60 +204,7 @@ def json_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def repair_last_line(path: str) -> None:
-    """Truncate an append-only JSONL file to its last complete row, which a kill during a write may have torn."""
-    with open(path, "rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        if file.read(1) in (b"", b"\n"):
-            return
-        file.seek(0)
-        complete, line = 0, b"\n"
-        for line in file:
-            complete += len(line) if line.endswith(b"\n") else 0
-        try:
-            json.loads(line)
-            file.write(b"\n")  # the row is complete, only its newline is missing
-        except ValueError:
-            file.truncate(complete)
-
-
-class ResumeLog:
-    """Append-only JSONL log of finished work. Line 1 holds the settings.
-
-    A log with other settings is discarded with a warning when the log is opened. A torn last line is skipped.
-    """
-
-    def __init__(self, path: str, settings: Mapping[str, Any]) -> None:
-        self.path = path
-        self.settings = json.loads(json.dumps({"format_version": FORMAT_VERSION, **settings}))
-        self._file: IO[bytes] | None = None
-
-    def open(self) -> list[dict[str, Any]]:
-        """Open the log for appending. Return the rows that an earlier run with the same settings finished."""
-        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        self._file = open(self.path, "ab+")
-        repair_last_line(self.path)
-        self._file.seek(0)
-        with suppress(ValueError):
-            if json.loads(self._file.readline() or b"null") == self.settings:
-                return list(map(json.loads, self._file))
-        if self._file.seek(0, os.SEEK_END):
-            warn(f"{self.path}: its finished work has other settings or another input. This run starts over.")
-            self._file.truncate(0)
-        self.write(self.settings)
-        return []
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row and hand it to the operating system."""
-        assert self._file is not None, "open() comes first"
-        self._file.write(json_line(row).encode(errors="replace"))
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the log."""
-        if self._file:
-            self._file.close()
+# ------------------------------------------------------------------------------------------------------ compression
 
 
 def _zstd(raw: Any, mode: Any) -> Any:
@@ -196,8 +241,9 @@ def decompressed(raw: Any, path: str) -> Iterator[IO[bytes]]:
 @contextmanager
 def open_output(target: str, path: str, mode: str) -> Iterator[IO[Any]]:
     """Open `target` for writing, or standard output if `path` is `-`. The suffix of `path` compresses reproducibly."""
+    is_standard = resolve_output(path) == "-"
     with ExitStack() as stack:
-        file: Any = stack.enter_context(open(1 if path == "-" else target, "wb", closefd=path != "-"))
+        file: Any = stack.enter_context(open(1 if is_standard else target, "wb", closefd=not is_standard))
         for _, suffix, _, wrap in FORMATS:
             if path.endswith(suffix):
                 file = stack.enter_context(wrap(file, "wb"))

@@ -1,12 +1,30 @@
-"""First-stage runs of synthetic queries, for SPLADE, dense retrieval or any other system instead of BM25."""
+"""What a first stage is, and the runs of other systems: SPLADE, dense retrieval or anything else instead of BM25."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from inpars_lib.cli import InputError
 from inpars_lib.files import file_sha256
 from inpars_lib.formats.lines import count_lines
+from inpars_lib.formats.records import ScoredDoc
 from inpars_lib.formats.runs import RankedList, read_run
+
+
+class FirstStage(Protocol):
+    """What retrieves the hits of queries: a BM25 index, or the run of another system."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything that decides the hits, as JSON values for a resume log."""
+
+    def search(self, queries: Mapping[str, str], k: int, bar: bool = True) -> Iterator[tuple[str, Sequence[ScoredDoc]]]:
+        """Yield (query id, first `k` hits, best first) in the order of `queries`.
+
+        Args:
+            queries: Query text by id.
+            k: Hits per query.
+            bar: Show a progress bar.
+        """
 
 
 class QueryRun:
@@ -33,9 +51,9 @@ class QueryRun:
                 )
         self.depth = max(map(len, self.hits.values()))  # largest number of hits of a query
 
-    def fingerprint(self) -> str:
-        """Return a string that changes with the hits."""
-        return file_sha256(self.path)
+    def settings(self) -> dict[str, Any]:
+        """Return the hash of the run."""
+        return {"run": file_sha256(self.path)}
 
     def search(self, queries: Mapping[str, str], k: int, bar: bool = True) -> Iterator[tuple[str, RankedList]]:
         """Yield (query id, first `k` hits, best first) in the order of `queries`. An id's last word is the line."""

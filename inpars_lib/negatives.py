@@ -2,30 +2,31 @@
 
 import hashlib
 import math
-import os
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from inpars_lib.bm25.search import BM25Searcher
-from inpars_lib.files import ResumeLog
-from inpars_lib.first_stage import QueryRun
+import msgspec
+
+from inpars_lib.first_stage import FirstStage
 from inpars_lib.formats.records import ScoredDoc, SyntheticQuery
+from inpars_lib.resume import ResumeLog
 
 TIE = 1e-4  # Anserini rounds scores to this, and lowers tied scores by a few millionths to keep their order
 SPARE_SAMPLES = 50  # further hits to try before a hit with the source document's score becomes a negative
 SOURCE_DEPTH = 10  # the source document's rank is recorded down to this depth, for MRR@10
 
 
-class SampledHits(NamedTuple):
+class SampledHits(msgspec.Struct, frozen=True):
     """What was sampled from the hits of one synthetic query.
 
     Attributes:
+        line: Line of the query in its file, from 0.
         doc_ids: The negatives.
         source_rank: Rank of the source document among the first 10 hits, from 1; None below.
         source_found: Whether the source document is among all hits.
     """
 
+    line: int
     doc_ids: list[str]
     source_rank: int | None
     source_found: bool
@@ -33,14 +34,14 @@ class SampledHits(NamedTuple):
 
 def sample_negatives(
     queries: Sequence[SyntheticQuery],
-    first_stage: BM25Searcher | QueryRun,
+    first_stage: FirstStage,
     log_path: str,
     *,
     max_hits: int = 1000,
     min_rank: int = 1,
     n_samples: int = 1,
     seed: int = 1,
-    resume: bool = True,
+    restart: bool = False,
 ) -> list[SampledHits]:
     """Sample negatives for each query from its first-stage hits.
 
@@ -54,7 +55,7 @@ def sample_negatives(
         min_rank: First rank to sample from.
         n_samples: Negatives per query.
         seed: Seed of the sampling.
-        resume: Take over the finished queries of a log with the same settings.
+        restart: Discard the finished queries of the log.
     """
     from tqdm import tqdm
 
@@ -62,37 +63,35 @@ def sample_negatives(
     for query in queries:
         digest.update(f"{query.line}\t{query.doc_id}\t{query.question}\n".encode(errors="replace"))
     settings: dict[str, object] = {"max_hits": max_hits, "min_rank": min_rank, "n_samples": n_samples, "seed": seed}
-    settings |= {"first_stage": first_stage.fingerprint(), "queries": digest.hexdigest()}
-    log = ResumeLog(log_path, settings)
-    if not resume and os.path.exists(log_path):
-        os.remove(log_path)
-    sampled = {row.pop("line"): SampledHits(**row) for row in log.open()}
+    settings |= {**first_stage.settings(), "queries": digest.hexdigest()}
+    log = ResumeLog(log_path, settings, SampledHits)
+    log.prepare(restart)
+    sampled = {row.line: row for row in log.rows()}
     rest = {str(query.line): query for query in queries if query.line not in sampled}
     questions = {number: query.question for number, query in rest.items()}
     found = first_stage.search(questions, max_hits, bar=False)
     for number, hits in tqdm(found, "Retrieving", total=len(queries), initial=len(sampled), unit=" queries"):
         query = rest[number]
-        sampled[query.line] = sample_hits(hits, query.doc_id, n_samples, f"{seed} {query.line}", min_rank)
-        log.write({"line": query.line, **sampled[query.line]._asdict()})
-    log.close()
+        sampled[query.line] = sample_hits(hits, query, n_samples, seed, min_rank)
+        log.write(sampled[query.line])
     return [sampled[query.line] for query in queries]
 
 
-def sample_hits(hits: Sequence[ScoredDoc], source: str, n: int, seed: str, min_rank: int = 1) -> SampledHits:
-    """Sample `n` hits of a query, without the source document.
+def sample_hits(hits: Sequence[ScoredDoc], query: SyntheticQuery, n: int, seed: int, min_rank: int = 1) -> SampledHits:
+    """Sample `n` hits of a query, without its source document.
 
     Hits with the source document's score, duplicates of its text for example, are a last resort.
 
     Args:
         hits: Hits of the query, best first.
-        source: Id of the source document.
+        query: The query.
         n: Documents to sample.
-        seed: Seed of the sample.
+        seed: Seed of the sample, which also depends on the query's line.
         min_rank: First rank to sample from. The source document has a rank too.
     """
-    rank = next((rank for rank, hit in enumerate(hits) if hit.doc_id == source), None)
+    rank = next((rank for rank, hit in enumerate(hits) if hit.doc_id == query.doc_id), None)
     source_score = math.inf if rank is None else hits[rank].score
-    generator, left = random.Random(seed), list(range(min_rank - 1, len(hits)))
+    generator, left = random.Random(f"{seed} {query.line}"), list(range(min_rank - 1, len(hits)))
     fewest = len(left) - n - SPARE_SAMPLES
     others: list[str] = []
     ties: list[str] = []
@@ -100,7 +99,7 @@ def sample_hits(hits: Sequence[ScoredDoc], source: str, n: int, seed: str, min_r
         hit = hits[left.pop(generator.randrange(len(left)))]
         if abs(hit.score - source_score) > TIE:
             others.append(hit.doc_id)
-        elif hit.doc_id != source:
+        elif hit.doc_id != query.doc_id:
             ties.append(hit.doc_id)
     source_rank = None if rank is None or rank >= SOURCE_DEPTH else rank + 1
-    return SampledHits([*others, *ties][:n], source_rank, rank is not None)
+    return SampledHits(query.line, [*others, *ties][:n], source_rank, rank is not None)

@@ -11,8 +11,9 @@ from pathlib import Path
 from inpars_lib.bm25.config import DEFAULTS, SETTINGS_FILE, BM25Config
 from inpars_lib.bm25.lucene import quiet_lucene, start_lucene
 from inpars_lib.cli import InputError, warn
-from inpars_lib.files import FORMAT_VERSION, exclusive, json_line
+from inpars_lib.files import exclusive, json_line
 from inpars_lib.formats.collection import read_collection
+from inpars_lib.resume import FORMAT_VERSION
 
 INDEX_BATCH = 5_000  # documents handed to Lucene at a time
 LONGEST_JSON_TEXT = 10_000_000  # characters; Anserini's JSON parser refuses texts of 20 million

@@ -1,5 +1,6 @@
 """Open an index and retrieve the hits of queries."""
 
+import hashlib
 import json
 import os
 import sys
@@ -34,18 +35,20 @@ class BM25Searcher:
     """
 
     def __init__(self, index: str, settings: Mapping[str, Any], config: BM25Config) -> None:
-        language, k1, b = (
-            settings[name] if getattr(config, name) is None else getattr(config, name) for name in DEFAULTS
-        )
-        self._index, self._parameters = os.path.abspath(index), (language, k1, b)
-        words = ["-index", self._index, "-language", language, "-threads", config.threads, "-bm25"]
-        words += ["-bm25.k1", k1, "-bm25.b", b, "-topicReader", "TsvString", "-runtag", "bm25"]
+        self._index, self._parameters = os.path.abspath(index), {}
+        for name in DEFAULTS:
+            chosen = getattr(config, name)
+            self._parameters[name] = settings[name] if chosen is None else chosen
+        words = ["-index", self._index, "-language", self._parameters["language"], "-threads", config.threads]
+        words += ["-bm25", "-bm25.k1", self._parameters["k1"], "-bm25.b", self._parameters["b"]]
+        words += ["-topicReader", "TsvString", "-runtag", "bm25"]
         self._words = list(map(str, words))
 
-    def fingerprint(self) -> str:
-        """Return a string that changes with the index and with k1, b and language."""
+    def settings(self) -> dict[str, Any]:
+        """Return the index, a hash of its state, and k1, b and language."""
         segments = [(path.name, path.stat().st_mtime_ns) for path in sorted(Path(self._index).glob("segments_*"))]
-        return str((self._index, self._parameters, segments))
+        state = hashlib.sha256(repr(segments).encode()).hexdigest()
+        return {"index": self._index, "state of the index": state, **self._parameters}
 
     def search(self, queries: Mapping[str, str], k: int, bar: bool = True) -> Iterator[tuple[str, Sequence[ScoredDoc]]]:
         """Yield (query id, first `k` hits, best first) in the order of `queries`.

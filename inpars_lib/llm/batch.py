@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from inpars_lib.cli import InputError, report, warn
-from inpars_lib.files import FORMAT_VERSION, atomic_write, json_line
+from inpars_lib.files import atomic_write, json_line
 from inpars_lib.formats.records import Doc
 from inpars_lib.llm.access import public_url
 from inpars_lib.llm.errors import RESUME, Action, classify_error, error_message
@@ -24,6 +24,7 @@ from inpars_lib.llm.protocol import AnswerError, ModelApi
 from inpars_lib.llm.query_store import QueryStore, RequestKey, request_key
 from inpars_lib.llm.server import ClientConfig
 from inpars_lib.llm.usage import read_usage
+from inpars_lib.resume import FORMAT_VERSION
 
 MAX_FILE_BYTES = 200_000_000  # OpenAI's limit for a request file
 MAX_RETRIES = 8  # of requests to the server's batch endpoints

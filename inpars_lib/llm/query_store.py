@@ -12,9 +12,10 @@ from statistics import fmean, median_high
 from typing import IO, Any, NamedTuple
 
 from inpars_lib.cli import InputError, shorten, warn
-from inpars_lib.files import FORMAT_VERSION, SUFFIX, atomic_write, is_special, json_line, lock, repair_last_line
+from inpars_lib.files import SUFFIX, atomic_write, is_special, json_line, lock
 from inpars_lib.formats.queries import SyntheticRow, read_synthetic_queries
 from inpars_lib.llm.usage import NO_TOKENS, Usage
+from inpars_lib.resume import FORMAT_VERSION, repair_last_line
 
 META_INTERVAL = 1.0  # seconds between two writes of OUTPUT.meta.json
 DUPLICATE = "duplicate of another query of this document"

@@ -11,12 +11,15 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from inpars_lib.cli import InputError, warn
-from inpars_lib.files import FORMAT_VERSION, ResumeLog, atomic_write
+from inpars_lib.files import atomic_write
 from inpars_lib.formats.collection import conflicting_texts, missing_documents, read_collection
 from inpars_lib.formats.folders import collection_files
 from inpars_lib.formats.lines import count_lines
 from inpars_lib.formats.records import ScoredDoc, SyntheticQuery
+from inpars_lib.resume import FORMAT_VERSION, ResumeLog
 
 if TYPE_CHECKING:
     import numpy
@@ -228,8 +231,20 @@ def scores_by_query(block: Sequence[ScoredDoc], values: Iterable[float]) -> Iter
         yield query_id, {hit.doc_id: value for hit, value in group}
 
 
+class ScoredBlock(msgspec.Struct):
+    """A block of synthetic queries whose scores are in a log.
+
+    Attributes:
+        pairs: Hash of the queries and their documents.
+        scores: Their scores.
+    """
+
+    pairs: str
+    scores: list[float]
+
+
 def score_queries(
-    reranker: "Reranker", queries: Iterator[SyntheticQuery], source: str, log: ResumeLog
+    reranker: "Reranker", queries: Iterator[SyntheticQuery], source: str, log: ResumeLog[ScoredBlock]
 ) -> Iterator[tuple[SyntheticQuery, float]]:
     """Yield each synthetic query with the score of its source document, with a progress bar over the input's lines.
 
@@ -243,7 +258,7 @@ def score_queries(
     """
     from tqdm import tqdm
 
-    finished: dict[str, list[float]] = {row["pairs"]: row["scores"] for row in log.open()}
+    finished = {row.pairs: row.scores for row in log.rows()}
     reused, bar, lines = 0, None, count_lines(source)
     while block := list(islice(queries, BLOCK_QUERIES)):
         pairs = [(query.question, query.doc_text) for query in block]
@@ -257,13 +272,12 @@ def score_queries(
                 if reused < len(finished):
                     warn(f"{log.path}: has scores of other rows. Scoring resumes at line {block[0].line + 1:,}.")
             scores = reranker.score(pairs, bar.update).tolist()
-            log.write({"pairs": fingerprint, "scores": scores})
+            log.write(ScoredBlock(fingerprint, scores))
             bar.update(block[-1].line + 1 - bar.n)  # and the rows between them that are not scored
         yield from zip(block, scores, strict=True)
     if bar is not None:
         bar.update(lines - bar.n)
         bar.close()
-    log.close()
 
 
 def estimate_cost(reranker: "Reranker", blocks: PairBlocks, corpus: str) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from inpars_lib.cli import InputError, warn
-from inpars_lib.files import FORMAT_VERSION, atomic_write
+from inpars_lib.files import atomic_write
+from inpars_lib.resume import FORMAT_VERSION
 
 PLOTTED = ("nDCG@10", "MRR@10")  # in learning_curve.png, or the first two measures if one of these is missing
 
