@@ -16,8 +16,9 @@ from inpars_lib.bm25.index import count_documents
 from inpars_lib.bm25.lucene import MAX_QUERY_TERMS, start_lucene
 from inpars_lib.cli import InputError
 from inpars_lib.files import exclusive
+from inpars_lib.formats.records import SyntheticQuery
 from inpars_lib.formats.runs import RankedList, read_anserini_run
-from inpars_lib.negatives import sample_hits
+from inpars_lib.negatives import SampledHits, sample_hits
 
 
 def java_class(name: str) -> Any:
@@ -138,19 +139,22 @@ def test_a_torn_run_of_anserini_is_an_error(tmp_path: Path) -> None:
 
 def test_a_sample_of_hits() -> None:
     hits = RankedList("q", [f"d{i}" for i in range(20)], [20.0 - i for i in range(20)])
-    sampled = [sample_hits(hits, "d3", 2, f"1 {i}") for i in range(300)]
+    source = {doc_id: SyntheticQuery(1, doc_id, "", "", None, "") for doc_id in ("d3", "d15", "elsewhere", "b")}
+    sampled = [sample_hits(hits, source["d3"]._replace(line=i), 2, seed=1) for i in range(300)]
     assert {doc_id for one in sampled for doc_id in one.doc_ids} == {hit.doc_id for hit in hits} - {"d3"}
     assert all(len(set(one.doc_ids)) == 2 for one in sampled)
-    assert sampled[0] == sample_hits(hits, "d3", 2, "1 0")
+    assert sampled[0] == sample_hits(hits, source["d3"]._replace(line=0), 2, seed=1)
+    assert [one.line for one in sampled] == list(range(300))
     assert {(one.source_rank, one.source_found) for one in sampled} == {(4, True)}
-    assert sample_hits(hits, "d15", 1, "1")[1:] == (None, True)
-    assert sample_hits(hits, "elsewhere", 1, "1")[1:] == (None, False)
-    assert sample_hits(hits[:0], "d3", 1, "1") == ([], None, False)
+    for doc_id, found in (("d15", True), ("elsewhere", False)):
+        below = sample_hits(hits, source[doc_id], 1, seed=1)
+        assert (below.source_rank, below.source_found) == (None, found)
+    assert sample_hits(hits[:0], source["d3"], 1, seed=1) == SampledHits(1, [], None, False)
     # Hits with the source document's score come last.
     ties = RankedList("q", ["a", "b", "c", "d"], [2.0, 1.999999, 1.999998, 1.0])
-    assert sample_hits(ties, "b", 1, "1").doc_ids == ["d"]
-    assert set(sample_hits(ties, "b", 9, "1").doc_ids) == {"a", "c", "d"}
-    assert sample_hits(ties, "b", 9, "1").doc_ids[0] == "d"
+    assert sample_hits(ties, source["b"], 1, seed=1).doc_ids == ["d"]
+    all_of_them = sample_hits(ties, source["b"], 9, seed=1).doc_ids
+    assert (all_of_them[0], set(all_of_them)) == ("d", {"a", "c", "d"})
 
 
 # ---------------------------------------------------------------------------------------------------------- mining
@@ -284,19 +288,22 @@ def test_sampling_resumes_after_kills(demo_index: Path, demo_data: Path, tmp_pat
     assert (tmp_path / "t.ids").read_bytes() == (tmp_path / "whole.ids").read_bytes()
     assert not journal.exists()
     assert "Indexing" not in done.stderr
-    # The log is discarded with --no-resume and after the index was rebuilt.
+    # The same command uses the log, --restart does not, and an index that was rebuilt is refused.
     first, *others = rows(tmp_path / "kept")
     write_rows(tmp_path / "kept", [first, *[{**row, "doc_ids": ["absent"]} for row in others]])
-    for more in ([], ["--no-resume"], ["--threads", 1]):
+    for more in ([], ["--restart"]):
         shutil.copy(tmp_path / "kept", journal)
         with journal.open("a") as file:
             file.write('{"line": 0, "doc_ids": ["x"], "ra')
-        if "--threads" in more:
-            [segments] = demo_index.glob("segments_*")
-            os.utime(segments)
         ok(run("generate_triples_train.py", *args, *more))
         same = (tmp_path / "t.tsv").read_bytes() == (tmp_path / "whole.tsv").read_bytes()
-        assert same == ("--no-resume" in more or "--threads" in more)
+        assert same == ("--restart" in more)
+    shutil.copy(tmp_path / "kept", journal)
+    [segments] = demo_index.glob("segments_*")
+    os.utime(segments)
+    refused = error_line(run("generate_triples_train.py", *args))
+    assert "made with other settings (the state of the index differs)" in refused
+    assert journal.read_bytes() == (tmp_path / "kept").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------------ consistency

@@ -267,10 +267,14 @@ def test_scores_of_other_rows_or_settings_are_not_used(
     assert "out.jsonl.scores.jsonl: has scores of other rows. Scoring resumes at line 1,196." in said
     assert blocks(log) == 3
     assert "at line 1,196" in unfinished(scoring_args(tmp_path, many[:1350], tiny_t5), output)  # more rows
-    # Another model: nothing is used again.
+    # Another model: refused, until --restart throws the scores away.
     other = save_t5(tmp_path / "other", (separable / "triples.tsv").read_text().splitlines()[:50])
     args = scoring_args(tmp_path, data, other)
-    assert "its finished work has other settings or another input. This run starts over." in unfinished(args, output)
+    before = log.read_bytes()
+    refused = error_line(run(SCRIPT, *args))
+    assert f'made with other settings (model "{tiny_t5}", now "{other}"; the files differs).' in refused
+    assert log.read_bytes() == before
+    unfinished([*args, "--restart"], output)
     assert blocks(log) == 2
     ok(run(SCRIPT, *args))
     ok(run(SCRIPT, *scoring_args(tmp_path, data, other, "other.jsonl")))

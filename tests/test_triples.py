@@ -182,7 +182,7 @@ def test_held_out_queries_belong_to_their_triples(retrieved: Path, demo_data: Pa
     before = [path.read_bytes() for path in held_out]
     error_line(mine_run(tmp_path, queries, demo_data, *with_run, "--holdout", 5, "--min_rank", 31, "--max_hits", 40))
     assert [path.read_bytes() for path in held_out] == before
-    done = ok(mine_run(tmp_path, queries, demo_data, "--index", retrieved / "index", "--holdout", 5))
+    done = ok(mine_run(tmp_path, queries, demo_data, "--index", retrieved / "index", "--holdout", 5, "--restart"))
     assert "run.tsv.holdout.run.txt: deleted, because it belonged to the triples that this run" in done.stderr
     assert (len(rows(held_out[0])), held_out[1].exists()) == (5, False)
     done = ok(mine_run(tmp_path, queries, demo_data, "--index", retrieved / "index"))
@@ -214,10 +214,11 @@ def test_negatives_of_a_range_of_ranks(retrieved: Path, demo_data: Path, tmp_pat
     assert "--min_rank must not be above --max_hits" in error_line(wrong, 2)
 
 
-@pytest.mark.parametrize("change", [None, "--min_rank", "run.txt"])
+@pytest.mark.parametrize("change", [None, "min_rank 1, now 2", "the run differs"])
 def test_a_log_belongs_to_its_run_and_ranks(
     retrieved: Path, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str | None
 ) -> None:
+    """The log goes on with the same settings. Others are refused by name, and --restart starts over."""
     shutil.copy(retrieved / "run.txt", tmp_path)
     log, kept = tmp_path / "run.tsv.negatives.jsonl", tmp_path / "kept"
     args = [tmp_path, retrieved / "queries.jsonl", demo_data, "--run", tmp_path / "run.txt"]
@@ -226,12 +227,19 @@ def test_a_log_belongs_to_its_run_and_ranks(
         ok(mine_run(*args))
     settings, *finished = rows(kept)
     write_rows(log, [settings, *[{**row, "doc_ids": []} for row in finished[:10]]])  # shows whether the log is used
-    if change == "run.txt":
-        with (tmp_path / change).open("a") as file:
+    before = log.read_bytes()
+    if change == "the run differs":
+        with (tmp_path / "run.txt").open("a") as file:
             file.write("0 Q0 one-more 99 0.1 x\n")
-    done = ok(mine_run(*args, *(["--min_rank", 2] if change == "--min_rank" else [])))
+    args += ["--min_rank", 2] if change == "min_rank 1, now 2" else []
+    if change:
+        refused = error_line(mine_run(*args))
+        assert f"run.tsv.negatives.jsonl: made with other settings ({change}). Repeat the earlier" in refused
+        assert log.read_bytes() == before
+    done = ok(mine_run(*args, *(["--restart"] if change else [])))
     unserved = int(re.search("([0-9]+) queries without", done.stderr)[1])
     assert (unserved >= 10) == (change is None)
+    assert not log.exists()
 
 
 @pytest.mark.parametrize(
