@@ -27,17 +27,18 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from typing import NamedTuple
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
-from inpars_lib.files import atomic_write, exclusive, is_special, json_line
-from inpars_lib.first_stage import QueryRun
+from inpars_lib.files import check_paths, exclusive, is_special, json_line, resolve_output, write_together
+from inpars_lib.first_stage import FirstStage, QueryRun, search_in_blocks
+from inpars_lib.formats.collection import collection_paths
 from inpars_lib.formats.fields import json_object
-from inpars_lib.formats.queries import LARGEST, SyntheticRow, read_synthetic_queries
-from inpars_lib.formats.records import ScoredDoc, SyntheticQuery
+from inpars_lib.formats.queries import read_synthetic_queries
+from inpars_lib.formats.records import SyntheticQuery
 from inpars_lib.plots import plot_histogram
 from inpars_lib.query_browser import QuerySample
 from inpars_lib.resume import ResumeLog, add_restart_flag
@@ -50,7 +51,6 @@ LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
 # Scoring functions and the bin widths of their histograms
 BIN_WIDTHS = {"mean_log_probs": 0.05, "sum_log_probs": 1.0, "mean_probs": 0.02, "monot5": 0.1, "consistency": 0.05}
 NO_LOG_PROBS = "without log-probabilities"
-BLOCK = 1024  # rows that BM25 takes at a time
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,14 +90,49 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--scoring_function consistency needs --consistency_k")
     if bool(args.consistency_k) != bool(args.index or args.run) or (args.index and args.run):
         parser.error("--consistency_k and either --index or --run need each other")
+    args.output = resolve_output(args.output)
     if "-" in (args.input, args.output) and (args.model or args.run):
         parser.error("--model and --run need files: - cannot be read twice and has no log beside it")
+    if args.model and is_special(args.output):
+        parser.error(f"--output {args.output}: scores are saved beside the output, so name a file")
     if [args.output, args.plot, args.sample_html].count("-") > 1:
         parser.error("only one of --output, --plot and --sample_html can be `-`, standard output")
     return args
 
 
-def drop_reason(query: SyntheticQuery | SyntheticRow, args: argparse.Namespace) -> str | None:
+class Outcome:
+    """What became of the rows: how many were dropped and why, their scores, and a sample for the page.
+
+    Attributes:
+        scored: Number of rows with a score.
+        dropped: Number of rows without one by reason.
+        bins: Number of scored rows by bin of the histogram.
+        sample: Sample of all rows.
+    """
+
+    def __init__(self, bin_width: float) -> None:
+        self.bin_width, self.scored = bin_width, 0
+        self.dropped: Counter[str] = Counter()
+        self.bins: Counter[int] = Counter()
+        self.sample = QuerySample()
+
+    def add_dropped(self, query: SyntheticQuery, reason: str) -> None:
+        """Count a row that gets no score."""
+        self.dropped[reason] += 1
+        self.sample.add(query, None, reason)
+
+    def add_scored(self, query: SyntheticQuery, score: float) -> None:
+        """Count a row with a score."""
+        self.scored += 1
+        self.bins[self.bin_of(score)] += 1
+        self.sample.add(query, score, None)
+
+    def bin_of(self, score: float) -> int:
+        """Return the bin of a score in the histogram."""
+        return math.floor(score / self.bin_width)
+
+
+def drop_reason(query: SyntheticQuery, args: argparse.Namespace) -> str | None:
     """Return why a query is dropped before it is scored, or None."""
     if not query.question:
         return "without a question"
@@ -114,44 +149,72 @@ def drop_reason(query: SyntheticQuery | SyntheticRow, args: argparse.Namespace) 
     return None
 
 
-def first_stage_hits(
-    queries: Iterator[SyntheticQuery], args: argparse.Namespace
-) -> Iterator[tuple[SyntheticQuery, Sequence[ScoredDoc]]]:
-    """Yield each query with its first --consistency_k hits."""
-    searcher: QueryRun | bm25.BM25Searcher
-    if args.run:
-        searcher = QueryRun(args.run, args.input)
-        if searcher.depth < args.consistency_k:
-            warn(f"{args.run}: at most {searcher.depth} hits per query, so --consistency_k {searcher.depth} is used.")
-    else:
-        config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
-        searcher = bm25.open_index(args.index, args.corpus, config)
-    while block := list(islice(queries, BLOCK)):
-        questions = {str(query.line): query.question for query in block}
-        found = searcher.search(questions, args.consistency_k, bar=False)
-        yield from zip(block, (hits for _, hits in found), strict=True)
+def usable_queries(
+    rows: Iterable[SyntheticQuery], args: argparse.Namespace, outcome: Outcome
+) -> Iterator[SyntheticQuery]:
+    """Yield the rows that can be scored."""
+    for row in rows:
+        reason = drop_reason(row, args)
+        if reason:
+            outcome.add_dropped(row, reason)
+        else:
+            yield row
 
 
-def score_queries(
-    ranked: Iterator[tuple[SyntheticQuery, int | None]], args: argparse.Namespace, log_path: str
+def open_first_stage(args: argparse.Namespace) -> FirstStage:
+    """Return the run or the index for --consistency_k."""
+    if not args.run:
+        return bm25.open_index(args.index, args.corpus, bm25.BM25Config(args.threads, args.k1, args.b, args.language))
+    run = QueryRun(args.run, args.input)
+    if run.depth < args.consistency_k:
+        warn(f"{args.run}: at most {run.depth} hits per query, so --consistency_k {run.depth} is used.")
+    return run
+
+
+def consistent_queries(
+    queries: Iterator[SyntheticQuery], args: argparse.Namespace, outcome: Outcome
+) -> Iterator[tuple[SyntheticQuery, int]]:
+    """Yield each query whose source document is among its first --consistency_k hits, with its rank."""
+    missed = f"whose source document is not among the first {args.consistency_k} hits"
+    for query, hits in search_in_blocks(open_first_stage(args), queries, args.consistency_k):
+        rank = next((rank for rank, hit in enumerate(hits, 1) if hit.doc_id == query.doc_id), None)
+        if rank:
+            yield query, rank
+        else:
+            outcome.add_dropped(query, missed if hits or args.index else f"without hits in {args.run}")
+
+
+def reranker_scores(
+    queries: Iterator[SyntheticQuery], args: argparse.Namespace, log_path: str
 ) -> Iterator[tuple[SyntheticQuery, float]]:
-    """Yield each query with its score."""
+    """Yield each query with the reranker's score of its source document."""
+    from inpars_lib.rerankers import scoring
+    from inpars_lib.rerankers.load import load_reranker
+
+    reranker = load_reranker(args.model, instruction=args.instruction)
+    settings = {
+        "model": args.model,
+        "instruction": args.instruction,
+        "dtype": str(reranker.model.dtype),
+        "state of the model's files": scoring.files_fingerprint(args.model),
+    }
+    log = ResumeLog(log_path, settings, scoring.ScoredBlock)
+    log.prepare(args.restart)
+    yield from scoring.score_queries(reranker, queries, args.input, log)
+
+
+def scored_queries(args: argparse.Namespace, outcome: Outcome, log_path: str) -> Iterator[tuple[SyntheticQuery, float]]:
+    """Yield each query that passes the filters with its score."""
+    rows = read_synthetic_queries(args.input, None if args.model else "Scoring")  # a reranker has a bar of its own
+    usable = usable_queries(rows, args, outcome)
+    ranked = consistent_queries(usable, args, outcome) if args.consistency_k else ((query, 1) for query in usable)
     if args.scoring_function == "consistency":
-        yield from ((query, 1 / rank) for query, rank in ranked if rank)
-    elif args.scoring_function in LOG_PROB_SCORES:
+        yield from ((query, 1 / rank) for query, rank in ranked)
+    elif args.model:
+        yield from reranker_scores((query for query, _ in ranked), args, log_path)
+    else:
         score = LOG_PROB_SCORES[args.scoring_function]
         yield from ((query, score(query.log_probs or [])) for query, _ in ranked)
-    else:
-        from inpars_lib.rerankers import scoring
-        from inpars_lib.rerankers.load import load_reranker
-
-        reranker = load_reranker(args.model, instruction=args.instruction)
-        settings = {"model": args.model, "instruction": args.instruction, "dtype": str(reranker.model.dtype)}
-        settings |= {"files": scoring.files_fingerprint(args.model)}
-        queries = (query for query, _ in ranked)
-        log = ResumeLog(log_path, settings, scoring.ScoredBlock)
-        log.prepare(args.restart)
-        yield from scoring.score_queries(reranker, queries, args.input, log)
 
 
 def tie_break(query: SyntheticQuery) -> tuple[float, int, int]:
@@ -160,29 +223,39 @@ def tie_break(query: SyntheticQuery) -> tuple[float, int, int]:
     return mean, -zlib.crc32(query.doc_id.encode(errors="replace")), -query.line
 
 
-class BestQueries:
-    """The `k` queries with the highest scores so far, in a heap.
+class KeptQuery(NamedTuple):
+    """A row that was kept. The order of these tuples is the order of the output, reversed."""
 
-    Attributes:
-        cutoff: Score below which a query is not kept, -inf until there are `k` queries.
-    """
+    score: float
+    tie_break: tuple[float, int, int]
+    line_text: str
+
+    @property
+    def line(self) -> int:
+        """Return the line of the input, from 0."""
+        return -self.tie_break[-1]
+
+
+class BestQueries:
+    """The `k` queries with the highest scores so far, in a heap."""
 
     def __init__(self, k: int) -> None:
-        self.k, self.cutoff = k, -math.inf
-        self._heap: list[tuple[float, tuple[float, int, int], str]] = []
+        self.k = k
+        self._heap: list[KeptQuery] = []
 
     def add(self, query: SyntheticQuery, score: float) -> None:
         """Keep a query if its score is among the best."""
+        if len(self._heap) == self.k and score < self._heap[0].score:
+            return
+        row = KeptQuery(score, tie_break(query), query.line_text)
         if len(self._heap) < self.k:
-            heapq.heappush(self._heap, (score, tie_break(query), query.line_text))
-        elif score >= self.cutoff:
-            heapq.heappushpop(self._heap, (score, tie_break(query), query.line_text))
-        if len(self._heap) == self.k:
-            self.cutoff = self._heap[0][0]
+            heapq.heappush(self._heap, row)
+        else:
+            heapq.heappushpop(self._heap, row)
 
-    def ranked(self) -> list[tuple[int, str, float]]:
-        """Return (line number from 0, line, score) of the queries, best first."""
-        return [(-tie[-1], line, score) for score, tie, line in sorted(self._heap, reverse=True)]
+    def ranked(self) -> list[KeptQuery]:
+        """Return the rows, best first."""
+        return sorted(self._heap, reverse=True)
 
 
 def with_score(line: str, score: float) -> str:
@@ -192,101 +265,66 @@ def with_score(line: str, score: float) -> str:
     return f'{line.rstrip().removesuffix("}")}, "score": {score!r}}}\n'
 
 
+def output_paths(args: argparse.Namespace) -> dict[str, str | None]:
+    """Return the files that this command writes, by flag or by what they are."""
+    beside = {"lock": f"{args.output}.lock", "log of scores": f"{args.output}.scores.jsonl"}
+    return {
+        "--output": args.output,
+        "--plot": args.plot,
+        "--sample_html": args.sample_html,
+        **(beside if args.output != "-" else {}),
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Score every query, keep the best, say what was dropped."""
     args = parse_args(argv)
+    corpus = collection_paths(args.corpus) if args.corpus else ()
+    inputs = {"--input": args.input, "--run": args.run, "--index": args.index, "--corpus": corpus}
+    check_paths({**inputs, "--model": args.model}, output_paths(args))
     with exclusive(args.output) if args.output != "-" else nullcontext():
         filter_queries(args)
 
 
 def filter_queries(args: argparse.Namespace) -> None:
     """Do the work of `main` while no other process writes the output."""
-    log_path = os.devnull if is_special(args.output) else f"{args.output}.scores.jsonl"  # of a reranker
-    width = BIN_WIDTHS[args.scoring_function]
-    dropped: Counter[str] = Counter()
-    bins: Counter[int] = Counter()  # with --plot, all scored queries by score
-    sample, best = QuerySample(), BestQueries(args.top_k)
-    scored = 0
-    # Most rows need one look at their log-probabilities, unless an option needs more.
-    others = args.consistency_k or args.skip_questions_copied_from_context or args.sample_html
-    log_prob_score = LOG_PROB_SCORES.get(args.scoring_function)
-    bar = None if args.model else "Scoring"  # a reranker has a bar of its own
-    simple = log_prob_score and not others
-
-    def count(score: float) -> None:
-        nonlocal scored
-        scored += 1
-        if args.plot:
-            bins[math.floor(score / width)] += 1
-
-    def drop(query: SyntheticQuery, reason: str) -> None:
-        dropped[reason] += 1
-        if args.sample_html:
-            sample.add(query, None, reason)
-
-    def below_cutoff(row: SyntheticRow) -> bool:
-        """Count a row and return True if its log-probabilities tell at once that the row is not kept."""
-        if not row.log_probs or not row.question.strip() or drop_reason(row, args):
-            return False
-        score = log_prob_score(row.log_probs)
-        if not -LARGEST < score < best.cutoff:
-            return False
-        count(score)
-        return True
-
-    def usable() -> Iterator[SyntheticQuery]:
-        for query in read_synthetic_queries(args.input, bar, below_cutoff if simple else None):
-            if reason := drop_reason(query, args):
-                drop(query, reason)
-            else:
-                yield query
-
-    def ranked() -> Iterator[tuple[SyntheticQuery, int | None]]:
-        if not args.consistency_k:
-            yield from ((query, None) for query in usable())
-            return
-        missed = f"whose source document is not among the first {args.consistency_k} hits"
-        for query, hits in first_stage_hits(usable(), args):
-            rank = next((rank for rank, hit in enumerate(hits, 1) if hit.doc_id == query.doc_id), None)
-            if rank:
-                yield query, rank
-            else:
-                drop(query, missed if hits or args.index else f"without hits in {args.run}")
-
     # 1. The best queries
-    for query, score in score_queries(ranked(), args, log_path):
-        count(score)
-        if args.sample_html:
-            sample.add(query, score, None)
+    log_path = f"{args.output}.scores.jsonl"  # of a reranker
+    outcome, best = Outcome(BIN_WIDTHS[args.scoring_function]), BestQueries(args.top_k)
+    for query, score in scored_queries(args, outcome, log_path):
+        outcome.add_scored(query, score)
         best.add(query, score)
     kept = best.ranked()
-    hint = " Rows without log-probabilities can be scored with --scoring_function monot5 --model NAME."
-    hint = hint if dropped[NO_LOG_PROBS] else ""
+    hint = ""
+    if outcome.dropped[NO_LOG_PROBS]:
+        hint = " Rows without log-probabilities can be scored with --scoring_function monot5 --model NAME."
     if not kept:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in outcome.dropped.items() if count)
         raise InputError(f"{args.input}: every row was dropped ({reasons}). Relax the filters.{hint}")
 
-    # 2. The output
-    with atomic_write(args.output) as file:
-        for _, line, score in kept:
-            file.write(with_score(line, score))
-    cutoff = kept[-1][-1]
-    if args.plot:
-        kept_bins = Counter(math.floor(score / width) for *_, score in kept)
-        plot_histogram(args.plot, bins, kept_bins, width, cutoff, args.scoring_function)
-    if args.sample_html:
-        summary = f"{len(kept):,} rows of {args.input} were kept. The score is {args.scoring_function}."
-        sample.write(args.sample_html, {number for number, *_ in kept}, summary)
-    if args.model and log_path != os.devnull:
+    # 2. The outputs, which appear together
+    cutoff = kept[-1].score
+    modes = {args.output: "w", args.plot: "wb", args.sample_html: "w"}
+    outputs = [(path, mode) for path, mode in modes.items() if path]
+    with write_together(*outputs) as files:
+        file = dict(zip((path for path, _ in outputs), files, strict=True))
+        file[args.output].writelines(with_score(row.line_text, row.score) for row in kept)
+        if args.plot:
+            bins = Counter(outcome.bin_of(row.score) for row in kept)
+            plot_histogram(file[args.plot], outcome.bins, bins, outcome.bin_width, cutoff, args.scoring_function)
+        if args.sample_html:
+            summary = f"{len(kept):,} rows of {args.input} were kept. The score is {args.scoring_function}."
+            outcome.sample.write(file[args.sample_html], {row.line for row in kept}, summary)
+    if args.model and os.path.exists(log_path):
         os.remove(log_path)
 
     # 3. What was dropped
-    for reason, count in dropped.most_common():
-        if count:
-            print(f"dropped {count:,} rows {reason}.{hint if reason == NO_LOG_PROBS else ''}", file=sys.stderr)
+    for reason, count in outcome.dropped.most_common():
+        print(f"dropped {count:,} rows {reason}.{hint if reason == NO_LOG_PROBS else ''}", file=sys.stderr)
+    total = outcome.scored + outcome.dropped.total()
     print(
-        f"{args.output}: kept {len(kept):,} of {scored + dropped.total():,} rows; {args.scoring_function} from "
-        f"{kept[0][-1]:.4f} to {cutoff:.4f}",
+        f"{args.output}: kept {len(kept):,} of {total:,} rows; {args.scoring_function} from {kept[0].score:.4f} to "
+        f"{cutoff:.4f}",
         file=sys.stderr,
     )
 

@@ -23,7 +23,7 @@ from itertools import islice
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, between, run_script, script_parser, warn
 from inpars_lib.evaluation import MEASURES, add_measure_flags, check_threshold, comparison_table, evaluate_per_query
-from inpars_lib.files import exclusive, is_special
+from inpars_lib.files import atomic_write, exclusive, is_special
 from inpars_lib.formats.qrels import read_qrels
 from inpars_lib.formats.records import ScoredDoc
 from inpars_lib.formats.runs import read_run, rerank_hits, write_run
@@ -249,7 +249,8 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
         print(comparison_table(before, after))
         if args.plot:
             plotted = "nDCG@10" if "nDCG@10" in before else args.measures[0]
-            plot_gains(args.plot, before[plotted], after[plotted], plotted)
+            with atomic_write(args.plot, "wb") as file:
+                plot_gains(file, before[plotted], after[plotted], plotted)
 
 
 if __name__ == "__main__":

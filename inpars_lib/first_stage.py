@@ -1,14 +1,17 @@
 """What a first stage is, and the runs of other systems: SPLADE, dense retrieval or anything else instead of BM25."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 from inpars_lib.cli import InputError
 from inpars_lib.files import file_sha256
 from inpars_lib.formats.lines import count_lines
-from inpars_lib.formats.records import ScoredDoc
+from inpars_lib.formats.records import ScoredDoc, SyntheticQuery
 from inpars_lib.formats.runs import RankedList, read_run
+
+BLOCK = 1024  # synthetic queries that a first stage takes at a time
 
 
 class FirstStage(Protocol):
@@ -25,6 +28,18 @@ class FirstStage(Protocol):
             k: Hits per query.
             bar: Show a progress bar.
         """
+
+
+def search_in_blocks(
+    first_stage: FirstStage, queries: Iterable[SyntheticQuery], k: int
+) -> Iterator[tuple[SyntheticQuery, Sequence[ScoredDoc]]]:
+    """Yield each synthetic query with its first `k` hits. Few queries are in memory at a time."""
+    remaining = iter(queries)
+    while block := list(islice(remaining, BLOCK)):
+        questions = {str(query.line): query.question for query in block}
+        found = first_stage.search(questions, k, bar=False)
+        for query, (_, hits) in zip(block, found, strict=True):
+            yield query, hits
 
 
 class QueryRun:

@@ -1,12 +1,11 @@
-"""What to look at after the filter: a self-contained HTML page with a sample of rows, and a histogram of scores."""
+"""What to look at after the filter: a self-contained HTML page with a sample of rows."""
 
 import json
 import random
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from inpars_lib.files import atomic_write
 from inpars_lib.formats.records import SyntheticQuery
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -35,11 +34,11 @@ class QuerySample:
         if at < self.size:
             self.rows[at : at + 1] = [(query, score, drop_reason)]
 
-    def write(self, path: str, kept: Collection[int], summary: str) -> None:
+    def write(self, file: IO[str], kept: Collection[int], summary: str) -> None:
         """Write the page.
 
         Args:
-            path: HTML file to write.
+            file: Where to write HTML.
             kept: Lines of the input that were kept.
             summary: Sentence at the top of the page.
         """
@@ -58,5 +57,4 @@ class QuerySample:
         data = json.dumps({"about": summary, "rows": rows})  # ASCII, so that no character can end the script element
         for character in "<>&":
             data = data.replace(character, f"\\u{ord(character):04x}")
-        with atomic_write(path) as file:
-            file.write(PAGE.read_text(encoding="utf-8").replace("DATA", data))
+        file.write(PAGE.read_text(encoding="utf-8").replace("DATA", data))

@@ -16,6 +16,11 @@ from inpars_lib.formats.records import Doc, Topic
 OBJECT = ord("{")
 
 
+def collection_paths(path: str) -> list[str]:
+    """Return the files of a collection, none of `ir_datasets:NAME`."""
+    return [] if path.startswith("ir_datasets:") else collection_files(path)
+
+
 def collection_fingerprint(path: str) -> str:
     """Return a hash of the sizes and of the first and last 64 KiB of a collection's files."""
     digest = hashlib.sha256()

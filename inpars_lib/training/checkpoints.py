@@ -9,9 +9,8 @@ from typing import Any
 
 from inpars_lib.cli import InputError, warn
 from inpars_lib.files import atomic_write
+from inpars_lib.plots import plot_learning_curve
 from inpars_lib.resume import FORMAT_VERSION
-
-PLOTTED = ("nDCG@10", "MRR@10")  # in learning_curve.png, or the first two measures if one of these is missing
 
 
 def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
@@ -92,8 +91,6 @@ def write_results(output_dir: str, history: Sequence[Mapping[str, Any]], first_s
         history: The Trainer's log.
         first_stage: Measures of the dev set's run, drawn as lines. Their names are the columns of results.csv.
     """
-    from matplotlib.figure import Figure
-
     rows: list[dict[str, Any]] = []
     loss = None
     for entry in history:
@@ -107,22 +104,9 @@ def write_results(output_dir: str, history: Sequence[Mapping[str, Any]], first_s
             writer.writeheader()
             writer.writerows(rows)
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    if not losses:
-        return
-    figure = Figure(figsize=(10 if rows else 5, 4), layout="constrained")
-    panels = figure.subplots(1, 2 if rows else 1, squeeze=False)[0]
-    panels[0].plot(*zip(*losses, strict=True))
-    panels[0].set(xlabel="step", ylabel="training loss")
-    plotted = PLOTTED if first_stage.keys() >= set(PLOTTED) else list(first_stage)[:2]
-    for name, color in zip(plotted, ("tab:blue", "tab:orange"), strict=False) if rows else ():
-        if rows[-1][name] is None:
-            continue
-        panels[1].plot([row["step"] for row in rows], [row[name] for row in rows], "o-", color=color, label=name)
-        panels[1].axhline(first_stage[name], linestyle=":", color=color, label=f"{name}, first stage")
-        panels[1].set(xlabel="step")
-        panels[1].legend()
-    with atomic_write(os.path.join(output_dir, "learning_curve.png"), "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
+    if losses:
+        with atomic_write(os.path.join(output_dir, "learning_curve.png"), "wb") as file:
+            plot_learning_curve(file, losses, rows, first_stage)
 
 
 def move_model(source: str, output_dir: str) -> None:
