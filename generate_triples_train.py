@@ -23,19 +23,28 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import IO
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
-from inpars_lib.files import atomic_write, exclusive, is_special
+from inpars_lib.files import check_paths, exclusive, is_special, resolve_output, write_together
 from inpars_lib.first_stage import QueryRun
-from inpars_lib.formats.collection import read_texts
+from inpars_lib.formats.collection import collection_paths, read_collection
 from inpars_lib.formats.lines import tsv_line
 from inpars_lib.formats.queries import read_synthetic_queries
 from inpars_lib.formats.records import SyntheticQuery
-from inpars_lib.formats.runs import write_run
-from inpars_lib.negatives import sample_negatives
-from inpars_lib.resume import add_restart_flag
+from inpars_lib.formats.runs import run_lines
+from inpars_lib.negatives import SampledHits, Sampling, sample_negatives
+from inpars_lib.resume import ResumeLog, add_restart_flag
+from inpars_lib.spool import SpooledQueries, SpooledTexts
 
+# Files beside the triples
+SIDECARS = {
+    "lock": ".lock",
+    "log": ".negatives.jsonl",
+    "held-out queries": ".holdout.jsonl",
+    "run of these queries": ".holdout.run.txt",
+}
 EXPECTED_RECALL = 0.1  # a first stage that retrieves fewer source documents is suspicious
 
 
@@ -67,6 +76,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the flags and check how they combine."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.output, args.output_ids = resolve_output(args.output), resolve_output(args.output_ids)
+    if is_special(args.output):
+        parser.error(f"--output {args.output}: a log is kept beside the triples, so name a file")
+    if args.min_rank > args.max_hits:
+        parser.error("--min_rank must not be above --max_hits")
+    if args.run and (args.k1, args.b, args.language) != (None, None, None):
+        parser.error("--k1, --b and --language are for BM25 on --index, not for --run")
+    return args
+
+
 def clean_text(text: str) -> str:
     """Repair broken encodings, and replace each run of whitespace by one space.
 
@@ -77,141 +100,208 @@ def clean_text(text: str) -> str:
     return " ".join(ftfy.fix_encoding(text).split())
 
 
-def read_queries(path: str) -> list[SyntheticQuery]:
-    """Return the rows that have a query and a document text, both cleaned."""
-    rows = list(read_synthetic_queries(path))
-    queries = [row._replace(question=clean_text(row.question), doc_text=clean_text(row.doc_text)) for row in rows]
-    queries = [query for query in queries if query.question and query.doc_text]
-    if not queries:
-        raise InputError(f"{path}: no row has both a question and a document text. Pass the output of stage 1 or 2.")
-    if len(queries) < len(rows):
-        warn(f"{path}: dropped {len(rows) - len(queries):,} rows without a question or a document text.")
+def read_queries(path: str, folder: str) -> SpooledQueries:
+    """Return the rows that have a query, cleaned."""
+    queries, dropped = SpooledQueries(folder), 0
+    for row in read_synthetic_queries(path):
+        query = row._replace(question=clean_text(row.question), doc_text=clean_text(row.doc_text))
+        if query.question:
+            queries.append(query)
+        else:
+            dropped += 1
+    if not len(queries):
+        raise InputError(f"{path}: no row has a question. Pass the output of stage 1 or 2.")
+    if dropped:
+        warn(f"{path}: dropped {dropped:,} rows without a question.")
     return queries
 
 
-def choose_held_out(args: argparse.Namespace, queries: list[SyntheticQuery]) -> set[str]:
-    """Return the source documents of random queries to hold out.
+def choose_held_out(queries: SpooledQueries, n: int, seed: int) -> set[str]:
+    """Return the source documents of `n` random queries.
 
-    With several queries per document, those of a held-out document are held out together, which may exceed --holdout.
+    With several queries per document, those of a held-out document are held out together, which may exceed `n`.
     """
-    n = args.holdout
-    if n >= len(queries):
-        raise InputError(f"{args.input}: {len(queries):,} usable rows, so --holdout {n} leaves none. Lower --holdout.")
-    document = {query.line: query.doc_id for query in queries}
-    lines = random.Random(f"{args.seed} holdout").sample(list(document), n)
-    sizes, chosen, size = Counter(document.values()), set(), 0
-    for line in lines:
-        if size < n and document[line] not in chosen:
-            chosen.add(document[line])
-            size += sizes[document[line]]
-    if size == len(queries):
-        raise InputError(f"{args.input}: no document is left with --holdout {n}. Lower --holdout.")
+    order = random.Random(f"{seed} holdout").sample(range(len(queries)), n)
+    sampled = set(order)
+    document = {at: query.doc_id for at, query in enumerate(queries) if at in sampled}
+    candidates = set(document.values())
+    sizes = Counter(query.doc_id for query in queries if query.doc_id in candidates)
+    chosen: set[str] = set()
+    size = 0
+    for at in order:
+        if size < n and document[at] not in chosen:
+            chosen.add(document[at])
+            size += sizes[document[at]]
     return chosen
 
 
-def write_held_out(queries_path: str, run_path: str, held_out: list[SyntheticQuery], run: QueryRun | None) -> None:
-    """Write the held-out queries, if any, and their hits, if there is a run."""
-    if held_out:
-        with atomic_write(queries_path) as file:
-            file.writelines(query.line_text + "\n" for query in held_out)
-    if held_out and run:
-        by_query = (run.hits.get(str(query.line), ()) for query in held_out)
-        hits = (hit._replace(query_id=str(i)) for i, found in enumerate(by_query) for hit in found)
-        write_run(run_path, hits, tag="first-stage")
+def hold_out(
+    queries: SpooledQueries, args: argparse.Namespace, folder: str
+) -> tuple[SpooledQueries, list[SyntheticQuery]]:
+    """Split the queries into those to train on and those held out."""
+    if not args.holdout:
+        return queries, []
+    if args.holdout >= len(queries):
+        problem = f"{len(queries):,} usable rows, so --holdout {args.holdout} leaves none"
+        raise InputError(f"{args.input}: {problem}. Lower --holdout.")
+    documents = choose_held_out(queries, args.holdout, args.seed)
+    training, held_out = SpooledQueries(folder), []
+    for query in queries:
+        if query.doc_id in documents:
+            held_out.append(query)
+        else:
+            training.append(query)
+    if not len(training):
+        raise InputError(f"{args.input}: no document is left with --holdout {args.holdout}. Lower --holdout.")
+    return training, held_out
+
+
+def no_triples(args: argparse.Namespace) -> InputError:
+    """Return the error for queries of which none has a usable hit."""
+    kind = "run" if args.run else "index"
+    if args.min_rank > 1:
+        problem = f"no query has a hit at ranks {args.min_rank} to {args.max_hits} other than its source document"
+        action = f"Pass the {kind} of {args.corpus}, or lower --min_rank."
+    else:
+        problem = "no query has a hit other than its source document"
+        action = f"Pass the {kind} of {args.corpus}."
+    return InputError(f"{args.run or args.index}: {problem}. {action}")
+
+
+def report_first_stage(
+    args: argparse.Namespace, queries: SpooledQueries, log: ResumeLog[SampledHits], run: QueryRun | None
+) -> None:
+    """Print how often the first stage retrieves the source documents, and warn of a run that rarely does."""
+    mrr = sum(1 / hits.source_rank for hits in log.rows() if hits.source_rank) / len(queries)
+    recall = sum(hits.source_found for hits in log.rows()) / len(queries)
+    name = args.run or "BM25"
+    print(
+        f"{name} retrieves the source documents with MRR@10 {mrr:.4f} and R@{args.max_hits} {recall:.4f}",
+        file=sys.stderr,
+    )
+    if run:
+        missing = sum(str(query.line) not in run.hits for query in queries)
+        if missing:
+            warn(f"{args.run}: {missing:,} of {len(queries):,} queries have no hits.")
+        if recall < EXPECTED_RECALL:
+            warn(f"{args.run}: few source documents are among the hits of their query. Is it the run of {args.input}?")
+
+
+def read_wanted_texts(
+    args: argparse.Namespace, queries: SpooledQueries, log: ResumeLog[SampledHits], folder: str
+) -> SpooledTexts:
+    """Return the texts of the negatives, and of source documents whose rows have no text, from the collection."""
+    negatives = {doc_id for hits in log.rows() for doc_id in hits.doc_ids}
+    sources = {query.doc_id for query in queries if not query.doc_text}
+    texts = SpooledTexts(folder)
+    for doc_id, text in read_collection(args.corpus, negatives | sources, desc="Reading texts"):
+        texts.add(doc_id, clean_text(text))
+    absent = sorted(doc_id for doc_id in negatives if doc_id not in texts)
+    kind = "run" if args.run else "index"
+    if len(absent) == len(negatives) > 0:
+        action = "Set --index to a path that does not exist yet, and the corpus is indexed there."
+        raise InputError(
+            f"{args.run or args.index}: none of the {len(negatives):,} sampled documents has a text in {args.corpus} "
+            f"({absent[0]} for example), so the {kind} is of another collection. "
+            f"{'Pass its run.' if args.run else action}"
+        )
+    if absent:
+        warn(f"{args.corpus}: no text for {len(absent):,} documents of the {kind}, the first is {absent[0]}.")
+    return texts
+
+
+def write_rows(
+    args: argparse.Namespace,
+    queries: SpooledQueries,
+    log: ResumeLog[SampledHits],
+    texts: SpooledTexts,
+    output: IO[str],
+    output_ids: IO[str],
+) -> str:
+    """Write a triple and its ids for each negative that has a text other than the positive's. Return a summary."""
+    triples = unserved = without_text = 0
+    for query, hits in zip(queries, log.rows(), strict=True):
+        positive = query.doc_text or texts.text(query.doc_id)
+        if not positive:
+            without_text += 1
+            continue
+        negatives = [(doc_id, texts.text(doc_id)) for doc_id in hits.doc_ids]
+        usable = [(doc_id, text) for doc_id, text in negatives if text not in ("", positive)]
+        for doc_id, text in usable:
+            output.write(tsv_line(query.question, positive, text))
+            output_ids.write(tsv_line(str(query.line), query.doc_id, doc_id))
+        triples += len(usable)
+        unserved += not usable
+    if without_text == len(queries):
+        problem = f"no row has a document text (`doc_text` or `text`), and no source document is in {args.corpus}"
+        raise InputError(f"{args.input}: {problem}. Pass the collection of the queries.")
+    if not triples:
+        raise no_triples(args)
+    if without_text:
+        warn(f"{args.input}: dropped {without_text:,} rows whose document has no text, in {args.corpus} neither.")
+    return f"{triples:,} triples; {unserved:,} queries without a usable hit"
+
+
+def write_held_out(held_out: Sequence[SyntheticQuery], run: QueryRun | None, files: Sequence[IO[str]]) -> None:
+    """Write the held-out queries and, with a run, their hits. The query id is the line in the new file."""
+    files[0].writelines(query.line_text + "\n" for query in held_out)
+    if run:
+        found = (run.hits.get(str(query.line), ()) for query in held_out)
+        hits = (hit._replace(query_id=str(line)) for line, of_query in enumerate(found) for hit in of_query)
+        files[1].writelines(run_lines(hits, tag="first-stage"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Hold out some queries, sample negatives for the others, write the triples."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if os.path.realpath(args.output) == os.path.realpath(args.output_ids):
-        parser.error("--output and --output_ids name the same file")
-    if is_special(args.output):
-        parser.error(f"--output {args.output}: a log is kept beside the triples, so name a file")
-    if args.min_rank > args.max_hits:
-        parser.error("--min_rank must not be above --max_hits")
-    if args.run and (args.k1, args.b, args.language) != (None, None, None):
-        parser.error("--k1, --b and --language are for BM25 on --index, not for --run")
-
+    args = parse_args(argv)
+    inputs = {
+        "--input": args.input,
+        "--corpus": collection_paths(args.corpus),
+        "--run": args.run,
+        "--index": args.index,
+    }
+    sidecars = {name: args.output + suffix for name, suffix in SIDECARS.items()}
+    outputs = {"--output": args.output, "--output_ids": args.output_ids, **sidecars}
+    check_paths(inputs, {**outputs, "lock of --output_ids": f"{args.output_ids}.lock"})
     with exclusive(args.output), exclusive(args.output_ids):
         write_triples(args)
 
 
 def write_triples(args: argparse.Namespace) -> None:
-    """Do the work of `main` while no other process writes the output."""
-    # 1. The queries
-    queries = read_queries(args.input)
-    run = QueryRun(args.run, args.input) if args.run else None
-    first_stage, kind = (args.run, "run") if args.run else (args.index, "index")
-    held_out_docs = choose_held_out(args, queries) if args.holdout else set()
-    held_out = [query for query in queries if query.doc_id in held_out_docs]
-    queries = [query for query in queries if query.doc_id not in held_out_docs]
+    """Do the work of `main` while no other process writes the outputs."""
+    folder = os.path.dirname(args.output) or "."  # of temporary files
 
-    # 2. Their negatives
+    # 1. The queries, some of them held out
+    queries, held_out = hold_out(read_queries(args.input, folder), args, folder)
+
+    # 2. Negatives, sampled from the first-stage hits of each query
+    run = QueryRun(args.run, args.input) if args.run else None
     config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
-    sampled = sample_negatives(
-        queries,
-        run or bm25.open_index(args.index, args.corpus, config),
-        log_path := f"{args.output}.negatives.jsonl",
-        max_hits=args.max_hits,
-        min_rank=args.min_rank,
-        n_samples=args.n_samples,
-        seed=args.seed,
-        restart=args.restart,
-    )
-    mrr = sum(1 / hits.source_rank for hits in sampled if hits.source_rank) / len(queries)
-    recall = sum(hits.source_found for hits in sampled) / len(queries)
-    print(
-        f"{args.run or 'BM25'} retrieves the source documents with MRR@10 {mrr:.4f} and R@{args.max_hits} {recall:.4f}",
-        file=sys.stderr,
-    )
-    if run:
-        if missing := sum(str(query.line) not in run.hits for query in queries):
-            warn(f"{args.run}: {missing:,} of {len(queries):,} queries have no hits.")
-        if recall < EXPECTED_RECALL:
-            warn(f"{args.run}: few source documents are among the hits of their query. Is it the run of {args.input}?")
+    first_stage = run or bm25.open_index(args.index, args.corpus, config)
+    sampling = Sampling(args.max_hits, args.min_rank, args.n_samples, args.seed)
+    log = sample_negatives(queries, first_stage, sampling, f"{args.output}{SIDECARS['log']}", args.restart)
+    report_first_stage(args, queries, log, run)
 
     # 3. The texts of the negatives
-    wanted = {doc_id for hits in sampled for doc_id in hits.doc_ids}
-    texts = read_texts(args.corpus, wanted, desc="Reading texts")
-    texts = {doc_id: clean_text(text) for doc_id, text in texts.items()}
-    absent = sorted(doc_id for doc_id in wanted if not texts.get(doc_id))
-    if len(absent) == len(wanted) > 0:
-        action = "Set --index to a path that does not exist yet, and the corpus is indexed there."
-        raise InputError(
-            f"{first_stage}: none of the {len(wanted):,} sampled documents has a text in {args.corpus} ({absent[0]} "
-            f"for example), so the {kind} is of another collection. {'Pass its run.' if args.run else action}"
-        )
+    texts = read_wanted_texts(args, queries, log, folder)
 
-    # 4. The triples
-    triples = unserved = 0
-    held_out_paths = f"{args.output}.holdout.jsonl", f"{args.output}.holdout.run.txt"
-    with atomic_write(args.output) as output, atomic_write(args.output_ids) as output_ids:
-        for query, hits in zip(queries, sampled, strict=True):
-            usable = [doc_id for doc_id in hits.doc_ids if texts.get(doc_id) not in (None, "", query.doc_text)]
-            for doc_id in usable:
-                output.write(tsv_line(query.question, query.doc_text, texts[doc_id]))
-                output_ids.write(tsv_line(str(query.line), query.doc_id, doc_id))
-            triples += len(usable)
-            unserved += not usable
-        if not triples:
-            ranks = f" at ranks {args.min_rank} to {args.max_hits}" if args.min_rank > 1 else ""
-            raise InputError(
-                f"{first_stage}: no query has a hit{ranks} other than its source document. Pass the {kind} of "
-                f"{args.corpus}{', or lower --min_rank' if ranks else ''}."
-            )
-        # Before the triples are replaced, so that a kill never leaves triples beside other held-out queries
-        replaced = [path for path in held_out_paths if os.path.exists(path)]
-        for path in replaced:
-            os.remove(path)
-    if absent:
-        warn(f"{args.corpus}: no text for {len(absent):,} documents of the {kind}, the first is {absent[0]}.")
-    write_held_out(*held_out_paths, held_out, run)
-    for path in replaced:
-        if not os.path.exists(path):
-            print(f"{path}: deleted, because it belonged to the triples that this run has replaced", file=sys.stderr)
-    os.remove(log_path)
-    print(f"{args.output}: {triples:,} triples; {unserved:,} queries without a usable hit", file=sys.stderr)
+    # 4. The triples, and the held-out queries that belong to them
+    paths = [args.output, args.output_ids]
+    stale = []
+    for name, is_new in (("held-out queries", bool(held_out)), ("run of these queries", bool(held_out and run))):
+        path = args.output + SIDECARS[name]
+        if is_new:
+            paths.append(path)
+        elif os.path.exists(path):
+            stale.append(path)
+    with write_together(*[(path, "w") for path in paths], stale=stale) as [output, output_ids, *held_out_files]:
+        triples = write_rows(args, queries, log, texts, output, output_ids)
+        if held_out:
+            write_held_out(held_out, run, held_out_files)
+    log.delete()
+    for path in stale:
+        print(f"{path}: deleted, because it belonged to the triples that this run has replaced", file=sys.stderr)
+    print(f"{args.output}: {triples}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,16 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple
 
 import msgspec
 
-from inpars_lib.first_stage import FirstStage
+from inpars_lib.cli import InputError
+from inpars_lib.first_stage import FirstStage, search_in_blocks
 from inpars_lib.formats.records import ScoredDoc, SyntheticQuery
 from inpars_lib.resume import ResumeLog
+from inpars_lib.spool import SpooledQueries
 
 TIE = 1e-4  # Anserini rounds scores to this, and lowers tied scores by a few millionths to keep their order
 SPARE_SAMPLES = 50  # further hits to try before a hit with the source document's score becomes a negative
@@ -32,49 +36,64 @@ class SampledHits(msgspec.Struct, frozen=True):
     source_found: bool
 
 
+class Sampling(NamedTuple):
+    """How negatives are sampled.
+
+    Attributes:
+        max_hits: Hits per query, and so the last rank to sample from.
+        min_rank: First rank to sample from. The source document has a rank too.
+        n_samples: Negatives per query.
+        seed: Seed of the samples, each of which also depends on the query's line.
+    """
+
+    max_hits: int = 1000
+    min_rank: int = 1
+    n_samples: int = 1
+    seed: int = 1
+
+
 def sample_negatives(
-    queries: Sequence[SyntheticQuery],
+    queries: SpooledQueries,
     first_stage: FirstStage,
+    sampling: Sampling,
     log_path: str,
-    *,
-    max_hits: int = 1000,
-    min_rank: int = 1,
-    n_samples: int = 1,
-    seed: int = 1,
     restart: bool = False,
-) -> list[SampledHits]:
+) -> ResumeLog[SampledHits]:
     """Sample negatives for each query from its first-stage hits.
 
-    The sample depends on the seed and on the query's line only, not on the number of threads or on a kill.
+    The samples do not depend on the number of threads or on a kill.
 
     Args:
         queries: Synthetic queries.
         first_stage: What retrieves the hits.
-        log_path: Log of finished queries. The caller deletes the log when the output is complete.
-        max_hits: Hits per query, and so the last rank to sample from.
-        min_rank: First rank to sample from.
-        n_samples: Negatives per query.
-        seed: Seed of the sampling.
+        sampling: How to sample.
+        log_path: Log of finished queries.
         restart: Discard the finished queries of the log.
+
+    Returns:
+        The log, with a row for each query, in the order of `queries`. The caller deletes the log.
+
+    Raises:
+        InputError: The log has other settings or is damaged.
     """
     from tqdm import tqdm
 
     digest = hashlib.sha256()
     for query in queries:
-        digest.update(f"{query.line}\t{query.doc_id}\t{query.question}\n".encode(errors="replace"))
-    settings: dict[str, object] = {"max_hits": max_hits, "min_rank": min_rank, "n_samples": n_samples, "seed": seed}
-    settings |= {**first_stage.settings(), "queries": digest.hexdigest()}
+        digest.update(f"{query.line}\t{query.doc_id}\t{query.question}\n".encode())
+    settings = {**sampling._asdict(), **first_stage.settings(), "queries": digest.hexdigest()}
     log = ResumeLog(log_path, settings, SampledHits)
     log.prepare(restart)
-    sampled = {row.line: row for row in log.rows()}
-    rest = {str(query.line): query for query in queries if query.line not in sampled}
-    questions = {number: query.question for number, query in rest.items()}
-    found = first_stage.search(questions, max_hits, bar=False)
-    for number, hits in tqdm(found, "Retrieving", total=len(queries), initial=len(sampled), unit=" queries"):
-        query = rest[number]
-        sampled[query.line] = sample_hits(hits, query, n_samples, seed, min_rank)
-        log.write(sampled[query.line])
-    return [sampled[query.line] for query in queries]
+    lines, finished = (query.line for query in queries), 0
+    for row in log.rows():
+        if row.line != next(lines, None):
+            problem = f"a row of query {row.line} is out of order"
+            raise InputError(f"{log_path}: {problem}. Add --restart to throw the earlier work away.")
+        finished += 1
+    found = search_in_blocks(first_stage, islice(queries, finished, None), sampling.max_hits)
+    for query, hits in tqdm(found, "Retrieving", total=len(queries), initial=finished, unit=" queries"):
+        log.write(sample_hits(hits, query, sampling.n_samples, sampling.seed, sampling.min_rank))
+    return log
 
 
 def sample_hits(hits: Sequence[ScoredDoc], query: SyntheticQuery, n: int, seed: int, min_rank: int = 1) -> SampledHits:
@@ -86,8 +105,8 @@ def sample_hits(hits: Sequence[ScoredDoc], query: SyntheticQuery, n: int, seed: 
         hits: Hits of the query, best first.
         query: The query.
         n: Documents to sample.
-        seed: Seed of the sample, which also depends on the query's line.
-        min_rank: First rank to sample from. The source document has a rank too.
+        seed: Seed of the sample.
+        min_rank: First rank to sample from.
     """
     rank = next((rank for rank, hit in enumerate(hits) if hit.doc_id == query.doc_id), None)
     source_score = math.inf if rank is None else hits[rank].score

@@ -285,4 +285,4 @@ def test_links_and_devices_as_output(files: dict[str, Path], tmp_path: Path) -> 
 def test_two_outputs_with_one_name(files: dict[str, Path], tmp_path: Path) -> None:
     same = ["--output", tmp_path / "out", "--output_ids", tmp_path / "x" / ".." / "out"]
     words = ["generate_triples_train.py", "--input", files["queries"], "--corpus", files["collection"], *same]
-    assert "--output and --output_ids name the same file" in error_line(run(*words), 2)
+    assert "--output_ids and --output (" in error_line(run(*words))

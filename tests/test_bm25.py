@@ -226,7 +226,7 @@ def test_two_runs_on_one_output_are_refused(demo_index: Path, demo_data: Path, t
 
 
 def test_rows_of_a_log_belong_to_lines(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
-    """Two runs at once used to shift the rows of the log against the queries."""
+    """A log is a beginning of the queries. One with a gap is refused, and --restart throws it away."""
     data = ask_first_words(tmp_path, demo_data / "collection.tsv")[:20]
     write_rows(tmp_path / "q.jsonl", data)
     args = mining(tmp_path, demo_data / "collection.tsv", demo_index)
@@ -236,9 +236,15 @@ def test_rows_of_a_log_belong_to_lines(demo_index: Path, demo_data: Path, tmp_pa
         ok(run("generate_triples_train.py", *args))
     expected = (tmp_path / "t.tsv").read_bytes()
     settings, *finished = rows(journal)
-    write_rows(journal, [settings, *finished[5:10], *finished[5:7]])
-    ok(run("generate_triples_train.py", *args))
-    assert (tmp_path / "t.tsv").read_bytes() == expected
+    for left in (finished[:7], [*finished[:5], *finished[6:]], [*finished, finished[0]]):
+        write_rows(journal, [settings, *left])
+        done = run("generate_triples_train.py", *args)
+        if left != finished[:7]:
+            assert "t.tsv.negatives.jsonl: a row of query " in error_line(done)
+            assert "--restart" in done.stderr
+            done = run("generate_triples_train.py", *args, "--restart")
+        ok(done)
+        assert (tmp_path / "t.tsv").read_bytes() == expected
 
 
 def test_an_index_without_all_documents_is_refused(

@@ -198,6 +198,32 @@ def test_the_lines_of_a_run_include_unusable_rows(retrieved: Path, demo_data: Pa
     ok(mine_run(tmp_path, tmp_path / "q.jsonl", demo_data, "--run", tmp_path / "run.txt"))
 
 
+def test_rows_without_a_text_take_the_text_of_the_corpus(retrieved: Path, demo_data: Path, tmp_path: Path) -> None:
+    data = rows(retrieved / "queries.jsonl")
+    del data[6]  # its text is not the collection's
+    write_rows(tmp_path / "q.jsonl", data)
+    lines = [line.split(" ", 1) for line in (retrieved / "run.txt").read_text().splitlines(keepends=True)]
+    hits = [f"{int(line) - (int(line) > 6)} {rest}" for line, rest in lines if line != "6"]
+    (tmp_path / "hits.txt").write_text("".join(hits))
+    args = [tmp_path, tmp_path / "q.jsonl", demo_data, "--run", tmp_path / "hits.txt"]
+    ok(mine_run(*args))
+    expected = (tmp_path / "run.tsv").read_bytes()
+    for row in data[:20]:
+        row["doc_text"] = ""
+    for row in data[10:]:
+        del row["doc_text"]
+    write_rows(tmp_path / "q.jsonl", data)
+    ok(mine_run(*args))
+    assert (tmp_path / "run.tsv").read_bytes() == expected
+    data[0]["doc_id"] = "absent"
+    write_rows(tmp_path / "q.jsonl", data)
+    done = ok(mine_run(*args))
+    assert "dropped 1 rows whose document has no text" in done.stderr
+    assert (tmp_path / "run.tsv").read_bytes() == expected.split(b"\n", 1)[1]
+    write_rows(tmp_path / "q.jsonl", [{**row, "doc_id": "absent"} for row in data])
+    assert "no row has a document text (`doc_text` or `text`)" in error_line(mine_run(*args))
+
+
 def test_negatives_of_a_range_of_ranks(retrieved: Path, demo_data: Path, tmp_path: Path) -> None:
     args = ["--run", retrieved / "run.txt", "--n_samples", 50]
     done = ok(mine_run(tmp_path, retrieved / "queries.jsonl", demo_data, *args, "--min_rank", 5, "--max_hits", 20))

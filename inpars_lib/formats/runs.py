@@ -83,13 +83,18 @@ def _could_be_ranks(values: Sequence[float]) -> bool:
     return min(values) in (0, 1) and len(set(values)) == len(values) and all(value % 1 == 0 for value in values)
 
 
-def write_run(path: str, hits: Iterable[ScoredDoc], tag: str) -> None:
-    """Write a TREC run. The hits of a query must come best first; ranks start at 1."""
+def run_lines(hits: Iterable[ScoredDoc], tag: str) -> Iterator[str]:
+    """Yield the lines of a TREC run. The hits of a query must come best first; ranks start at 1."""
     ranks: dict[str, int] = {}
+    for query_id, doc_id, score in hits:
+        ranks[query_id] = ranks.get(query_id, 0) + 1
+        yield f"{query_id} Q0 {doc_id} {ranks[query_id]} {score:{RUN_SCORE}} {tag}\n"
+
+
+def write_run(path: str, hits: Iterable[ScoredDoc], tag: str) -> None:
+    """Write a TREC run. The hits of a query must come best first."""
     with atomic_write(path) as file:
-        for query_id, doc_id, score in hits:
-            ranks[query_id] = ranks.get(query_id, 0) + 1
-            file.write(f"{query_id} Q0 {doc_id} {ranks[query_id]} {score:{RUN_SCORE}} {tag}\n")
+        file.writelines(run_lines(hits, tag))
 
 
 class RankedList(Sequence[ScoredDoc]):
