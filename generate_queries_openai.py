@@ -22,7 +22,6 @@ Answers are saved as they arrive. Run the same command again to resume.
 """
 
 import argparse
-import asyncio
 import hashlib
 import heapq
 import os
@@ -30,16 +29,22 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import asdict, fields
+from functools import partial
 from itertools import islice
+from typing import Any
+
+import msgspec
 
 from inpars_lib.cli import InputError, at_least, between, parse_header, run_script, script_parser
-from inpars_lib.formats.collection import collection_fingerprint, conflicting_texts, read_collection
+from inpars_lib.files import check_paths, resolve_output
+from inpars_lib.formats.collection import collection_fingerprint, collection_paths, conflicting_texts, read_collection
 from inpars_lib.formats.records import Doc
 from inpars_lib.llm.access import Access, check_url, read_key
 from inpars_lib.llm.batch import BatchRunner, BatchState
 from inpars_lib.llm.client import GenerationClient
 from inpars_lib.llm.errors import RESUME, retired_model_error
-from inpars_lib.llm.prompt import SLOT, PromptTemplate
+from inpars_lib.llm.prompt import PromptTemplate, read_prompt
 from inpars_lib.llm.protocol import ModelApi, ModelConfig, parse_extra_body
 from inpars_lib.llm.query_store import QueryStore, RequestKey, summarize_queries
 from inpars_lib.llm.server import ClientConfig
@@ -47,6 +52,7 @@ from inpars_lib.llm.server import ClientConfig
 # OpenAI's cheapest current model, which it names as the successor of GPT-4o and GPT-4.1. With reasoning effort `none`
 # it takes `logprobs` and `temperature`: https://developers.openai.com/api/docs/guides/deployment-checklist (11/2026)
 DEFAULT_ENGINE = "gpt-6-luna"
+SIDECARS = (".errors.jsonl", ".meta.json", ".batches.json")
 DEFAULT_PROMPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "vanilla_prompt.txt")
 
 
@@ -117,7 +123,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--include_doc_probs needs log-probabilities and --api completions: chat cannot echo its prompt")
     if args.system_prompt and (args.api == "completions" or args.include_doc_probs):
         parser.error("--system_prompt needs --api chat, which cannot give --include_doc_probs")
-    args.api = "chat" if args.system_prompt else args.api
+    if args.system_prompt:
+        args.api = "chat"
+    if args.include_doc_probs:
+        args.api = "completions"
+    if args.sampling_seed is None:
+        args.sampling_seed = args.seed
     if not (args.max_doc_chars or args.truncate_doc_chars):
         args.max_doc_chars = 100_000
     if args.queries_per_doc > 1 and not args.temperature:
@@ -127,19 +138,41 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--max_total_tokens cannot stop a batch; omit it and lower --max_examples")
     if (args.batch or args.batch_cancel) and len(args.base_url or []) > 1:
         parser.error("--batch uses one server; name one --base_url")
+    args.output = resolve_output(args.output)
+    inputs = {"--collection": collection_paths(args.collection), "--prompt_template": args.prompt_template}
+    outputs = {"--output": args.output}
+    outputs |= {f"{args.output}{suffix}": f"{args.output}{suffix}" for suffix in SIDECARS}
+    check_paths(inputs, outputs)
     return args
 
 
-def read_prompt(path: str) -> str:
-    """Return the prompt template of a file, without trailing newlines."""
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            template = file.read().rstrip()  # an editor's final newline would make the model start on a new line
-        except UnicodeDecodeError:
-            raise InputError(f"{path}: not valid UTF-8. Save the prompt as UTF-8.") from None
-    if SLOT not in template:
-        raise InputError(f"{path}: no {SLOT} in this prompt. Write it where the document belongs.")
-    return template
+def server_access(args: argparse.Namespace, urls: Sequence[str]) -> Access:
+    """Check addresses, model and key. Return key and headers."""
+    for url in urls:
+        check_url(url)
+    access = Access(read_key(os.environ, urls), tuple(args.header))
+    if not urls and (retired := retired_model_error(args.engine)):
+        raise retired
+    if not urls and not access.key:
+        raise InputError("API_KEY: not set. Run export API_KEY=<YOUR_KEY>, or name another server with --base_url.")
+    return access
+
+
+def settings_of(args: argparse.Namespace, model: ModelConfig, template: PromptTemplate) -> dict[str, Any]:
+    """Return everything that decides the queries, for OUTPUT.meta.json. Settings that are not set are absent."""
+    settings = asdict(model) | {
+        "api": args.api,
+        "seed": args.seed,
+        "sampling": args.sampling,
+        "min_doc_chars": args.min_doc_chars,
+        "max_doc_chars": args.max_doc_chars,
+        "truncate_doc_chars": args.truncate_doc_chars,
+        "prompt": hashlib.sha256(template.text.encode()).hexdigest(),
+        "collection": collection_fingerprint(args.collection),
+    }
+    if model.sampling_seed == args.seed:
+        del settings["sampling_seed"]  # earlier versions had one seed
+    return {name: value for name, value in settings.items() if value not in (None, "", {})}
 
 
 def sampling_key(seed: int) -> Callable[[str], bytes]:
@@ -176,10 +209,20 @@ def sample_documents(args: argparse.Namespace) -> set[str]:
     return set(sample)
 
 
+def read_requests(collection: str, keys: Set[RequestKey]) -> Iterator[tuple[Doc, int]]:
+    """Yield document and number of each request, those of a document together: they share a prompt."""
+    numbers = defaultdict(list)
+    for doc_id, number in keys:
+        numbers[doc_id].append(number)
+    for doc in read_collection(collection, numbers):
+        for number in sorted(numbers[doc.doc_id]):
+            yield doc, number
+
+
 def print_projection(store: QueryStore, total: int, rate: float) -> None:
     """Print what `total` requests would cost, projected from a dry run with this many answers per second."""
     count, unit = len(store.done) + len(store.failed), store.unit.removesuffix("s")
-    means = [tokens / count for tokens in store.usage]
+    means = [tokens / count for tokens in msgspec.structs.astuple(store.usage)]
     duplicates = f", {len(store.duplicates):,} with a duplicate" if unit == "request" else ""
     print(f"{count:,} {unit}s sent, {len(store.failed):,} of them without a query{duplicates}; nothing was written")
     print("per {}: {:,.0f} tokens in ({:,.0f} of them cached), {:,.1f} out".format(unit, *means))
@@ -211,44 +254,27 @@ def print_summary(store: QueryStore, wanted: Set[RequestKey], output: str) -> No
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample documents, request a query for each, save the answers."""
+    # 1. The prompt, the model and its server
     args = parse_args(argv)
     urls = args.base_url or [url for url in [os.environ.get("OPENAI_BASE_URL")] if url]
-    for url in urls:
-        check_url(url)
-    access = Access(read_key(os.environ, urls), tuple(args.header))
-    if not urls and (retired := retired_model_error(args.engine)):
-        raise retired
-    if not urls and not access.key:
-        raise InputError("API_KEY: not set. Run export API_KEY=<YOUR_KEY>, or name another server with --base_url.")
-
-    # 1. The prompt, and the output of earlier runs with the same settings
+    access = server_access(args, urls)
     template = PromptTemplate(read_prompt(args.prompt_template), args.truncate_doc_chars)
-    names = ("engine", "api", "max_tokens", "temperature", "top_p", "reasoning_effort", "seed", "sampling")
-    names += ("min_doc_chars", "max_doc_chars", "truncate_doc_chars", "good_bad", "include_doc_probs", "no_log_probs")
-    names += ("system_prompt", "extra_body")
-    settings = {name: getattr(args, name) for name in names}
-    settings["prompt_sha256"] = hashlib.sha256(template.text.encode()).hexdigest()
-    settings["collection"] = collection_fingerprint(args.collection)
-    settings["sampling_seed"] = None if args.sampling_seed == args.seed else args.sampling_seed
+    model = ModelConfig(**{field.name: getattr(args, field.name) for field in fields(ModelConfig)})
+
+    # 2. The output of earlier runs with the same settings
+    settings = settings_of(args, model, template)
     store = QueryStore(None if args.dry_run else args.output, settings, args.force, args.queries_per_doc)
     batches = BatchState(args.output)
-    batching = (args.batch or args.batch_cancel) and not args.dry_run
-    if batches.open and not batching and not args.dry_run:
+    if batches.open and not (args.batch or args.batch_cancel or args.dry_run):
         raise InputError(
             f"{args.output}: {len(batches.open)} batches are in progress. Add --batch to wait for them or "
             "--batch_cancel to cancel them."
         )
-
-    # 2. The model
-    names = ("max_tokens", "temperature", "top_p", "good_bad", "reasoning_effort", "system_prompt", "extra_body")
-    decoding = {name: getattr(args, name) for name in names}
-    decoding["seed"] = args.seed if args.sampling_seed is None else args.sampling_seed
-    model = ModelConfig(args.engine, **decoding, log_probs=not args.no_log_probs, echo=args.include_doc_probs)
-    api = ModelApi(model, store.settings["api"] or ("completions" if urls or args.include_doc_probs else "chat"))
+    api = ModelApi(model, store.settings.get("api") or ("completions" if urls else "chat"))
     if store.request:
         api.restore(store.request)
 
-    # 3. The documents
+    # 3. The documents, and the requests that have no query yet
     sample = sample_documents(args)
     total = len(sample) * args.queries_per_doc
     if args.dry_run:
@@ -256,33 +282,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = {RequestKey(doc_id, i + 1) for doc_id in sample for i in range(args.queries_per_doc)}
     if args.retry_errors:
         store.failed.clear()
-    finished = len(wanted & store.done) + len(wanted & store.failed)
-    if finished:
-        print(f"{finished:,} of {total:,} {store.unit} were finished by earlier runs", file=sys.stderr)
+    left = wanted - store.done - store.failed
+    if len(left) < len(wanted):
+        print(f"{len(wanted) - len(left):,} of {total:,} {store.unit} were finished by earlier runs", file=sys.stderr)
     store.save_meta()
 
-    def read_docs(keys: Set[RequestKey]) -> Iterator[tuple[Doc, int]]:
-        numbers = defaultdict(list)
-        for doc_id, number in keys:
-            numbers[doc_id].append(number)
-        for doc in read_collection(args.collection, numbers):
-            yield from ((doc, number) for number in sorted(numbers[doc.doc_id]))  # together: they share a prompt
-
     # 4. The queries
-    settled = bool(args.api or args.include_doc_probs or store.request)
     config = ClientConfig(tuple(urls), access, args.concurrency, args.timeout, args.patience, args.sleep_time,
-                          args.max_total_tokens, settled, args.batch_size, args.batch_poll)  # fmt: skip
-    started, stopped, rate = time.monotonic(), None, 0.0
+                          args.max_total_tokens, bool(args.api or store.request), args.batch_size,
+                          args.batch_poll)  # fmt: skip
+    read_docs = partial(read_requests, args.collection)
+    client = GenerationClient(config, api, template, store)
+    runner = BatchRunner(config, api, template, batches, store, wanted, read_docs)
+    started, stopped = time.monotonic(), None
     try:
-        # A batch run sends one document directly, which shows the API and the parameters that the model takes.
-        if not args.batch_cancel and (wanted - store.done - store.failed) and not (batching and store.request):
-            docs = read_docs(wanted - store.done - store.failed)
-            client = GenerationClient(config, api, template, docs, store, len(wanted), finished, only_first=batching)
-            asyncio.run(client.run())
-            rate = client.rate(time.monotonic() - started)
-        if batching:
-            runner = BatchRunner(config, api, template, batches, store, wanted, read_docs)
-            runner.cancel() if args.batch_cancel else runner.run()
+        if args.batch_cancel:
+            runner.cancel()
+        elif args.batch and not args.dry_run:
+            if left and not store.request:  # one answer shows the API and the parameters that the model takes
+                client.run(read_docs(left), len(wanted), len(left), only_first=True)
+            runner.run()
+        elif left:
+            client.run(read_docs(left), len(wanted), len(left))
     except (InputError, KeyboardInterrupt) as error:
         stopped = error
 
@@ -290,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.dry_run:
         print_summary(store, wanted, args.output)
     elif not stopped:
-        print_projection(store, total, rate)
+        print_projection(store, total, client.rate(time.monotonic() - started))
     store.close()
     if stopped:
         raise stopped

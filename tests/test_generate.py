@@ -243,9 +243,9 @@ def test_long_documents_are_truncated_in_the_prompt(
     for doc_id, row in written(collection).items():
         assert row["doc_text"] == texts[doc_id]  # stage 3 trains with it, and stage 5 reranks such texts
     assert meta(collection)["settings"]["truncate_doc_chars"] == 43
-    assert meta(collection)["settings"]["max_doc_chars"] is None
+    assert "max_doc_chars" not in meta(collection)["settings"]
     said = error_line(generate(collection, openai_server.url, *args, "--min_doc_chars", 30))
-    assert "truncate_doc_chars 43, now None" in said
+    assert "truncate_doc_chars 43, now null" in said
 
 
 def test_limits_of_length_hold_for_the_full_text(collection: Path, openai_server: StandIn) -> None:
@@ -419,16 +419,16 @@ def test_sampling_has_a_seed_of_its_own(collection: Path, openai_server: StandIn
     assert {request["seed"] for request in openai_server.requests} == {1, 2, 3}
     ok(generate(collection, openai_server.url, *args, "--sampling_seed", 1))  # the same settings, said otherwise
     said = error_line(generate(collection, openai_server.url, *args, "--sampling_seed", 7))
-    assert "made with other settings (sampling_seed None, now 7)" in said
+    assert "made with other settings (sampling_seed null, now 7)" in said
     said = error_line(generate(collection, openai_server.url, *args, "--sampling_seed", 0))
-    assert "made with other settings (sampling_seed None, now 0)" in said
+    assert "made with other settings (sampling_seed null, now 0)" in said
     (collection.parent / "queries.jsonl").unlink()
     openai_server.requests.clear()
     ok(generate(collection, openai_server.url, *args, "--sampling_seed", 7))
     assert set(queries(collection)) == documents
     assert {request["seed"] for request in openai_server.requests} == {7, 8, 9}
     said = error_line(generate(collection, openai_server.url, *args))
-    assert "made with other settings (sampling_seed 7, now None)" in said
+    assert "made with other settings (sampling_seed 7, now null)" in said
 
 
 def test_a_refused_seed_is_omitted_by_all_requests(numbered: Path, openai_server: StandIn) -> None:
@@ -773,12 +773,12 @@ def test_two_processes_do_not_write_one_output(collection: Path, openai_server: 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--engine", "n"], "engine m, now n"),
+        (["--engine", "n"], 'engine "m", now "n"'),
         (["--seed", 2], "seed 1, now 2"),
         (["--temperature", 0.5], "temperature 0.0, now 0.5"),
-        (["--api", "chat"], "api completions, now chat"),
-        (["--good_bad"], "good_bad False, now True"),
-        (["--prompt_template", ROOT / "prompts/gbq_prompt.txt"], "prompt_sha256"),
+        (["--api", "chat"], 'api "completions", now "chat"'),
+        (["--good_bad"], "good_bad false, now true"),
+        (["--prompt_template", ROOT / "prompts/gbq_prompt.txt"], "the prompt differs"),
     ],
 )
 def test_other_settings_on_the_same_output(
@@ -946,7 +946,7 @@ def test_a_projection_of_the_steady_state() -> None:
 def test_another_collection_on_the_same_output(collection: Path, openai_server: StandIn) -> None:
     ok(generate(collection, openai_server.url))
     collection.write_text("".join(f"d{i}\tnumber{i} of another\n" for i in range(20)))
-    assert "made with other settings (collection " in error_line(generate(collection, openai_server.url))
+    assert "made with other settings (the collection differs)" in error_line(generate(collection, openai_server.url))
 
 
 def test_an_id_with_two_texts_is_refused_before_any_request(collection: Path, openai_server: StandIn) -> None:
@@ -1135,22 +1135,24 @@ def test_a_system_prompt_needs_the_chat_api(collection: Path, openai_server: Sta
         assert second["role"] == "user"
         assert second["content"].endswith("Relevant Query:")
     assert meta(collection)["settings"]["system_prompt"] == system[1]
-    assert "made with other settings (system_prompt You" in error_line(generate(collection, openai_server.url))
+    assert 'made with other settings (system_prompt "You' in error_line(generate(collection, openai_server.url))
     for other in (["--api", "completions"], ["--include_doc_probs"]):
         assert "--system_prompt needs --api chat" in error_line(generate(collection, "http://h", *system, *other), 2)
 
 
-def test_settings_of_an_earlier_version_are_those_of_the_defaults(collection: Path, openai_server: StandIn) -> None:
-    """OUTPUT.meta.json of a run with the old flags has no setting that earlier versions did not have."""
+def test_an_output_of_an_earlier_version_is_resumed(collection: Path, openai_server: StandIn) -> None:
+    """Format version 1 recorded settings that are not set, and called the prompt by another name."""
     ok(generate(collection, openai_server.url, "--max_examples", 3))
-    names = (
-        "engine api max_tokens temperature top_p reasoning_effort seed sampling min_doc_chars max_doc_chars good_bad"
+    path = collection.parent / "queries.jsonl.meta.json"
+    before = json.loads(path.read_text())
+    before["settings"]["prompt_sha256"] = before["settings"].pop("prompt")
+    path.write_text(
+        json.dumps(before | {"format_version": 1, "settings": {"reasoning_effort": None} | before["settings"]})
     )
-    names += " include_doc_probs no_log_probs prompt_sha256 collection"
-    assert " ".join(meta(collection)["settings"]) == names
     for change in (["--extra_body", '{"top_k": 1}'], ["--truncate_doc_chars", 9], ["--sampling_seed", 2]):
         assert "made with other settings" in error_line(generate(collection, openai_server.url, *change))
     ok(generate(collection, openai_server.url))
+    assert set(written(collection)) == EVERY
 
 
 # -------------------------------------------------------------------------------------------------------------- money

@@ -103,7 +103,7 @@ def test_answers_without_a_question(api: str) -> None:
     bare["choices"][0]["logprobs"] = None
     with pytest.raises(NoLogProbs):
         api_model.read_answer(bare, "p", DOC)
-    without = model(api, log_probs=False)
+    without = model(api, no_log_probs=True)
     assert without.read_answer(bare, "p", DOC) == {"doc_id": "d", "doc_text": "doc", "question": "a question"}
     assert "logprobs" not in without.request("p")
     for broken in (None, "text", [], {}, {"choices": []}, {"choices": [None]}, {"choices": [{"message": None}]}):
@@ -168,7 +168,7 @@ def test_an_explicit_parameter_is_never_dropped() -> None:
     with pytest.raises(InputError, match="m: --reasoning_effort low was refused"):
         refuse(api_model, "Unrecognized request argument supplied: reasoning_effort")
     with pytest.raises(InputError, match="m: the server cannot repeat the prompt"):
-        refuse(model("completions", echo=True), "echo is not supported", "echo")
+        refuse(model("completions", include_doc_probs=True), "echo is not supported", "echo")
 
 
 def test_a_parameter_is_adapted_once_for_concurrent_requests() -> None:
@@ -200,7 +200,7 @@ def test_errors_about_the_document_change_no_parameter(message: str) -> None:
 def test_the_state_of_an_api_is_restored() -> None:
     api_model, again = model("chat"), model("completions")
     refuse(api_model, "no", "temperature")
-    again.restore(api_model.as_dict())
+    again.restore(api_model.state())
     assert again.request("p") == api_model.request("p")
     assert (again.path, again.refused) == ("/chat/completions", api_model.refused)
 
@@ -390,7 +390,7 @@ def test_malformed_log_probs_are_one_error(log_probs: object) -> None:
 def test_odd_answers() -> None:
     parts = [{"type": "text", "text": "What "}, {"type": "text", "text": "is X?"}]
     answer = {"choices": [{"message": {"content": parts}, "logprobs": None}]}
-    assert model("chat", log_probs=False).read_answer(answer, "", DOC)["question"] == "What is X?"
+    assert model("chat", no_log_probs=True).read_answer(answer, "", DOC)["question"] == "What is X?"
     failed = {"choices": [{"message": {"content": "What"}, "finish_reason": "error"}]}
     with pytest.raises(ValueError, match="stopped with an error"):
         model("chat").read_answer(failed, "", DOC)

@@ -12,7 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any
+
+import msgspec
 
 from inpars_lib.cli import InputError, report, warn
 from inpars_lib.files import atomic_write, json_line
@@ -24,49 +27,61 @@ from inpars_lib.llm.protocol import AnswerError, ModelApi
 from inpars_lib.llm.query_store import QueryStore, RequestKey, request_key
 from inpars_lib.llm.server import ClientConfig
 from inpars_lib.llm.usage import read_usage
-from inpars_lib.resume import FORMAT_VERSION
+from inpars_lib.resume import FORMAT_VERSION, read_state
 
 MAX_FILE_BYTES = 200_000_000  # OpenAI's limit for a request file
 MAX_RETRIES = 8  # of requests to the server's batch endpoints
 ENDED = ("completed", "failed", "expired", "cancelled")
-Batch = dict[str, Any]
+
+
+class Batch(msgspec.Struct, omit_defaults=True):
+    """A batch that has not been collected.
+
+    Attributes:
+        number: From 1, part of the names of its files.
+        doc_ids: Documents of its requests, or None with several queries per document.
+        requests: Names of its requests, with several queries per document.
+        input_file_id: Its request file on the server, once uploaded.
+        uploaded_at: When, in seconds since 1970 by the server's clock.
+        batch_id: Its name on the server, once submitted.
+    """
+
+    number: int
+    doc_ids: list[str] | None = None
+    requests: list[str] | None = None
+    input_file_id: str | None = None
+    uploaded_at: float = 0.0
+    batch_id: str | None = None
+
+
+class BatchFile(msgspec.Struct):
+    """Content of OUTPUT.batches.json."""
+
+    number: int
+    open: list[Batch]
+    format_version: int = FORMAT_VERSION
 
 
 class BatchState:
-    """OUTPUT.batches.json: the batches of an output that have not been collected.
-
-    Each batch is a dict with
-
-    - number: from 1, part of the names of its files;
-    - doc_ids: the documents of its requests; with several queries per document `requests`, their names;
-    - input_file_id, uploaded_at: once its request file is uploaded, the latter in seconds since 1970 by the server;
-    - batch_id: once it is submitted.
-    """
+    """OUTPUT.batches.json: the batches of an output that have not been collected."""
 
     def __init__(self, output: str) -> None:
         self.output, self.path = output, f"{output}.batches.json"
         self.open: list[Batch] = []
         self.number = 0
         if os.path.exists(self.path):
-            try:
-                with open(self.path, encoding="utf-8") as file:
-                    state = json.load(file)
-                self.open, self.number = state["open"], state["number"]
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{self.path}: damaged. Cancel the batches that the server lists, and delete this file."
-                ) from None
+            state = read_state(self.path, BatchFile, "Cancel the batches that the server lists, and delete this file.")
+            self.open, self.number = state.open, state.number
 
     def save(self) -> None:
         """Write the file."""
-        state = {"format_version": FORMAT_VERSION, "number": self.number, "open": self.open}
-        with atomic_write(self.path) as file:
-            json.dump(state, file, ensure_ascii=False)
+        with atomic_write(self.path, "wb") as file:
+            file.write(msgspec.json.encode(BatchFile(self.number, self.open)))
 
     def add(self, names: list[str], requests: list[bytes], numbered: bool) -> Batch:
         """Write the request file of a new batch and record the batch. The names are numbered, or ids of documents."""
         self.number += 1
-        batch: Batch = {"number": self.number, "requests" if numbered else "doc_ids": names}
+        batch = Batch(self.number, requests=names) if numbered else Batch(self.number, doc_ids=names)
         with atomic_write(self.file_of(batch, "requests"), "wb") as file:
             file.writelines(requests)
         self.open.append(batch)
@@ -80,14 +95,14 @@ class BatchState:
 
     def file_of(self, batch: Batch, kind: str) -> str:
         """Return the name of a batch's file of requests or results."""
-        return f"{self.output}.batch-{batch['number']}.{kind}.jsonl"
+        return f"{self.output}.batch-{batch.number}.{kind}.jsonl"
 
 
 def requests_of(batch: Batch) -> dict[str, RequestKey]:
     """Return the requests of a batch by their names, which are the custom ids on the server."""
-    if "doc_ids" in batch:
-        return {doc_id: RequestKey(doc_id) for doc_id in batch["doc_ids"]}
-    return {name: request_key(name.rpartition("#")[0], name) for name in batch["requests"]}
+    if batch.doc_ids is not None:
+        return {doc_id: RequestKey(doc_id) for doc_id in batch.doc_ids}
+    return {name: request_key(name.rpartition("#")[0], name) for name in batch.requests or ()}
 
 
 class BatchRunner:
@@ -113,14 +128,18 @@ class BatchRunner:
         wanted: Set[RequestKey],
         read_docs: Callable[[Set[RequestKey]], Iterable[tuple[Doc, int]]],
     ) -> None:
-        import openai
-
         self.config, self.api, self.template, self.state = config, api, template, state
         self.store, self.wanted, self.read_docs = store, wanted, read_docs
-        url = config.urls[0] if config.urls else None
-        self.server, self.access = public_url(url), config.access
-        options = self.access.client_options(url, openai.DefaultHttpxClient, config.timeout)
-        self.client = openai.OpenAI(**options, max_retries=MAX_RETRIES)
+        self.url = config.urls[0] if config.urls else None
+        self.server, self.access = public_url(self.url), config.access
+
+    @cached_property
+    def client(self) -> Any:
+        """The OpenAI client."""
+        import openai
+
+        options = self.access.client_options(self.url, openai.DefaultHttpxClient, self.config.timeout)
+        return openai.OpenAI(**options, max_retries=MAX_RETRIES)
 
     @property
     def left(self) -> set[RequestKey]:
@@ -154,7 +173,7 @@ class BatchRunner:
             self._submit_interrupted(cancel=True)
             for batch in self.state.open:
                 with suppress(openai.ConflictError, openai.BadRequestError):  # ended in the meantime
-                    self.client.batches.cancel(batch["batch_id"])
+                    self.client.batches.cancel(batch.batch_id)
             self._collect_all()
 
     @contextmanager
@@ -169,7 +188,7 @@ class BatchRunner:
             problem = f"{server}: the server cannot be reached ({self.access.quote(error.__cause__ or error)})"
             raise InputError(f"{problem}. Its batches continue; run the same command again to collect them.") from None
         except openai.APIStatusError as error:
-            request, headers = {"model": self.api.config.name}, error.response.headers
+            request, headers = {"model": self.api.config.engine}, error.response.headers
             body = self.access.redact(error.body)
             verdict = classify_error(error.status_code, body, headers, request=request, server=server)
             said = verdict.message or self.access.quote(error)
@@ -181,7 +200,7 @@ class BatchRunner:
 
     def _submit_interrupted(self, cancel: bool = False) -> None:
         """Submit the batches that a kill left between two steps, or drop them if the server has none."""
-        for batch in [batch for batch in self.state.open if "batch_id" not in batch]:
+        for batch in [batch for batch in self.state.open if batch.batch_id is None]:
             if cancel and self._find(batch) is None:
                 self.state.remove(batch)
                 os.remove(self.state.file_of(batch, "requests"))
@@ -211,10 +230,10 @@ class BatchRunner:
         import openai
 
         path = self.state.file_of(batch, "requests")
-        if "input_file_id" not in batch:  # an upload that was not recorded only leaves an unused file
+        if batch.input_file_id is None:  # an upload that was not recorded only leaves an unused file
             with open(path, "rb") as file:
                 uploaded = self.client.files.create(file=file, purpose="batch")
-            batch |= {"input_file_id": uploaded.id, "uploaded_at": uploaded.created_at}
+            batch.input_file_id, batch.uploaded_at = uploaded.id, uploaded.created_at
             self.state.save()
         # The one request that must not be sent twice: if its arrival is unknown, the server's list tells.
         batch_id = self._find(batch) if interrupted else None
@@ -224,7 +243,7 @@ class BatchRunner:
                 client = self.client.with_options(max_retries=0)
                 endpoint: Any = f"/v1{self.api.path}"
                 created = client.batches.create(
-                    input_file_id=batch["input_file_id"], endpoint=endpoint, completion_window="24h"
+                    input_file_id=batch.input_file_id, endpoint=endpoint, completion_window="24h"
                 )
                 batch_id = created.id
             except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
@@ -234,17 +253,17 @@ class BatchRunner:
                     raise
                 time.sleep(min(30.0, 0.25 * 2**tries))
                 batch_id = self._find(batch)
-        batch["batch_id"] = batch_id
+        batch.batch_id = batch_id
         self.state.save()
         with suppress(FileNotFoundError):
             os.remove(path)
 
     def _find(self, batch: Batch) -> str | None:
         """Return the id of the batch that the server made of this batch's file, if any. It lists the newest first."""
-        for listed in self.client.batches.list(limit=100) if "input_file_id" in batch else ():
-            if listed.input_file_id == batch["input_file_id"]:
+        for listed in self.client.batches.list(limit=100) if batch.input_file_id else ():
+            if listed.input_file_id == batch.input_file_id:
                 return listed.id
-            if listed.created_at < batch["uploaded_at"] - 3600:
+            if listed.created_at < batch.uploaded_at - 3600:
                 return None
         return None
 
@@ -261,7 +280,7 @@ class BatchRunner:
             while self.state.open:
                 counts, collected = 0, 0
                 for batch in list(self.state.open):
-                    status = self._retrieve(batch["batch_id"])
+                    status = self._retrieve(str(batch.batch_id))
                     if status.status in ENDED:
                         self._collect(batch, status, reasons)
                         ended += len(requests_of(batch))

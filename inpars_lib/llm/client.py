@@ -54,33 +54,11 @@ class GenerationClient:
         config: Servers and limits.
         api: The model.
         template: The prompt.
-        docs: The documents, each with the number of the request, from 1.
         store: Where answers and failures go.
-        total: Requests in all, for the progress bar.
-        finished: Requests that earlier runs have finished, likewise.
-        only_first: Stop after the first answer.
     """
 
-    def __init__(
-        self,
-        config: ClientConfig,
-        api: ModelApi,
-        template: PromptTemplate,
-        docs: Iterator[tuple[Doc, int]],
-        store: QueryStore,
-        total: int,
-        finished: int,
-        only_first: bool = False,
-    ) -> None:
-        from tqdm import tqdm
-
-        self.config, self.api, self.template, self.docs, self.store = config, api, template, docs, store
-        self.only_first = only_first
-        urls = config.urls or (None,)
-        limit = max(1, math.ceil(config.concurrency / len(urls)))
-        self.servers = [Server(url, config.access, limit, config.timeout) for url in urls]
-        self.access = config.access
-        self.bar = tqdm(desc="Generating", total=total, initial=finished, unit=f" {store.unit}", smoothing=0.05)
+    def __init__(self, config: ClientConfig, api: ModelApi, template: PromptTemplate, store: QueryStore) -> None:
+        self.config, self.access, self.api, self.template, self.store = config, config.access, api, template, store
         self.api_switched = False
         self.queue: list[Job] = []  # heap of documents to try again, by the time of the next try
         self.in_flight = 0
@@ -91,13 +69,30 @@ class GenerationClient:
         self.accepting, self.all_sent = True, False
         self.error: BaseException | None = None
 
-    async def run(self) -> None:
+    def run(self, docs: Iterator[tuple[Doc, int]], total: int, left: int, only_first: bool = False) -> None:
         """Run until every document is answered or given up, or until there is a reason to stop.
+
+        Args:
+            docs: The documents, each with the number of the request, from 1.
+            total: Requests in all, for the progress bar.
+            left: Those of them that earlier runs have not finished.
+            only_first: Stop after the first answer.
 
         Raises:
             InputError: The reason to stop. Answers in flight were awaited.
             KeyboardInterrupt: Ctrl-C, likewise.
         """
+        from tqdm import tqdm
+
+        self.docs, self.only_first = docs, only_first
+        unit = f" {self.store.unit}"
+        self.bar = tqdm(desc="Generating", total=total, initial=total - left, unit=unit, smoothing=0.05)
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+        urls = self.config.urls or (None,)
+        limit = max(1, math.ceil(self.config.concurrency / len(urls)))
+        self.servers = [Server(url, self.access, limit, self.config.timeout) for url in urls]
         loop = asyncio.get_running_loop()
         self.now, self.wake = loop.time, asyncio.Event()
         self.last_answer_at = self.now()
@@ -115,9 +110,9 @@ class GenerationClient:
         if self.error and not self.store.done:
             self.store.discard_failures()
         self.bar.close()
-        self.store.save_meta()
         for server in self.servers:
             await server.client.close()
+        self.store.save_meta()
         if self.error:
             raise self.error
 
@@ -359,9 +354,10 @@ class GenerationClient:
     def _save(self, job: Job, row: dict[str, Any], usage: Usage) -> None:
         store = self.store
         if not store.answered:
-            store.request, store.settings["api"] = self.api.as_dict(), self.api.api
+            store.request, store.settings["api"] = self.api.state(), self.api.api
             if not self.config.api_settled:
-                report(f"{self.api.config.name} is used through the {self.api.api} API")
+                report(f"{self.api.config.engine} is used through the {self.api.api} API")
+            store.save_meta()
         store.add_answer(job.key, row, usage)
         self.failed_in_a_row.clear()
         if store.answered == 1:

@@ -1,11 +1,28 @@
-"""Prompts: the slot for the document, and the question in an answer."""
+"""Prompts: read a prompt file, fill in a document, find the questions in an answer."""
 
 import re
 from typing import NamedTuple
 
+from inpars_lib.cli import InputError
 from inpars_lib.formats.records import Doc
 
 SLOT = "{document_text}"  # where a prompt takes the document
+
+
+def read_prompt(path: str) -> str:
+    """Return the prompt template of a file, without trailing newlines.
+
+    Raises:
+        InputError: The file is not UTF-8, or has no slot for the document.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            template = file.read().rstrip()  # an editor's final newline would make the model start on a new line
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: not valid UTF-8. Save the prompt as UTF-8.") from None
+    if SLOT not in template:
+        raise InputError(f"{path}: no {SLOT} in this prompt. Write it where the document belongs.")
+    return template
 
 
 class PromptTemplate(NamedTuple):
@@ -31,6 +48,7 @@ INTRODUCTION = re.compile(
     r"(?i)(sure|certainly|of course|okay|here('s| is| are)|(the|a) (relevant )?(answer|query|question)|example)\b.*:"
 )
 LABEL = re.compile(r"(?i)^((good|relevant|search) )?(query|question) *:\s*")
+BAD_QUESTION = re.compile(r"(?i)bad question:")  # what separates the two questions of --good_bad
 
 
 def first_line(text: str) -> str:
@@ -42,3 +60,10 @@ def first_line(text: str) -> str:
         if line and not INTRODUCTION.fullmatch(line):
             return line
     return ""
+
+
+def find_questions(text: str) -> tuple[str, str]:
+    """Return the good and the bad question of an answer to a good/bad prompt, each empty if it is missing."""
+    parts = BAD_QUESTION.split(text, maxsplit=1)
+    bad_question = first_line(parts[1]) if len(parts) == 2 else ""
+    return first_line(parts[0]), bad_question

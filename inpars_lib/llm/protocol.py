@@ -9,17 +9,18 @@ This module sends nothing and reads no files. `client.py` and `batch.py` both us
 
 import argparse
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from inpars_lib.cli import InputError, warn
 from inpars_lib.formats.fields import json_object
 from inpars_lib.formats.records import Doc
 from inpars_lib.llm.errors import error_message
 from inpars_lib.llm.log_probs import align, log_probs_within, read_tokens
-from inpars_lib.llm.prompt import first_line
+from inpars_lib.llm.prompt import find_questions, first_line
 
 STOP = "\n\n"  # a prompt separates its examples by an empty line, so the model writes one after its query
 OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
@@ -41,32 +42,46 @@ class NoLogProbs(AnswerError):
     """An answer without the requested log-probabilities."""
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """A language model and how to sample from it.
+class ApiState(msgspec.Struct):
+    """What a run has found out about a server, for later runs.
 
     Attributes:
-        name: Name that the server knows.
+        api: `completions` or `chat`.
+        parameters: Parameters of a request that are the same for every document.
+        refused: Parameters that the server does not take.
+    """
+
+    api: Literal["completions", "chat"]
+    parameters: dict[str, Any]
+    refused: list[str]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model and how to sample from it. The fields have the names of the flags.
+
+    Attributes:
+        engine: Name that the server knows.
         max_tokens: Tokens per answer.
         temperature: 0 for greedy decoding.
         top_p: Nucleus sampling.
-        seed: Seed of the sampling above temperature 0.
-        log_probs: Request log-probabilities. Without them rows have none.
+        sampling_seed: Seed of the sampling above temperature 0.
         good_bad: The prompt asks for a good question and a bad question.
-        echo: Request the document's log-probabilities too; completions API only.
+        include_doc_probs: Request the document's log-probabilities too; completions API only.
+        no_log_probs: Request no log-probabilities. Rows have none then.
         reasoning_effort: Passed on as it is. None sends nothing, or `none` to a model that needs it.
         system_prompt: System message before the prompt, chat API only; none if empty.
         extra_body: Further fields of every request.
     """
 
-    name: str
+    engine: str
     max_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int = 1
-    log_probs: bool = True
+    sampling_seed: int = 1
     good_bad: bool = False
-    echo: bool = False
+    include_doc_probs: bool = False
+    no_log_probs: bool = False
     reasoning_effort: str | None = None
     system_prompt: str = ""
     extra_body: Mapping[str, Any] = field(default_factory=dict)
@@ -92,38 +107,38 @@ class ModelApi:
         api: `completions` or `chat`.
     """
 
-    def __init__(self, config: ModelConfig, api: str) -> None:
+    def __init__(self, config: ModelConfig, api: Literal["completions", "chat"]) -> None:
         self.config = config
         self.use_api(api)
 
-    def use_api(self, api: str) -> None:
+    def use_api(self, api: Literal["completions", "chat"]) -> None:
         """Build requests for this API, with all parameters."""
         config = self.config
         self.api = api
         self.refused: set[str] = set()  # parameters that the server does not take
         self.parameters: dict[str, Any] = {"temperature": config.temperature, "top_p": config.top_p}
         if config.temperature > 0:
-            self.parameters["seed"] = config.seed
+            self.parameters["seed"] = config.sampling_seed
         if api == "chat":
             self.parameters["max_completion_tokens"] = config.max_tokens
-            if config.log_probs:  # llama.cpp omits a token's own log-probability unless one alternative is requested
+            if not config.no_log_probs:  # llama.cpp omits a token's own unless one alternative is requested
                 self.parameters |= {"logprobs": True, "top_logprobs": 1}
         else:
             self.parameters |= {"max_tokens": config.max_tokens, "stop": STOP}
-            if config.log_probs:
+            if not config.no_log_probs:
                 self.parameters["logprobs"] = 1
-            if config.echo:
+            if config.include_doc_probs:
                 self.parameters["echo"] = True
         if config.reasoning_effort:
             self.parameters["reasoning_effort"] = config.reasoning_effort
 
-    def as_dict(self) -> dict[str, Any]:
+    def state(self) -> ApiState:
         """Return the state that `restore` takes."""
-        return {"api": self.api, "parameters": self.parameters, "refused": sorted(self.refused)}
+        return ApiState(self.api, dict(self.parameters), sorted(self.refused))
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: ApiState) -> None:
         """Restore the state of an earlier run."""
-        self.api, self.parameters, self.refused = state["api"], dict(state["parameters"]), set(state["refused"])
+        self.api, self.parameters, self.refused = state.api, dict(state.parameters), set(state.refused)
 
     @property
     def path(self) -> str:
@@ -135,7 +150,7 @@ class ModelApi:
         messages = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
         messages.append({"role": "user", "content": prompt})
         content = {"messages": messages} if self.api == "chat" else {"prompt": prompt}
-        body = {"model": self.config.name, **content, **self.parameters, **self.config.extra_body}
+        body = {"model": self.config.engine, **content, **self.parameters, **self.config.extra_body}
         if "seed" in body:
             body["seed"] += number - 1
         return body
@@ -152,11 +167,11 @@ class ModelApi:
             InputError: Answers without this parameter would be useless.
         """
         if parameter in self.config.extra_body:
-            raise InputError(f"{self.config.name}: --extra_body {parameter} was refused ({reason}). Omit it.")
+            raise InputError(f"{self.config.engine}: --extra_body {parameter} was refused ({reason}). Omit it.")
         current = self.parameters.get(parameter)
         if current is None or (request[parameter] != current and parameter != "seed"):
             return  # an earlier refusal has changed it already
-        name, value = self.config.name, self.parameters[parameter]
+        name, value = self.config.engine, self.parameters[parameter]
         reasoning_settled = "reasoning_effort" in self.parameters or "reasoning_effort" in self.refused
         if parameter in NEEDS_NO_REASONING and self.api == "chat" and not reasoning_settled:
             self.parameters["reasoning_effort"] = "none"
@@ -182,7 +197,7 @@ class ModelApi:
         effort = self.config.reasoning_effort
         reasoning = f" with --reasoning_effort {effort}" if effort not in (None, "none") else ""
         return InputError(
-            f"{self.config.name}: no log-probabilities{reasoning}{f' ({reason})' if reason else ''}. "
+            f"{self.config.engine}: no log-probabilities{reasoning}{f' ({reason})' if reason else ''}. "
             f"{'Omit --reasoning_effort, use' if reasoning else 'Use'} a model that gives them, or add --no_log_probs "
             "and filter with --scoring_function monot5."
         )
@@ -212,25 +227,21 @@ class ModelApi:
         if refusal or finish_reason == "content_filter":
             raise AnswerError(f"refused by the model: {refusal or 'content filter'}", text)
         full, prompt_bytes, doc_bytes = (part.encode().lstrip() for part in (text, prompt, doc.text))
-        offset = len(prompt_bytes) if config.echo else 0
+        offset = len(prompt_bytes) if config.include_doc_probs else 0
         if (reasoning := full.find(b"</think>", offset)) >= 0:
             offset = reasoning + len(b"</think>")
         elif full.startswith(b"<think>", offset):
             raise AnswerError("the answer is only reasoning. Raise --max_tokens, or turn reasoning off", text)
         generated = full[offset:].decode(errors="replace")
-        bad_question = ""
-        if config.good_bad:  # without the bad question the answer did not follow the prompt, so neither is trusted
-            generated, _, bad_part = re.sub(r"(?i)bad question:", "\0", generated, count=1).partition("\0")
-            bad_question = first_line(bad_part)
-            if not bad_question:
-                raise AnswerError("the answer has no bad question", text)
-        question = first_line(generated)
+        question, bad_question = find_questions(generated) if config.good_bad else (first_line(generated), "")
+        if config.good_bad and not bad_question:  # the answer did not follow the prompt, so neither is trusted
+            raise AnswerError("the answer has no bad question", text)
         if not question:
             cut = " (the token limit was reached: raise --max_tokens)"
             problem = "only an introduction" if generated.strip() else "empty"
             raise AnswerError(f"the answer is {problem}{cut if finish_reason == 'length' else ''}", text)
         row: dict[str, Any] = {"doc_id": doc.doc_id, "doc_text": doc.text, "question": question}
-        if config.log_probs:
+        if not config.no_log_probs:
             try:
                 found = read_tokens(choice)
             except (KeyError, TypeError, AttributeError, ValueError):
@@ -244,7 +255,7 @@ class ModelApi:
                 raise AnswerError(str(error), text) from None
             start = full.index(question.encode(), offset)
             row["log_probs"] = log_probs_within(spans, log_probs, start, len(question.encode()))
-            if config.echo:
+            if config.include_doc_probs:
                 start = prompt_bytes.rindex(doc_bytes)
                 row["doc_log_probs"] = log_probs_within(spans, log_probs, start, len(doc_bytes))
         if config.good_bad:

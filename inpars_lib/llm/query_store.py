@@ -1,25 +1,31 @@
 """The files that generate_queries_openai.py writes: queries, errors, settings and token counts."""
 
 import array
+import io
 import json
 import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from statistics import fmean, median_high
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
+
+import msgspec
 
 from inpars_lib.cli import InputError, shorten, warn
 from inpars_lib.files import SUFFIX, atomic_write, is_special, json_line, lock
-from inpars_lib.formats.queries import SyntheticRow, read_synthetic_queries
+from inpars_lib.formats.lines import read_blocks, read_records
+from inpars_lib.formats.queries import read_synthetic_queries
+from inpars_lib.llm.protocol import ApiState
 from inpars_lib.llm.usage import NO_TOKENS, Usage
-from inpars_lib.resume import FORMAT_VERSION, repair_last_line
+from inpars_lib.resume import FORMAT_VERSION, check_settings, read_state, repair_last_line
 
-META_INTERVAL = 1.0  # seconds between two writes of OUTPUT.meta.json
+CHECK_INTERVAL = 1.0  # seconds between two checks that OUTPUT is still the open file
+LONGEST_ROW = 1 << 24  # bytes; a file that begins with a longer line is not ours
+START = b'{"doc_id":'  # of every row
 DUPLICATE = "duplicate of another query of this document"
-OPTIONAL = ("sampling_seed", "truncate_doc_chars", "system_prompt", "extra_body")  # settings recorded only if set
 
 
 class RequestKey(NamedTuple):
@@ -29,10 +35,72 @@ class RequestKey(NamedTuple):
     number: int = 1
 
 
-def request_key(doc_id: str, name: str | None = None) -> RequestKey:
+class AnswerRow(msgspec.Struct):
+    """The fields of a row of OUTPUT that tell which request is answered."""
+
+    doc_id: str | int
+    question: str
+    request: str | None = None
+
+
+class FailureRow(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A row of OUTPUT.errors.jsonl."""
+
+    doc_id: str | int
+    request: str | None = None
+    reason: str
+    answer: str | None = None
+
+
+class Meta(msgspec.Struct):
+    """OUTPUT.meta.json. It also holds the format version and versions of software, which nobody reads."""
+
+    settings: dict[str, Any]
+    usage: Usage
+    request: ApiState | None = None
+
+
+Row = TypeVar("Row", AnswerRow, FailureRow)
+
+
+def request_key(doc_id: str | int, name: str | None = None) -> RequestKey:
     """Return the key of a request from its name in a file, `doc_id#number`, or None for the first request."""
     number = name.rpartition("#")[2] if name else ""
-    return RequestKey(doc_id, int(number) if number.isdecimal() else 1)
+    return RequestKey(str(doc_id), int(number) if number.isdecimal() else 1)
+
+
+def repair_rows(path: str, kind: type[Row]) -> None:
+    """Repair the torn last line of a file of rows, after a check that the file is ours.
+
+    Raises:
+        InputError: The first line is no row.
+    """
+    with open(path, "rb") as file:
+        line = file.readline(LONGEST_ROW)
+    if not line:
+        return
+    try:
+        msgspec.json.decode(line.decode(errors="replace"), type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        torn = not line.endswith(b"\n") and line.startswith(START[: len(line)])
+        if isinstance(error, msgspec.ValidationError) or not torn:
+            raise InputError(f"{path}: not a file of this script. Name another --output.") from None
+    repair_last_line(path)
+
+
+def read_rows(path: str, kind: type[Row], desc: str | None = None) -> Iterator[tuple[RequestKey, Row]]:
+    """Yield the rows of a file of ours with their requests. Malformed lines are skipped with a warning."""
+    decode = msgspec.json.Decoder(kind).decode
+
+    def parse(line: str) -> Row:
+        try:
+            return decode(line)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise ValueError(shorten(error)) from None
+
+    if os.path.exists(path) and os.path.getsize(path):
+        for _, row in read_records(read_blocks([path], desc), parse, "a row of this script", path):
+            yield request_key(row.doc_id, row.request), row
 
 
 class QueryStore:
@@ -51,41 +119,85 @@ class QueryStore:
         duplicates: Requests whose answer was dropped, because another request of the document had the same one.
         failed: Requests that were given up.
         request: State of `ModelApi` that an earlier run found out, or None.
-        usage: Tokens of all runs on this output.
+        usage_now: Tokens of this run.
         written: Number of queries written in this run.
 
     Raises:
-        InputError: Another process holds the output, or its settings differ.
+        InputError: Another process holds the output, its settings differ, or it is not ours.
     """
 
     def __init__(
         self, path: str | None, settings: Mapping[str, Any], force: bool = False, queries_per_doc: int = 1
     ) -> None:
-        self.path, self.queries_per_doc = path, queries_per_doc
-        self.settings = {n: v for n, v in settings.items() if n not in OPTIONAL or v not in (None, "", {})}
+        self.path, self.settings, self.queries_per_doc = path, dict(settings), queries_per_doc
         self.unit = "documents" if queries_per_doc == 1 else "requests"  # what is counted in messages
-        self.request: dict[str, Any] | None = None
-        self.usage, self.written = NO_TOKENS, 0
+        self.request: ApiState | None = None
+        self.usage_now = self._usage_before = NO_TOKENS
+        self.written = 0
         self.done: set[RequestKey] = set()
         self.duplicates: set[RequestKey] = set()
         self.failed: set[RequestKey] = set()
-        self._queries: set[int] = set()  # hashes of document and query, with several queries per document
+        self._queries: set[int] = set()  # hashes of document and query
         self._errors: IO[bytes] | None = None  # opened for the first failure
-        self._saved_at = 0.0
+        self._meta: IO[bytes] | None = None
+        self._checked_at = 0.0
         if path is not None:
-            if path == "-" or is_special(path):
-                raise InputError(f"{path}: this is a pipe or a device. Answers are appended to a file: name one.")
-            if suffix := SUFFIX.search(path):
-                raise InputError(f"{path}: answers are appended to a file without compression. Omit {suffix[0]}.")
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            self._file = open(path, "ab", buffering=0)  # one write a row: a kill leaves at most the last row torn
-            lock(self._file, path)
-            repair_last_line(path)
-            if os.path.getsize(path):
-                self._read_done(path)
-            self._read_errors()
-            self._read_meta(force)
-        self._done_before, self._usage_before = len(self.done), self.usage
+            self._open(path)
+            self._read_answers(path)
+            self._read_failures(f"{path}.errors.jsonl")
+            self._read_meta(f"{path}.meta.json", force)
+        self._done_before = len(self.done)
+
+    def _open(self, path: str) -> None:
+        """Open and lock the output, and repair its last line if the output is ours."""
+        if path == "-" or is_special(path):
+            raise InputError(f"{path}: this is a pipe or a device. Answers are appended to a file: name one.")
+        if suffix := SUFFIX.search(path):
+            raise InputError(f"{path}: answers are appended to a file without compression. Omit {suffix[0]}.")
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        self._file = open(path, "ab+", buffering=0)  # one write a row: a kill leaves at most the last row torn
+        lock(self._file, path)
+        repair_rows(path, AnswerRow)
+        self._size_before = os.path.getsize(path)
+
+    def _read_answers(self, path: str) -> None:
+        for key, row in read_rows(path, AnswerRow, "Reading earlier answers"):
+            self.done.add(key)
+            self._queries.add(self._hash(key, row.question))
+
+    def _read_failures(self, path: str) -> None:
+        """Read failures and duplicates, keep the last row of each request, and drop requests that have a row since."""
+        if not os.path.exists(path):
+            return
+        repair_rows(path, FailureRow)
+        rows = {key: row for key, row in read_rows(path, FailureRow) if key not in self.done}
+        self.duplicates = {key for key, row in rows.items() if row.reason == DUPLICATE}
+        self.failed = rows.keys() - self.duplicates
+        self.done |= self.duplicates
+        with atomic_write(path, "wb") as file:
+            file.writelines(msgspec.json.encode(row) + b"\n" for row in rows.values())
+        if not rows:
+            os.remove(path)
+
+    def _read_meta(self, path: str, force: bool) -> None:
+        begun = bool(self.done or self.failed)
+        if not os.path.exists(path):
+            if begun:
+                warn(f"{self.path}: has rows but no meta.json, so its settings cannot be checked.")
+            return
+        meta = read_state(path, Meta, "Delete the file: queries stay, token counts restart.")
+        before, self._usage_before = meta.settings, meta.usage
+        if "prompt_sha256" in before:  # its name in format version 1
+            before["prompt"] = before.pop("prompt_sha256")
+        if before.get("api"):
+            self.settings.setdefault("api", before["api"])
+        try:
+            action = "Repeat the earlier settings, name another --output, or mix both with --force."
+            check_settings(str(self.path), before, self.settings, action)
+            self.request = meta.request
+        except InputError:
+            if begun and not force:
+                raise
 
     @property
     def answered(self) -> int:
@@ -93,9 +205,9 @@ class QueryStore:
         return len(self.done) - self._done_before
 
     @property
-    def usage_now(self) -> Usage:
-        """Tokens of this run."""
-        return Usage(*(a - b for a, b in zip(self.usage, self._usage_before, strict=True)))
+    def usage(self) -> Usage:
+        """Tokens of all runs on this output."""
+        return self._usage_before.plus(self.usage_now)
 
     def name(self, key: RequestKey) -> str:
         """Return the name of a request in files and messages."""
@@ -105,91 +217,30 @@ class QueryStore:
         """Return the field that tells the requests of a document apart, if there are several."""
         return {} if self.name(key) == key.doc_id else {"request": self.name(key)}
 
-    def _read_done(self, path: str) -> None:
-        def note(row: SyntheticRow) -> bool:
-            key = request_key(str(row.doc_id), row.request)
-            self.done.add(key)
-            self._is_duplicate(key, row.question)
-            return True
-
-        for query in read_synthetic_queries(path, "Reading earlier answers", skip=note):
-            note(SyntheticRow(query.doc_id, query.question))
-
-    def _is_duplicate(self, key: RequestKey, question: str) -> bool:
-        """Return whether another request of the document had this query, and remember the query."""
-        if self.queries_per_doc == key.number == 1:
-            return False
-        query = hash((key.doc_id, " ".join(question.lower().split())))
-        known = query in self._queries
-        self._queries.add(query)
-        return known
-
-    def _read_errors(self) -> None:
-        """Read failures and duplicates, keep the last row of each request, and drop requests that have a row since."""
-        path = f"{self.path}.errors.jsonl"
-        if not os.path.exists(path):
-            return
-        repair_last_line(path)
-        try:
-            with open(path, encoding="utf-8") as file:
-                rows = {request_key(row["doc_id"], row.get("request")): row for row in map(json.loads, file)}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path}: not a file of this script. Delete it to try its documents again.") from None
-        rows = {key: row for key, row in rows.items() if key not in self.done}
-        self.duplicates = {key for key, row in rows.items() if row.get("reason") == DUPLICATE}
-        self.failed = rows.keys() - self.duplicates
-        self.done |= self.duplicates
-        with atomic_write(path) as file:
-            file.writelines(map(json_line, rows.values()))
-        if not rows:
-            os.remove(path)
-
-    def _read_meta(self, force: bool) -> None:
-        path, begun = f"{self.path}.meta.json", bool(self.done or self.failed)
-        if not os.path.exists(path):
-            if begun:
-                warn(f"{self.path}: has rows but no meta.json, so its settings cannot be checked.")
-            return
-        try:
-            with open(path, encoding="utf-8") as file:
-                meta = json.load(file)
-            before, self.usage = meta["settings"], Usage(**meta["usage"])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{path}: not a file of this script. Delete the file: queries stay, token counts restart."
-            ) from None
-        if self.settings["api"] is None:
-            self.settings["api"] = before["api"]
-        # Earlier versions recorded fewer settings.
-        names = [name for name in self.settings if name in before and name not in OPTIONAL]
-        names = [name for name in (*names, *OPTIONAL) if before.get(name) != self.settings.get(name)]
-        if not names:
-            self.request = meta.get("request")
-        elif begun and not force:
-            now = self.settings
-            differences = ", ".join(f"{n} {shorten(before.get(n))}, now {shorten(now.get(n))}" for n in names)
-            raise InputError(
-                f"{self.path}: made with other settings ({differences}). Repeat the earlier settings, name another "
-                "--output, or mix both with --force."
-            )
+    @staticmethod
+    def _hash(key: RequestKey, question: str) -> int:
+        return hash((key.doc_id, " ".join(question.lower().split())))
 
     def add_answer(self, key: RequestKey, row: dict[str, Any], usage: Usage) -> None:
         """Write the row of an answered request, or record that its query is a duplicate."""
+        self.add_usage(usage)
         self.done.add(key)
         self.failed.discard(key)
-        if self._is_duplicate(key, row["question"]):
+        query = self._hash(key, row["question"])
+        if query in self._queries:
             self.duplicates.add(key)
             self._append_error(key, DUPLICATE, row["question"])
         elif self.path:
             self.written += 1
             self._append(self._file, row | self._named(key))
-        self.add_usage(usage)
+        self._queries.add(query)
+        self._check_output()
 
     def add_failure(self, key: RequestKey, reason: str, answer: str | None = None, usage: Usage = NO_TOKENS) -> None:
         """Write why a request has no query, and the answer if there was one."""
+        self.add_usage(usage)
         self.failed.add(key)
         self._append_error(key, reason, answer)
-        self.add_usage(usage)
 
     def _append_error(self, key: RequestKey, reason: str, answer: str | None) -> None:
         if self.path:
@@ -218,10 +269,15 @@ class QueryStore:
             raise
 
     def add_usage(self, usage: Usage) -> None:
-        """Count tokens."""
-        self.usage = self.usage.plus(usage)
-        if time.monotonic() - self._saved_at > META_INTERVAL:
-            self.save_meta()
+        """Count tokens, before their answer is written: no answer is on disk whose tokens are not."""
+        self.usage_now = self.usage_now.plus(usage)
+        if self._meta:
+            os.pwrite(self._meta.fileno(), self._counts(), self._usage_at)
+
+    def _counts(self) -> bytes:
+        """Return the end of OUTPUT.meta.json, whose length is always the same, so that it is written in place."""
+        counts = [f'"{name}": {count:15d}' for name, count in msgspec.structs.asdict(self.usage).items()]
+        return f"{{{', '.join(counts)}}}\n}}\n".encode()
 
     def save_meta(self) -> None:
         """Write OUTPUT.meta.json."""
@@ -232,28 +288,55 @@ class QueryStore:
         meta = {
             "format_version": FORMAT_VERSION,
             "settings": self.settings,
-            "request": self.request,
+            "request": self.request and msgspec.to_builtins(self.request),
             "versions": {"python": platform.python_version(), "openai": openai.__version__},
-            "usage": self.usage._asdict(),
         }
-        with atomic_write(f"{self.path}.meta.json") as file:
-            file.write(json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
-        self._saved_at = time.monotonic()
+        text = json.dumps(meta, indent=2, ensure_ascii=False).removesuffix("\n}") + ',\n  "usage": '
+        head = text.encode(errors="replace")
+        with atomic_write(f"{self.path}.meta.json", "wb") as file:
+            file.write(head + self._counts())
+        if self._meta:
+            self._meta.close()
+        self._meta, self._usage_at = open(f"{self.path}.meta.json", "rb+", buffering=0), len(head)
+
+    def _check_output(self) -> None:
+        """Check now and then that the open file still is OUTPUT.
+
+        Raises:
+            InputError: OUTPUT was deleted or replaced. What this run has paid for is in it again.
+        """
+        if self.path is None or time.monotonic() - self._checked_at < CHECK_INTERVAL:
+            return
+        self._checked_at = time.monotonic()
+        exists = os.path.exists(self.path)
+        if exists and os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+            return
+        lost = self._file
+        begin = self._size_before if exists else 0  # who replaced the file had a choice about the earlier rows
+        self._open(self.path)
+        there = {key for key, _ in read_rows(self.path, AnswerRow)}
+        lost.seek(begin)
+        restored = 0
+        for line in io.BufferedReader(lost):
+            row = msgspec.json.decode(line, type=AnswerRow)
+            if request_key(row.doc_id, row.request) not in there:
+                self._file.write(line)
+                restored += 1
+        problem = f"the file was deleted or replaced during the run. {restored:,} answers were written to it again"
+        raise InputError(f"{self.path}: {problem}. Run the same command again to resume.")
 
     def failure_reasons(self) -> Counter[str]:
         """Return the number of failed requests by reason."""
-        if self.path is None or not os.path.exists(f"{self.path}.errors.jsonl"):
-            return Counter()
-        with open(f"{self.path}.errors.jsonl", encoding="utf-8") as file:
-            last = {request_key(row["doc_id"], row.get("request")): row["reason"][:80] for row in map(json.loads, file)}
+        last = {key: row.reason[:80] for key, row in read_rows(f"{self.path}.errors.jsonl", FailureRow)}
         return Counter(reason for reason in last.values() if reason != DUPLICATE)
 
     def close(self) -> None:
         """Release the output for other processes."""
         if self.path:
             self._file.close()
-            if self._errors:
-                self._errors.close()
+        for file in (self._errors, self._meta):
+            if file:
+                file.close()
 
 
 def summarize_queries(path: str) -> str:

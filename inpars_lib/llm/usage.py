@@ -1,11 +1,13 @@
 """Numbers of tokens as the server counts them, and the limit of --max_total_tokens."""
 
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from inpars_lib.cli import warn
 
 
-class Usage(NamedTuple):
+class Usage(msgspec.Struct, frozen=True):
     """Numbers of tokens as the server counts them.
 
     Attributes:
@@ -20,7 +22,11 @@ class Usage(NamedTuple):
 
     def plus(self, other: "Usage") -> "Usage":
         """Return the sum."""
-        return Usage(*(a + b for a, b in zip(self, other, strict=True)))
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
 
     @property
     def total(self) -> int:
