@@ -9,10 +9,11 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -90,6 +91,15 @@ def run_process(script: str, *args: object, cwd: Path = ROOT, **variables: str |
     with environment(cwd, variables):
         done = subprocess.run(command_of(script, *args), capture_output=True, text=True, timeout=600)
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def kill_after(command: list[str], count: Callable[[], int], finished: int) -> None:
+    """Run a command and kill it with SIGKILL when `count` has reached a number of finished blocks."""
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and count() < finished:
+        pass
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
 
 
 def ok(done: Done) -> Done:

@@ -4,12 +4,10 @@ import json
 import math
 import os
 import re
-import signal
-import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command_of, error_line, ok, rows, run, save_t5, write_rows
+from conftest import command_of, error_line, kill_after, ok, rows, run, save_t5, write_rows
 
 from inpars_lib.files import exclusive
 from inpars_lib.formats.records import SyntheticQuery
@@ -215,14 +213,6 @@ def blocks(log: Path) -> int:
     return max(0, log.read_bytes().count(b"\n") - 1) if log.exists() else 0
 
 
-def kill_after(command: list[str], log: Path, finished: int) -> None:
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and blocks(log) < finished:
-        pass
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-
-
 @pytest.mark.slow
 def test_kills_do_not_change_the_kept_queries(tmp_path: Path, many: list[dict], tiny_t5: Path) -> None:
     """SIGKILL after one block more, several times. `KILLS=3 bash run_tests.sh -k kills` kills more often."""
@@ -231,7 +221,7 @@ def test_kills_do_not_change_the_kept_queries(tmp_path: Path, many: list[dict], 
     args = scoring_args(tmp_path, many, tiny_t5)
     log = tmp_path / "out.jsonl.scores.jsonl"
     for _ in range(min(3, int(os.environ.get("KILLS", 2)))):
-        kill_after(command_of(SCRIPT, *args), log, blocks(log) + 1)
+        kill_after(command_of(SCRIPT, *args), lambda: blocks(log), blocks(log) + 1)
         assert not (tmp_path / "out.jsonl").exists()
     with log.open("a") as file:
         file.write('{"pairs": "torn')

@@ -3,14 +3,13 @@
 import csv
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SUBJECTS, command_of, error_line, ok, rows, run, save_t5, write_rows
+from conftest import ROOT, SUBJECTS, command_of, error_line, kill_after, ok, rows, run, save_t5, write_rows
 from training_helpers import QUICK, dev, dev_but, train
 
 from inpars_lib.files import exclusive
@@ -111,15 +110,6 @@ def blocks(output: Path) -> int:
     return sum(path.stem.isdigit() for path in output.parent.glob(f"{output.name}.scores/*/*.json"))
 
 
-def kill_after(command: list[str], output: Path, finished: int) -> None:
-    """Start a run and kill it when so many of its blocks are finished."""
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and blocks(output) < finished:
-        pass
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-
-
 @pytest.mark.slow
 def test_kills_do_not_change_a_run(long_run: list[object], tiny_t5: Path, tmp_path: Path) -> None:
     """SIGKILL after one block more, several times. `KILLS=20 bash run_tests.sh -k kills` kills more often."""
@@ -127,7 +117,7 @@ def test_kills_do_not_change_a_run(long_run: list[object], tiny_t5: Path, tmp_pa
     output = tmp_path / "run.txt"
     args = ["--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"]
     for _ in range(int(os.environ.get("KILLS", 2))):
-        kill_after(command_of("rerank.py", *args), output, blocks(output) + 1)
+        kill_after(command_of("rerank.py", *args), lambda: blocks(output), blocks(output) + 1)
         assert not (tmp_path / "run.txt").exists()
     finished = blocks(output)
     done = ok(run("rerank.py", *args))
@@ -146,7 +136,7 @@ def test_scores_of_another_model_are_discarded(
         ok(run("rerank.py", "--model", model, *long_run, "--output", tmp_path / name))
     assert (tmp_path / "one.txt").read_bytes() != (tmp_path / "two.txt").read_bytes()
     command = command_of("rerank.py", "--model", other, *long_run, "--output", tmp_path / "run.txt")
-    kill_after(command, tmp_path / "run.txt", 5)
+    kill_after(command, lambda: blocks(tmp_path / "run.txt"), 5)
     ok(run("rerank.py", "--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"))
     assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "one.txt").read_bytes()
 
