@@ -28,7 +28,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from inpars_lib import bm25
@@ -51,6 +51,7 @@ LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
 # Scoring functions and the bin widths of their histograms
 BIN_WIDTHS = {"mean_log_probs": 0.05, "sum_log_probs": 1.0, "mean_probs": 0.02, "monot5": 0.1, "consistency": 0.05}
 NO_LOG_PROBS = "without log-probabilities"
+ADVICE = "Rows without log-probabilities can be scored with --scoring_function monot5 --model NAME."
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,7 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--input", required=True, help="synthetic queries, JSONL, or - for standard input")
-    add("--output", required=True, help="filtered queries to write, JSONL, or - for standard output")
+    add(
+        "--output",
+        type=resolve_output,
+        required=True,
+        help="filtered queries to write, JSONL, or - for standard output",
+    )
     add("--top_k", type=at_least(1), default=10_000, help="queries to keep (default: %(default)s)")
     add("--scoring_function", choices=list(BIN_WIDTHS), default="mean_log_probs", help="function that scores a query "
         "(default: %(default)s)")  # fmt: skip
@@ -73,8 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min_tokens", type=at_least(1), default=3, help="drop shorter queries, in tokens (default: %(default)s)")
     add("--max_tokens", type=at_least(1), help="drop longer queries, in tokens (default: no limit)")
     add("--skip_questions_copied_from_context", action="store_true", help="drop queries that occur in their document")
-    add("--plot", metavar="PNG", help="histogram of the scores to write, with the cutoff")
-    add("--sample_html", metavar="HTML", help="page to write: browse a sample of the rows, kept and dropped")
+    add("--plot", type=resolve_output, metavar="PNG", help="histogram of the scores to write, with the cutoff")
+    add(
+        "--sample_html",
+        type=resolve_output,
+        metavar="HTML",
+        help="page to write: browse a sample of the rows, kept and dropped",
+    )
     add_restart_flag(add)
     bm25.add_search_flags(parser)
     return parser
@@ -90,13 +101,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--scoring_function consistency needs --consistency_k")
     if bool(args.consistency_k) != bool(args.index or args.run) or (args.index and args.run):
         parser.error("--consistency_k and either --index or --run need each other")
-    args.output = resolve_output(args.output)
+    if [args.output, args.plot, args.sample_html].count("-") > 1:
+        parser.error("only one of --output, --plot and --sample_html can be `-`, standard output")
     if "-" in (args.input, args.output) and (args.model or args.run):
         parser.error("--model and --run need files: - cannot be read twice and has no log beside it")
     if args.model and is_special(args.output):
         parser.error(f"--output {args.output}: scores are saved beside the output, so name a file")
-    if [args.output, args.plot, args.sample_html].count("-") > 1:
-        parser.error("only one of --output, --plot and --sample_html can be `-`, standard output")
     return args
 
 
@@ -138,6 +148,8 @@ def drop_reason(query: SyntheticQuery, args: argparse.Namespace) -> str | None:
         return "without a question"
     if query.log_probs is None and args.scoring_function in LOG_PROB_SCORES:
         return NO_LOG_PROBS
+    if args.model and not query.doc_text:
+        return "without a document text"
     # Without log-probabilities the model's tokens are unknown, so words are counted.
     length = len(query.question.split() if query.log_probs is None else query.log_probs)
     if length < args.min_tokens:
@@ -265,68 +277,58 @@ def with_score(line: str, score: float) -> str:
     return f'{line.rstrip().removesuffix("}")}, "score": {score!r}}}\n'
 
 
-def output_paths(args: argparse.Namespace) -> dict[str, str | None]:
-    """Return the files that this command writes, by flag or by what they are."""
-    beside = {"lock": f"{args.output}.lock", "log of scores": f"{args.output}.scores.jsonl"}
-    return {
-        "--output": args.output,
-        "--plot": args.plot,
-        "--sample_html": args.sample_html,
-        **(beside if args.output != "-" else {}),
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Score every query, keep the best, say what was dropped."""
     args = parse_args(argv)
-    corpus = collection_paths(args.corpus) if args.corpus else ()
-    inputs = {"--input": args.input, "--run": args.run, "--index": args.index, "--corpus": corpus}
-    check_paths({**inputs, "--model": args.model}, output_paths(args))
-    with exclusive(args.output) if args.output != "-" else nullcontext():
-        filter_queries(args)
+    log_path = f"{args.output}.scores.jsonl" if args.model else None
+    inputs = {"--input": args.input, "--run": args.run, "--index": args.index, "--model": args.model}
+    inputs["--corpus"] = collection_paths(args.corpus) if args.corpus else None
+    outputs = {"--output": args.output, "--plot": args.plot, "--sample_html": args.sample_html}
+    written = {flag: path for flag, path in outputs.items() if path and path != "-"}
+    locks = {f"lock of {flag}": f"{path}.lock" for flag, path in written.items()}
+    check_paths(inputs, {**written, **locks, "log of scores": log_path})
+    with ExitStack() as stack:
+        for path in written.values():
+            stack.enter_context(exclusive(path))
+        filter_queries(args, log_path)
 
 
-def filter_queries(args: argparse.Namespace) -> None:
-    """Do the work of `main` while no other process writes the output."""
-    # 1. The best queries
-    log_path = f"{args.output}.scores.jsonl"  # of a reranker
+def filter_queries(args: argparse.Namespace, log_path: str | None) -> None:
+    """Do the work of `main` while no other process writes the outputs."""
+    # 1. The queries with the highest scores
     outcome, best = Outcome(BIN_WIDTHS[args.scoring_function]), BestQueries(args.top_k)
     for query, score in scored_queries(args, outcome, log_path):
         outcome.add_scored(query, score)
         best.add(query, score)
     kept = best.ranked()
-    hint = ""
-    if outcome.dropped[NO_LOG_PROBS]:
-        hint = " Rows without log-probabilities can be scored with --scoring_function monot5 --model NAME."
     if not kept:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in outcome.dropped.items() if count)
-        raise InputError(f"{args.input}: every row was dropped ({reasons}). Relax the filters.{hint}")
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in outcome.dropped.items())
+        action = ADVICE if outcome.dropped[NO_LOG_PROBS] else "Relax the filters."
+        raise InputError(f"{args.input}: every row was dropped ({reasons}). {action}")
 
     # 2. The outputs, which appear together
-    cutoff = kept[-1].score
-    modes = {args.output: "w", args.plot: "wb", args.sample_html: "w"}
-    outputs = [(path, mode) for path, mode in modes.items() if path]
+    outputs = [(args.output, "w")]
+    if args.plot:
+        outputs.append((args.plot, "wb"))
+    if args.sample_html:
+        outputs.append((args.sample_html, "w"))
     with write_together(*outputs) as files:
-        file = dict(zip((path for path, _ in outputs), files, strict=True))
-        file[args.output].writelines(with_score(row.line_text, row.score) for row in kept)
+        files[0].writelines(with_score(row.line_text, row.score) for row in kept)
         if args.plot:
             bins = Counter(outcome.bin_of(row.score) for row in kept)
-            plot_histogram(file[args.plot], outcome.bins, bins, outcome.bin_width, cutoff, args.scoring_function)
+            plot_histogram(files[1], outcome.bins, bins, outcome.bin_width, kept[-1].score, args.scoring_function)
         if args.sample_html:
             summary = f"{len(kept):,} rows of {args.input} were kept. The score is {args.scoring_function}."
-            outcome.sample.write(file[args.sample_html], {row.line for row in kept}, summary)
-    if args.model and os.path.exists(log_path):
+            outcome.sample.write(files[-1], {row.line for row in kept}, summary)
+    if log_path and os.path.exists(log_path):
         os.remove(log_path)
 
-    # 3. What was dropped
+    # 3. What became of the rows
     for reason, count in outcome.dropped.most_common():
-        print(f"dropped {count:,} rows {reason}.{hint if reason == NO_LOG_PROBS else ''}", file=sys.stderr)
+        print(f"dropped {count:,} rows {reason}.{f' {ADVICE}' if reason == NO_LOG_PROBS else ''}", file=sys.stderr)
     total = outcome.scored + outcome.dropped.total()
-    print(
-        f"{args.output}: kept {len(kept):,} of {total:,} rows; {args.scoring_function} from {kept[0].score:.4f} to "
-        f"{cutoff:.4f}",
-        file=sys.stderr,
-    )
+    scores = f"{args.scoring_function} from {kept[0].score:.4f} to {kept[-1].score:.4f}"
+    print(f"{args.output}: kept {len(kept):,} of {total:,} rows; {scores}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--input", required=True, help="filtered synthetic queries, JSONL, or - for standard input")
-    add("--output", required=True, help="triples of texts to write, TSV")
-    add("--output_ids", required=True, help="triples of ids to write, TSV")
+    add("--output", type=resolve_output, required=True, help="triples of texts to write, TSV")
+    add("--output_ids", type=resolve_output, required=True, help="triples of ids to write, TSV")
     add("--corpus", required=True, help="collection that the queries were written for")
     first_stage = parser.add_mutually_exclusive_group().add_argument
     first_stage("--index", default="msmarco-passage", help="BM25 index of the corpus (default: %(default)s)")
@@ -80,7 +80,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags and check how they combine."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    args.output, args.output_ids = resolve_output(args.output), resolve_output(args.output_ids)
     if is_special(args.output):
         parser.error(f"--output {args.output}: a log is kept beside the triples, so name a file")
     if args.min_rank > args.max_hits:
