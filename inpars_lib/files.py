@@ -17,6 +17,7 @@ from typing import IO, Any
 from inpars_lib.cli import InputError
 
 STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+LONGEST_NAME = 255  # bytes that Linux and macOS allow
 OPEN_FILES = ("/dev/fd/", "/proc/self/fd/")  # names of files that this process has open already
 
 # ------------------------------------------------------------------------------------------------ paths of a command
@@ -52,20 +53,26 @@ def check_paths(inputs: Mapping[str, str | Iterable[str] | None], outputs: Mappi
     """Check that no output of a command is one of its inputs or another of its outputs.
 
     Args:
-        inputs: Paths by flag, or several paths of one flag; None, `-` and special files are skipped.
+        inputs: Paths by flag, or several paths of one flag; None, `-` and special files are skipped. A folder, such as
+            an index or a model, stands for the files in it too.
         outputs: Paths by flag or by the name of a file beside an output, likewise.
 
     Raises:
-        InputError: Two flags name one file.
+        InputError: Two flags name one file, or a name is too long for a file system.
     """
     named: list[tuple[str, str, set[object]]] = []
     for flag, paths in inputs.items():
         for path in [paths] if isinstance(paths, str) else paths or ():
             if path != "-" and not is_special(path):
-                named.append((flag, path, _identities(path)))
+                inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
+                found = [path, *(os.path.join(path, name) for name in inside)]
+                named.extend((flag, name, _identities(name)) for name in found)
     for flag, output in outputs.items():
         if output is None or resolve_output(output) == "-" or is_special(output):
             continue
+        if len(os.fsencode(os.path.basename(output))) > LONGEST_NAME:
+            problem = f"the name of this file ({flag}) has more than {LONGEST_NAME} bytes"
+            raise InputError(f"{output}: {problem}. Shorten the name of the output.")
         identities = _identities(output)
         for other, path, known in named:
             if identities & known:
