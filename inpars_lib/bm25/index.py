@@ -8,12 +8,13 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from inpars_lib.bm25.config import DEFAULTS, SETTINGS_FILE, BM25Config
-from inpars_lib.bm25.lucene import quiet_lucene, start_lucene
+import msgspec
+
+from inpars_lib.bm25.config import SETTINGS_FILE, BM25Config, IndexSettings
+from inpars_lib.bm25.lucene import analyzer_languages, lucene_errors, start_lucene
 from inpars_lib.cli import InputError, warn
-from inpars_lib.files import exclusive, json_line
+from inpars_lib.files import exclusive, json_line, unfinished_name
 from inpars_lib.formats.collection import read_collection
-from inpars_lib.resume import FORMAT_VERSION
 
 INDEX_BATCH = 5_000  # documents handed to Lucene at a time
 LONGEST_JSON_TEXT = 10_000_000  # characters; Anserini's JSON parser refuses texts of 20 million
@@ -34,12 +35,11 @@ def _check_unique_ids(hashes: "array.array[int]", corpus: str) -> None:
 
 def check_language(language: str) -> None:
     """Raise InputError if Lucene has no analyzer for this language."""
-    from jnius import autoclass
-
-    known = autoclass("io.anserini.analysis.AnalyzerMap").analyzerMap.keySet().toString().strip("[]").split(", ")
-    if language not in ("en", *known):
-        listed = ", ".join(sorted(["en", *known]))
-        raise InputError(f"--language {language}: Lucene has no analyzer of this name. Choose one of {listed}.")
+    known = analyzer_languages()
+    if language not in known:
+        raise InputError(
+            f"--language {language}: Lucene has no analyzer of this name. Choose one of {', '.join(known)}."
+        )
 
 
 def build_index(corpus: str, index: str, config: BM25Config) -> None:
@@ -58,58 +58,57 @@ def build_index(corpus: str, index: str, config: BM25Config) -> None:
         if os.path.exists(index) and not (os.path.isdir(index) and not os.listdir(index)):
             raise InputError(f"{index}: the index exists. Delete the folder to rebuild it, or name another path.")
         start_lucene()
-        check_language(config.language or "en")
-        _build_index(corpus, index, config)
+        settings = IndexSettings().chosen(config)
+        check_language(settings.language)
+        print(f"Indexing {corpus} into {index} ...", file=sys.stderr)
+        unfinished = unfinished_name(index)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.makedirs(unfinished)
+        try:
+            _index_documents(corpus, unfinished, settings.language, config.threads)
+            Path(unfinished, SETTINGS_FILE).write_bytes(msgspec.json.encode(settings))
+            os.replace(unfinished, index)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
-def _build_index(corpus: str, index: str, config: BM25Config) -> None:
+def _index_documents(corpus: str, folder: str, language: str, threads: int) -> None:
+    """Write Lucene's files of a collection into an empty folder and check that they are complete."""
     from jnius import autoclass
 
-    print(f"Indexing {corpus} into {index} ...", file=sys.stderr)
-    docs = read_collection(corpus, desc="Indexing")
     hashes = array.array("q")  # 8 bytes a document, where a set of ids would take 100
     empty = 0  # documents without a text, which Anserini skips
-    stored = {name: default if getattr(config, name) is None else getattr(config, name)
-              for name, default in DEFAULTS.items()}  # fmt: skip
-    unfinished = f"{index}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    os.makedirs(unfinished)
-    try:
-        # The JVM resolves relative paths against the working directory at its start.
-        words = ["-input", "", "-collection", "JsonCollection", "-index", os.path.abspath(unfinished)]
-        words += ["-language", stored["language"], "-threads", str(config.threads)]
-        with quiet_lucene():
-            indexer = autoclass("io.anserini.index.SimpleIndexer")(words)
-            document = autoclass("io.anserini.collection.JsonCollection$Document")
-        while batch := list(islice(docs, INDEX_BATCH)):
-            hashes.extend(hash(doc.doc_id) for doc in batch)
-            empty += sum(not doc.text for doc in batch)
-            with quiet_lucene():
-                rows = [{"id": doc.doc_id, "contents": doc.text} for doc in batch]
-                indexer.addRawDocuments([json_line(row) for row in rows if len(row["contents"]) < LONGEST_JSON_TEXT])
-                for row in rows:
-                    if len(row["contents"]) >= LONGEST_JSON_TEXT:
-                        indexer.addJsonDocument(document.fromFields(row["id"], row["contents"]))
-        with quiet_lucene():
-            indexer.close()
-        _check_unique_ids(hashes, corpus)
-        if empty == len(hashes):
-            raise InputError(f"{corpus}: no document has a text. Check the format of the collection.")
-        # Anserini only logs errors of writing, such as a full disk, so the documents in the index are counted.
-        indexed = 0
-        with suppress(InputError):
-            indexed = count_documents(unfinished)
-        if indexed != len(hashes) - empty:
-            raise InputError(
-                f"{index}: {indexed:,} of {len(hashes) - empty:,} documents were indexed. Check the free disk space."
-            )
-        if empty:
-            warn(f"{corpus}: {empty:,} documents without a text are not in the index.")
-        Path(unfinished, SETTINGS_FILE).write_text(json_line({"format_version": FORMAT_VERSION, **stored}))
-        os.replace(unfinished, index)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    # The JVM resolves relative paths against the working directory at its start.
+    words = ["-input", "", "-collection", "JsonCollection", "-index", os.path.abspath(folder)]
+    words += ["-language", language, "-threads", str(threads)]
+    with lucene_errors():
+        indexer = autoclass("io.anserini.index.SimpleIndexer")(words)
+        document = autoclass("io.anserini.collection.JsonCollection$Document")
+    docs = read_collection(corpus, desc="Indexing")
+    while batch := list(islice(docs, INDEX_BATCH)):
+        hashes.extend(hash(doc.doc_id) for doc in batch)
+        empty += sum(not doc.text for doc in batch)
+        long = [doc for doc in batch if len(doc.text) >= LONGEST_JSON_TEXT]
+        rows = [{"id": doc.doc_id, "contents": doc.text} for doc in batch if len(doc.text) < LONGEST_JSON_TEXT]
+        with lucene_errors():
+            indexer.addRawDocuments([json_line(row) for row in rows])
+            for doc in long:
+                indexer.addJsonDocument(document.fromFields(doc.doc_id, doc.text))
+    with lucene_errors():
+        indexer.close()
+    _check_unique_ids(hashes, corpus)
+    expected = len(hashes) - empty
+    if not expected:
+        raise InputError(f"{corpus}: no document has a text. Check the format of the collection.")
+    # Anserini only logs errors of writing, such as a full disk, so the documents in the index are counted.
+    indexed = 0
+    with suppress(InputError):
+        indexed = count_documents(folder)
+    if indexed != expected:
+        raise InputError(f"{corpus}: {indexed:,} of {expected:,} documents were indexed. Check the free disk space.")
+    if empty:
+        warn(f"{corpus}: {empty:,} documents without a text are not in the index.")
 
 
 def count_documents(index: str) -> int:
@@ -120,7 +119,7 @@ def count_documents(index: str) -> int:
     """
     from jnius import autoclass
 
-    with quiet_lucene():
+    with lucene_errors():
         searcher = autoclass("io.anserini.search.SimpleSearcher")(os.path.abspath(index))
         count: int = searcher.get_total_num_docs()
         searcher.close()

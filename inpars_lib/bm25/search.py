@@ -1,8 +1,8 @@
 """Open an index and retrieve the hits of queries."""
 
 import hashlib
-import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +11,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from inpars_lib.bm25.config import DEFAULTS, SETTINGS_FILE, BM25Config
+from inpars_lib.bm25.config import BM25Config, IndexSettings, read_index_settings
 from inpars_lib.bm25.index import build_index, check_language, count_documents
-from inpars_lib.bm25.lucene import quiet_lucene, start_lucene
-from inpars_lib.cli import InputError
+from inpars_lib.bm25.lucene import analyzer_languages, lucene_errors, start_lucene
+from inpars_lib.cli import InputError, report
 from inpars_lib.formats.lines import tsv_line
 from inpars_lib.formats.records import ScoredDoc
 from inpars_lib.formats.runs import RankedList, read_anserini_run
 
 BLOCK = 256  # queries that Lucene answers at a time, which is one step of the progress bar
+# The language in the name of a prebuilt index; `-en`: documents that were translated into English
+NAMED_LANGUAGE = re.compile(r"(?:(?:miracl|mrtydi|hc4)-v\d\.\d|neuclir22)-(?:[a-z]+-(?=en\b))?([a-z]+)")
+MRTYDI_LANGUAGES = {"arabic": "ar", "bengali": "bn", "english": "en", "finnish": "fi", "indonesian": "id",
+                    "japanese": "ja", "korean": "ko", "russian": "ru", "telugu": "te", "thai": "th"}  # fmt: skip
 CONTROL_CHARACTERS = "".join(map(chr, range(33)))
 
 
@@ -30,17 +34,14 @@ class BM25Searcher:
 
     Args:
         index: Folder of the index.
-        settings: The index's stored k1, b and language, each replaced by that of `config` if given.
-        config: How to search.
+        settings: Language, k1 and b of the search.
+        threads: Threads of the search.
     """
 
-    def __init__(self, index: str, settings: Mapping[str, Any], config: BM25Config) -> None:
-        self._index, self._parameters = os.path.abspath(index), {}
-        for name in DEFAULTS:
-            chosen = getattr(config, name)
-            self._parameters[name] = settings[name] if chosen is None else chosen
-        words = ["-index", self._index, "-language", self._parameters["language"], "-threads", config.threads]
-        words += ["-bm25", "-bm25.k1", self._parameters["k1"], "-bm25.b", self._parameters["b"]]
+    def __init__(self, index: str, settings: IndexSettings, threads: int) -> None:
+        self._index, self._settings = os.path.abspath(index), settings
+        words = ["-index", self._index, "-language", settings.language, "-threads", threads]
+        words += ["-bm25", "-bm25.k1", settings.k1, "-bm25.b", settings.b]
         words += ["-topicReader", "TsvString", "-runtag", "bm25"]
         self._words = list(map(str, words))
 
@@ -48,7 +49,8 @@ class BM25Searcher:
         """Return the index, a hash of its state, and k1, b and language."""
         segments = [(path.name, path.stat().st_mtime_ns) for path in sorted(Path(self._index).glob("segments_*"))]
         state = hashlib.sha256(repr(segments).encode()).hexdigest()
-        return {"index": self._index, "state of the index": state, **self._parameters}
+        parameters = {"language": self._settings.language, "k1": self._settings.k1, "b": self._settings.b}
+        return {"index": self._index, "state of the index": state, **parameters}
 
     def search(self, queries: Mapping[str, str], k: int, bar: bool = True) -> Iterator[tuple[str, Sequence[ScoredDoc]]]:
         """Yield (query id, first `k` hits, best first) in the order of `queries`.
@@ -82,14 +84,14 @@ class BM25Searcher:
         if not os.path.getsize(topics):
             return {}
         anserini = "io.anserini.search.SearchCollection"
-        with quiet_lucene():
+        with lucene_errors():
             args = autoclass(f"{anserini}$Args")()
             parser = autoclass("org.kohsuke.args4j.CmdLineParser")(args)
             words = *self._words, "-topics", topics, "-output", run, "-hits", str(k)
             parser.parseArgument(autoclass("java.util.Arrays").asList(*words))
             autoclass(anserini)(args).run()
         try:
-            return read_anserini_run(run)
+            return read_anserini_run(run, self._index)
         finally:
             with suppress(FileNotFoundError):
                 os.remove(run)  # never read for another block
@@ -97,8 +99,7 @@ class BM25Searcher:
 
 def _prebuilt_index(name: str) -> str | None:
     """Return the folder of a prebuilt index of Pyserini, downloaded if not cached, or None if there is none."""
-    with quiet_lucene():
-        from pyserini.prebuilt_index_info import TF_INDEX_INFO
+    from pyserini.prebuilt_index_info import TF_INDEX_INFO
 
     if name not in TF_INDEX_INFO:
         return None
@@ -116,6 +117,17 @@ def _prebuilt_index(name: str) -> str | None:
     return folder
 
 
+def _foreign_settings(index: str, config: BM25Config) -> IndexSettings:
+    """Return the settings of an index that another tool built. The name of a prebuilt one may tell its language."""
+    if named := NAMED_LANGUAGE.search(os.path.basename(index)):
+        language = MRTYDI_LANGUAGES.get(named[1], named[1])
+        if language in analyzer_languages():
+            return IndexSettings(language=language)
+    if config.language is None:
+        report(f"{index}: this index stores no language. English is used; --language sets another.")
+    return IndexSettings()
+
+
 def open_index(index: str, corpus: str | None, config: BM25Config) -> BM25Searcher:
     """Open an index: a folder, a prebuilt index of Pyserini, or a new path at which `corpus` is indexed first.
 
@@ -123,29 +135,26 @@ def open_index(index: str, corpus: str | None, config: BM25Config) -> BM25Search
         InputError: The folder has no index, the prebuilt index cannot be downloaded, or there is nothing to index.
     """
     start_lucene()
+    folder = index
+    if os.path.isfile(index):
+        raise InputError(f"{index}: this is a file. Set --index to a folder or to a prebuilt index of Pyserini.")
     if os.path.isdir(index) and os.listdir(index):
         if not any(Path(index).glob("segments_*")):
             raise InputError(f"{index}: no Lucene index in this folder. Name a path that does not exist yet.")
-    elif os.path.isfile(index):
-        raise InputError(f"{index}: this is a file. Set --index to a folder or to a prebuilt index of Pyserini.")
-    elif not os.path.isdir(index) and (folder := _prebuilt_index(index)):
-        index = folder
+    elif not os.path.isdir(index) and (prebuilt := _prebuilt_index(index)):
+        folder = prebuilt
     elif corpus is None:
         raise InputError(f"{index}: no such folder, and no prebuilt index of this name. Name the folder of an index.")
     else:
         build_index(corpus, index, config)
-    settings, stored = Path(index, SETTINGS_FILE), dict(DEFAULTS)
-    if settings.exists():
-        stored |= json.loads(settings.read_text())
-        if config.language not in (None, stored["language"]):
-            language = stored["language"]
-            raise InputError(f"{index}: indexed with --language {language}. Omit --language, or build another index.")
-    check_language(config.language or stored["language"])
+    stored = read_index_settings(folder, config) or _foreign_settings(index, config)
+    settings = stored.chosen(config)
+    check_language(settings.language)
     try:
-        count_documents(index)
+        count_documents(folder)
     except InputError as error:
         raise InputError(
             f"{index}: the index is damaged or from another version of Lucene ({error}). Set --index to a path that "
             "does not exist yet to index the collection again."
         ) from None
-    return BM25Searcher(index, stored, config)
+    return BM25Searcher(folder, settings, config.threads)

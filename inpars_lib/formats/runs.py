@@ -148,11 +148,13 @@ def rerank_hits(hits: Sequence[ScoredDoc], scores: Mapping[str, float]) -> list[
     return reranked + [hit._replace(score=reranked[-1].score - 1 - i) for i, hit in enumerate(rest)]
 
 
-def read_anserini_run(run: str) -> dict[str, tuple[list[str], list[float]]]:
-    """Return ids and scores by query of a run that Anserini wrote. Faster than `read_run`, which checks every field.
+def read_anserini_run(run: str, index: str) -> dict[str, tuple[list[str], list[float]]]:
+    """Return ids and scores by query of a run that Anserini wrote of an index.
+
+    Faster than `read_run`, which checks every field.
 
     Raises:
-        InputError: The run is missing or torn. Anserini hides errors of writing.
+        InputError: The run is missing or torn, for Anserini hides errors of writing, or an id has a space.
     """
     found: dict[str, tuple[list[str], list[float]]] = {}
     line = "\n"
@@ -160,7 +162,10 @@ def read_anserini_run(run: str) -> dict[str, tuple[list[str], list[float]]]:
         for line in file:
             if not line.endswith("\n"):
                 break
-            number, _, doc_id, _, score, _ = line.split(" ")
+            number, _, doc_id, *_, score, _ = line.split(" ")
+            if line.count(" ") != 5:
+                problem = f"a document id has a space ({doc_id} ...), which no run can hold"
+                raise InputError(f"{index}: {problem}. Index the collection with other ids.")
             if number not in found:
                 found[number] = [], []
             found[number][0].append(doc_id)
