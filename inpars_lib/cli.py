@@ -58,8 +58,8 @@ def run_script(
     except OSError as error:
         if error.strerror is None:  # a library's own OSError: its message may not concern the user's files
             raise
-        name = error.filename or "output"
-        sys.exit(f"error: {name}: {error.strerror}. Check the path, its permissions and the free disk space.")
+        name = "" if error.filename is None else f"{error.filename}: "
+        sys.exit(f"error: {name}{error.strerror}. Check the path, its permissions and the free disk space.")
 
 
 def script_parser(doc: str | None, prog: str | None = None, allow_abbrev: bool = True) -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """Files on disk: the paths of a command, atomic writes, locks, compression."""
 
 import bz2
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -18,6 +19,7 @@ from typing import IO, Any
 from inpars_lib.cli import InputError
 
 STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LONGEST_NAME = 255  # bytes that Linux and macOS allow
 OPEN_FILES = ("/dev/fd/", "/proc/self/fd/")  # names of files that this process has open already
 
@@ -87,6 +89,17 @@ def check_paths(inputs: Mapping[str, str | Iterable[str] | None], outputs: Mappi
 
 
 # ---------------------------------------------------------------------------------------------------- atomic writes
+
+
+@contextmanager
+def named_errors(path: str) -> Iterator[None]:
+    """Add a path to errors of a full disk, which the operating system reports without one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:
+            error.filename = path
+        raise
 
 
 def _create(path: str, mode: int) -> None:
@@ -256,6 +269,7 @@ def open_output(target: str, path: str, mode: str) -> Iterator[IO[Any]]:
     """Open `target` for writing, or standard output if `path` is `-`. The suffix of `path` compresses reproducibly."""
     is_standard = resolve_output(path) == "-"
     with ExitStack() as stack:
+        stack.enter_context(named_errors("standard output" if is_standard else path))
         file: Any = stack.enter_context(open(1 if is_standard else target, "wb", closefd=not is_standard))
         for _, suffix, _, wrap in FORMATS:
             if path.endswith(suffix):

@@ -10,7 +10,7 @@ from typing import IO, Any, Generic, TypeVar
 import msgspec
 
 from inpars_lib.cli import InputError, shorten
-from inpars_lib.files import json_line
+from inpars_lib.files import json_line, named_errors
 
 FORMAT_VERSION = 2  # of logs and of meta files; docs/files.md lists them
 HEADER = b'{"format_version":'  # start of a log's first line
@@ -176,8 +176,9 @@ class ResumeLog(Generic[Row]):
             self._file = open(path, "ab")
             if not self._file.tell():
                 self._file.write(json_line(self.settings).encode(errors="replace"))
-        self._file.write(msgspec.json.encode(row) + b"\n")
-        self._file.flush()
+        with named_errors(self.path):
+            self._file.write(msgspec.json.encode(row) + b"\n")
+            self._file.flush()
 
     def delete(self) -> None:
         """Delete all files, because the output is complete."""

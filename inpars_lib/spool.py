@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from inpars_lib.files import named_errors
 from inpars_lib.formats.records import SyntheticQuery
 
 
@@ -15,11 +16,13 @@ class SpooledQueries:
     """Synthetic queries in a temporary file in `folder`, to be read several times, by one loop at a time."""
 
     def __init__(self, folder: str) -> None:
-        self._file, self._count = tempfile.TemporaryFile(dir=folder), 0
+        self._folder, self._count = folder, 0
+        self._file = tempfile.TemporaryFile(dir=folder)
 
     def append(self, query: SyntheticQuery) -> None:
         """Store a query."""
-        self._file.write(msgspec.json.encode(query) + b"\n")
+        with named_errors(self._folder):
+            self._file.write(msgspec.json.encode(query) + b"\n")
         self._count += 1
 
     def __len__(self) -> int:
@@ -34,14 +37,16 @@ class SpooledTexts:
     """Texts of documents in a temporary file in `folder`. Only ids and positions are in memory."""
 
     def __init__(self, folder: str) -> None:
-        self._file, self._size = tempfile.TemporaryFile(dir=folder), 0
+        self._folder, self._size = folder, 0
+        self._file = tempfile.TemporaryFile(dir=folder)
         self._start: dict[str, int] = {}
 
     def add(self, doc_id: str, text: str) -> None:
         """Store a text of one line. An empty text counts as none."""
         if text:
             self._start[doc_id] = self._size
-            self._size += self._file.write(text.encode() + b"\n")
+            with named_errors(self._folder):
+                self._size += self._file.write(text.encode() + b"\n")
 
     def __contains__(self, doc_id: object) -> bool:
         return doc_id in self._start

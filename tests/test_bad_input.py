@@ -182,10 +182,26 @@ def test_a_full_disk(files: dict[str, Path], tmp_path: Path) -> None:
     write_rows(files["queries"], rows)
     (tmp_path / "out").write_text("old")
     done = run_on_full_disk(keep(files, tmp_path), 10_000)
-    assert "error: " in error_line(done)
-    assert "File too large" in error_line(done)
+    assert error_line(done).startswith(f"error: {tmp_path / 'out'}: File too large. Check the path")
     assert (tmp_path / "out").read_text() == "old"
     assert not list(tmp_path.glob("out.*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "full"), [(5_000, ""), (150_000, "out.negatives.jsonl"), (300_000, "out")])
+def test_a_full_disk_while_triples_are_made(files: dict[str, Path], tmp_path: Path, size: int, full: str) -> None:
+    """The folder holds the queries, then the log grows, then the triples."""
+    other = "d" * 100
+    write_rows(files["queries"], [{"doc_id": "d1", "question": "what is it"} for i in range(1200)])
+    files["collection"].write_text(f"d1\t{'word ' * 20}\n{other}\t{'other ' * 40}\n")
+    files["run"].write_text("".join(f"{i} Q0 {other} 1 1.0 x\n" for i in range(1200)))
+    words = ["--input", files["queries"], "--corpus", files["collection"], "--run", files["run"]]
+    command = ["generate_triples_train.py", *words, "--output", tmp_path / "out", "--output_ids", tmp_path / "ids"]
+    done = run_on_full_disk(command, size)
+    assert error_line(done).startswith(f"error: {tmp_path / full}: File too large. Check the path")
+    assert not {"out", "ids"} & {path.name for path in tmp_path.iterdir()}
+    ok(run(*command))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name not in files) == ["ids", "out"]
 
 
 OUTPUTS: list[Callable] = [keep, mine, index]
