@@ -36,11 +36,20 @@ from typing import Any
 
 import msgspec
 
-from inpars_lib.cli import InputError, at_least, between, parse_header, run_script, script_parser
+from inpars_lib.cli import (
+    InputError,
+    at_least,
+    between,
+    hide_secrets,
+    parse_header,
+    report,
+    run_script,
+    script_parser,
+)
 from inpars_lib.files import check_paths, resolve_output
 from inpars_lib.formats.collection import collection_fingerprint, collection_paths, conflicting_texts, read_collection
 from inpars_lib.formats.records import Doc
-from inpars_lib.llm.access import Access, check_url, read_key
+from inpars_lib.llm.access import Access, check_url, find_secrets, read_key
 from inpars_lib.llm.batch import BatchRunner, BatchState
 from inpars_lib.llm.client import GenerationClient
 from inpars_lib.llm.errors import RESUME, retired_model_error
@@ -151,6 +160,7 @@ def server_access(args: argparse.Namespace, urls: Sequence[str]) -> Access:
     for url in urls:
         check_url(url)
     access = Access(read_key(os.environ, urls), tuple(args.header))
+    hide_secrets(find_secrets(access, urls))
     if not urls and (retired := retired_model_error(args.engine)):
         raise retired
     if not urls and not access.key:
@@ -205,7 +215,7 @@ def sample_documents(args: argparse.Namespace) -> set[str]:
         )
     if args.truncate_doc_chars:
         truncated = sum(length > args.truncate_doc_chars for *_, length in chosen)
-        print(f"{truncated:,} of {len(chosen):,} documents are truncated in the prompt", file=sys.stderr)
+        report(f"{truncated:,} of {len(chosen):,} documents are truncated in the prompt")
     return set(sample)
 
 
@@ -234,22 +244,21 @@ def print_projection(store: QueryStore, total: int, rate: float) -> None:
 def print_summary(store: QueryStore, wanted: Set[RequestKey], output: str) -> None:
     """Print what this run and all runs on this output have written."""
     if store.answered:
-        print(summarize_queries(output), file=sys.stderr)
+        report(summarize_queries(output))
     before = "" if store.usage == store.usage_now else f"; all runs {store.usage}"
-    print(f"tokens: {store.usage_now}{before}", file=sys.stderr)
+    report(f"tokens: {store.usage_now}{before}")
     done, failed = wanted & store.done, len(wanted & store.failed)
     several = store.queries_per_doc > 1
     answered, documents = (len({key.doc_id for key in keys} if several else keys) for keys in (done, wanted))
     dropped, left = len(wanted & store.duplicates), len(wanted) - len(done) - failed
     requests = f"; of {len(wanted):,} requests, {len(done):,} are answered ({dropped:,} duplicates dropped)"
-    print(
+    report(
         f"{output}: {store.written:,} queries written; {answered:,} of {documents:,} documents have one"
-        f"{requests if several else ''}, {failed:,} failed, {left:,} are left",
-        file=sys.stderr,
+        f"{requests if several else ''}, {failed:,} failed, {left:,} are left"
     )
     if failed:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in store.failure_reasons().most_common(3))
-        print(f"most common failures: {reasons}; --retry_errors tries them again", file=sys.stderr)
+        report(f"most common failures: {reasons}; --retry_errors tries them again")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -284,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         store.failed.clear()
     left = wanted - store.done - store.failed
     if len(left) < len(wanted):
-        print(f"{len(wanted) - len(left):,} of {total:,} {store.unit} were finished by earlier runs", file=sys.stderr)
+        report(f"{len(wanted) - len(left):,} of {total:,} {store.unit} were finished by earlier runs")
     store.save_meta()
 
     # 4. The queries

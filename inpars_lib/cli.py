@@ -6,18 +6,41 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+
+# Characters that control a terminal: C0 without tab and newline, C1, the direction of writing
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+SECRETS: list[str] = []  # what no message and no file may contain, longest first
 
 
 class InputError(Exception):
     """Input that cannot be used, with a message of the form `FILE[, line N]: problem. Action.` for the user."""
 
 
+def hide_secrets(secrets: Iterable[str]) -> None:
+    """Set the secrets that `redact` removes, in place of earlier ones."""
+    SECRETS[:] = sorted(secrets, key=len, reverse=True)
+
+
+def redact(text: str) -> str:
+    """Return a text without the secrets of this run."""
+    for secret in SECRETS:
+        text = text.replace(secret, "<key>")
+    return text
+
+
+def printable(message: object) -> str:
+    """Return a message without secrets and without characters that control a terminal."""
+    return CONTROL.sub("", redact(str(message)))
+
+
 def report(message: str) -> None:
     """Print a message to stderr, above a running progress bar."""
     from tqdm import tqdm
 
-    tqdm.write(message, file=sys.stderr)
+    with suppress(OSError):  # the terminal may be gone, and the work goes on
+        tqdm.write(printable(message), file=sys.stderr)
 
 
 def warn(message: str) -> None:
@@ -27,7 +50,7 @@ def warn(message: str) -> None:
 
 def shorten(message: object) -> str:
     """Return another program's error message on one line of at most 300 characters, without a final period."""
-    return " ".join(str(message).split())[:300].rstrip(".")
+    return " ".join(redact(str(message)).split())[:300].rstrip(".")  # redacted first: half a key is a secret too
 
 
 def run_script(
@@ -49,7 +72,7 @@ def run_script(
     try:
         main(argv)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(error)}")
     except KeyboardInterrupt:
         print(f"\nInterrupted. {interrupted}", file=sys.stderr)
         sys.exit(130)
@@ -59,7 +82,7 @@ def run_script(
         if error.strerror is None:  # a library's own OSError: its message may not concern the user's files
             raise
         name = "" if error.filename is None else f"{error.filename}: "
-        sys.exit(f"error: {name}{error.strerror}. Check the path, its permissions and the free disk space.")
+        sys.exit(f"error: {printable(name)}{error.strerror}. Check the path, its permissions and the free disk space.")
 
 
 def script_parser(doc: str | None, prog: str | None = None, allow_abbrev: bool = True) -> argparse.ArgumentParser:

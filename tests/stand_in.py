@@ -91,7 +91,8 @@ class StandIn:
         self.requests: list[dict] = []
         self.keys: list[str | None] = []
         self.received: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers in lower case
-        self.headers: dict[str, str] = {}  # of error answers
+        self.headers: dict[str, str] = {}  # of errors and redirects
+        self.upload_status = 200  # of a file; a redirect needs `headers`
         self.under_way = self.most_under_way = 0
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
@@ -225,7 +226,8 @@ class StandIn:
                         outer.files[name] = part.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n")
                     outer.step("upload")
                     what = {"id": name, "object": "file", "bytes": len(data), "created_at": int(time.time())}
-                    return self.give(200, {**what, "filename": "f", "purpose": "batch", "status": "processed"})
+                    what |= {"filename": "f", "purpose": "batch", "status": "processed"}
+                    return self.give(outer.upload_status, what, outer.headers)
                 if path == "/v1/batches":
                     with outer.lock:
                         batch = outer.create_batch(json.loads(data))
@@ -251,7 +253,7 @@ class StandIn:
                 finally:
                     with outer.lock:
                         outer.under_way -= 1
-                self.give(status, body, outer.headers if status >= 400 else {})
+                self.give(status, body, outer.headers if status >= 300 else {})
 
             def do_GET(self) -> None:
                 path = self.note()

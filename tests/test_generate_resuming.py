@@ -4,13 +4,14 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command_of, error_line, ok
+from conftest import ROOT, command_of, error_line, ok, rows
 from generation import EVERY, SCRIPT, flags, generate, meta, start, written
 from stand_in import FAULTS, StandIn, document_of, error
 
@@ -227,3 +228,167 @@ def test_tokens_are_summed_over_all_runs(collection: Path, openai_server: StandI
     total = {"prompt_tokens": words, "cached_tokens": cached, "completion_tokens": 20 * 6}
     assert meta(collection)["usage"] == total
     assert f"all runs {words:,} in ({cached:,} cached), 120 out" in done.stderr
+
+
+# --------------------------------------------------------------------------------------- files of the user's and ours
+
+
+@pytest.mark.parametrize("name", ["queries.jsonl", "queries.jsonl.errors.jsonl"])
+@pytest.mark.parametrize(
+    "content",
+    ["d1\tsome text", "text", '{"id": "1", "contents": "a b"}', '{"doc_id": "1", "text": "a"}', "\n\ntext\nx"],
+)
+def test_a_file_of_the_users_is_not_touched(collection: Path, openai_server: StandIn, name: str, content: str) -> None:
+    """None of these ends with a newline, so a repair would cut its last line off."""
+    path = collection.parent / name
+    path.write_text(content)
+    assert f"{name}: not a file of this script" in error_line(generate(collection, openai_server.url))
+    assert path.read_text() == content
+    assert not openai_server.requests
+
+
+def test_an_output_is_no_other_file_of_the_command(collection: Path, openai_server: StandIn) -> None:
+    prompt = collection.parent / "prompt.txt"
+    prompt.write_text("{document_text}")
+    link = collection.parent / "queries.jsonl.meta.json"
+    link.symlink_to(prompt)
+    before = {path: path.read_bytes() for path in (collection, prompt)}
+    common = ["--prompt_template", prompt]
+    for more in ([], ["--output", collection], ["--output", prompt]):  # the first: a sidecar is the prompt
+        assert "are one file" in error_line(generate(collection, openai_server.url, *common, *more))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_two_names_of_an_output_are_one_output(collection: Path, openai_server: StandIn) -> None:
+    """Through a symbolic link the same files are read and locked as through the name itself."""
+    folder = collection.parent / "elsewhere"
+    folder.mkdir()
+    link = collection.parent / "link.jsonl"
+    link.symlink_to(folder / "queries.jsonl")
+    ok(generate(collection, openai_server.url, "--output", link))
+    assert {path.name for path in folder.iterdir()} == {"queries.jsonl", "queries.jsonl.meta.json"}
+    ok(generate(collection, openai_server.url, "--output", folder / "queries.jsonl"))
+    assert len(openai_server.requests) == 20
+
+
+@pytest.mark.parametrize("after", ["delete", "delete_folder", "replace"])
+def test_an_output_that_vanishes_stops_the_run(
+    collection: Path, openai_server: StandIn, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """`rm` and `sed -i` during a run: its paid answers are written back, and no more are bought."""
+    monkeypatch.setattr("inpars_lib.llm.query_store.CHECK_INTERVAL", 0)
+    folder = collection.parent / "out"
+    output = folder / "queries.jsonl"
+    args = ["--output", output, "--concurrency", 1]
+    ok(generate(collection, openai_server.url, *args, "--max_examples", 3))
+    old = output.read_text().splitlines()
+
+    def respond(request: dict) -> tuple[int, object]:
+        if len(openai_server.requests) == 9:
+            if after == "delete_folder":
+                shutil.rmtree(folder)
+            elif after == "delete":
+                output.unlink()
+            else:  # as sed -i: another file with the same name; the user has dropped an old row
+                (folder / "new").write_text("".join(output.read_text().splitlines(keepends=True)[1:]))
+                (folder / "new").replace(output)
+        return openai_server.answer(request)
+
+    openai_server.respond = respond
+    said = error_line(generate(collection, openai_server.url, *args))
+    assert "queries.jsonl: the file was deleted or replaced during the run" in said
+    found = [row["doc_id"] for row in rows(output)]
+    assert len(found) == len(set(found)) == (8 if after == "replace" else 9)
+    assert (old[0] in output.read_text().splitlines()) == (after != "replace")
+    assert len(openai_server.requests) == 9
+    ok(generate(collection, openai_server.url, *args))
+    assert {row["doc_id"] for row in rows(output)} == EVERY
+    assert len(rows(output)) == 20
+
+
+@pytest.mark.slow
+def test_a_kill_loses_no_token_count(collection: Path, openai_server: StandIn) -> None:
+    """Each request but the last is answered. A kill comes before any time has passed."""
+    reached = threading.Event()
+
+    def respond(request: dict) -> tuple[int, object]:
+        if len(openai_server.requests) == 9:
+            reached.set()
+            openai_server.down.wait(60)
+        return openai_server.answer(request)
+
+    openai_server.respond = respond
+    process = start(collection, openai_server.url, "--concurrency", 1)
+    assert reached.wait(60)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    openai_server.down.set()
+    words = sum(len(request["prompt"].split()) for request in openai_server.requests[:8])
+    cached = sum(len(request["prompt"].split()) // 2 for request in openai_server.requests[:8])
+    assert meta(collection)["usage"] == {"prompt_tokens": words, "cached_tokens": cached, "completion_tokens": 48}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_closed_terminal_loses_no_answer(collection: Path, openai_server: StandIn, number: int) -> None:
+    """A shell may send SIGHUP twice, and only a second Ctrl-C stops at once."""
+    asked, go = threading.Event(), threading.Event()
+
+    def respond(request: dict) -> tuple[int, object]:
+        if len(openai_server.requests) == 5:
+            asked.set()
+        if len(openai_server.requests) >= 2:
+            go.wait(60)
+        return openai_server.answer(request)
+
+    openai_server.respond = respond
+    process = start(collection, openai_server.url, "--concurrency", 4)
+    assert asked.wait(60)
+    process.stderr.close()  # the terminal is gone
+    process.send_signal(number)
+    process.send_signal(number)
+    threading.Timer(0.5, go.set).start()
+    process.wait(60)
+    assert len(written(collection)) == 5
+    assert len(openai_server.requests) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("meta", "{}"),
+        ("meta", '{"settings": {}}'),
+        ("meta", '{"settings": {}, "usage": {"prompt_tokens": "many"}}'),
+        ("meta", '{"settings": [], "usage": {}}'),
+        ("meta", '{"settings": {}, "usage": {}, "request": {"api": "soap", "parameters": {}, "refused": []}}'),
+        ("meta", "[" * 100_000),
+        ("meta", "\udc80"),
+        ("batches", "{}"),
+        ("batches", '{"number": 1, "open": [{"number": "x"}]}'),
+        ("batches", '{"number": 1, "open": [7]}'),
+        ("batches", "[" * 100_000),
+    ],
+)
+def test_damaged_state_files(collection: Path, openai_server: StandIn, name: str, content: str) -> None:
+    path = collection.parent / f"queries.jsonl.{name}.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    said = error_line(generate(collection, openai_server.url))
+    assert f"{path}: damaged, or not a file of this script" in said
+    assert "elete th" in said
+    assert not openai_server.requests
+
+
+def test_a_byte_that_is_no_utf8(collection: Path, openai_server: StandIn) -> None:
+    """Its row is no query for any stage, so its document gets another one."""
+    ok(generate(collection, openai_server.url))
+    for name in ("queries.jsonl", "queries.jsonl.errors.jsonl"):
+        path = collection.parent / name
+        lines = [*path.read_bytes().splitlines(keepends=True)] if path.exists() else []
+        if not lines:
+            lines = [b'{"doc_id": "d5", "reason": "x"}\n', b'{"doc_id": "d6", "reason": "what"}\n']
+        lines[1] = lines[1].replace(b"what", b"wh\x80t")
+        path.write_bytes(b"".join(lines))
+    done = ok(generate(collection, openai_server.url))
+    assert "queries.jsonl, line 2: not valid UTF-8. The line is skipped" in done.stderr
+    assert len(openai_server.requests) == 21

@@ -1,12 +1,13 @@
 """Stage 1: keys, headers and addresses reach the server, and no message or file."""
 
 import base64
+import json
 from pathlib import Path
 
 import pytest
-from conftest import error_line, ok
+from conftest import error_line, ok, serve
 from generation import EVERY, generate, written
-from stand_in import StandIn, document_of
+from stand_in import StandIn, completion, document_of, error
 
 
 def test_a_key_with_a_newline_is_stripped_and_never_shown(collection: Path, openai_server: StandIn) -> None:
@@ -122,3 +123,83 @@ def test_malformed_headers_are_not_quoted(collection: Path, header: str, problem
 def test_a_user_in_the_address(collection: Path, openai_server: StandIn) -> None:
     ok(generate(collection, openai_server.url.replace("//", "//me:p%40ss@")))
     assert set(openai_server.keys) == {"Basic " + base64.b64encode(b"me:p@ss").decode()}
+
+
+QUOTES = [
+    (401, {"error": {"message": "not known: SECRET"}}),
+    (400, {"error": {"message": "not known: SECRET"}}),
+    (500, {"error": {"message": "not known: SECRET"}}),
+    (200, {"choices": [{"text": "SECRET", "finish_reason": "content_filter"}]}),
+]
+
+
+@pytest.mark.parametrize(("status", "body"), QUOTES)
+@pytest.mark.parametrize("batch", [[], ["--batch", "--batch_poll", 0]])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_server_that_quotes_the_address(
+    collection: Path, openai_server: StandIn, status: int, body: dict, batch: list[object], first: bool
+) -> None:
+    """User, password and query values, as they are and as they travel, reach neither terminal nor files."""
+    url = openai_server.url.replace("//", "//someone:p%40ssword@") + "?code=abcdef%2Fghi"
+    secrets = ("someone", "p@ssword", "p%40ssword", "abcdef/ghi", "abcdef%2Fghi", "c29tZW9uZTpwQHNzd29yZA==", "sk-key")
+    quoting = json.loads(json.dumps(body).replace("SECRET", " ".join(secrets)))
+    openai_server.respond = lambda request: (
+        openai_server.answer(request) if document_of(request) == "number0" and not first else (status, quoting)
+    )
+    done = generate(collection, url, "--patience", 0, *batch, API_KEY="sk-key")
+    said = done.stderr + "".join(path.read_text() for path in collection.parent.iterdir())
+    assert "<key>" in said or status in (200, 401)
+    for secret in secrets:
+        assert secret not in said
+
+
+@pytest.mark.parametrize("batch", [[], ["--batch", "--batch_poll", 0]])
+@pytest.mark.parametrize("after", [0, 1])
+def test_redirects_to_another_server_are_not_followed(
+    collection: Path, openai_server: StandIn, batch: list[object], after: int
+) -> None:
+    """The first request, or a later one: the upload of a batch."""
+    other = StandIn()
+    with serve(other.handler()) as url:
+        openai_server.headers = {"Location": f"{url}/v1/completions?code=abcdefgh"}
+        if batch and after:
+            openai_server.upload_status = 307
+        else:
+            openai_server.respond = lambda request: (
+                (307, {}) if len(openai_server.requests) > after else openai_server.answer(request)
+            )
+        done = generate(collection, openai_server.url, "--header", "X-Key=Header-Secret", *batch)
+        said = error_line(done)
+    assert f"redirects to another server (307), {url}/v1/completions. If you trust this address" in said
+    assert "abcdefgh" not in done.stderr
+    assert not other.received
+
+
+def test_redirects_on_the_same_server(collection: Path, openai_server: StandIn) -> None:
+    def respond(request: dict) -> tuple[int, object]:
+        return openai_server.answer(request) if request["path"].endswith("?again") else (status, {})
+
+    openai_server.respond = respond
+    openai_server.headers = {"Location": f"{openai_server.url}/completions?again"}
+    status = 307
+    ok(generate(collection, openai_server.url))
+    assert set(written(collection)) == EVERY
+    status = 302  # clients repeat it as GET, without the prompt
+    (collection.parent / "queries.jsonl").unlink()
+    said = error_line(generate(collection, openai_server.url))
+    assert "redirects, and the redirect drops the request (302)" in said
+
+
+def test_control_characters_reach_no_terminal(collection: Path, openai_server: StandIn) -> None:
+    """Of answers, documents, ids and errors: window title, clipboard, clear screen, direction of writing."""
+    bad = "\x1b]0;title\x07\x1b]52;c;cm0=\x1b\\\x1b[2J\x9b1m\u202e\u2066\u200f\r"
+    collection.write_text(f"a{bad[:-1]}\tnumber0 {bad[:-1]}word\nb{bad[:-1]}\tnumber1 word\n")
+    openai_server.respond = lambda request: (
+        (200, completion(f" what{bad}?"))
+        if document_of(request).startswith("number0")
+        else error(400, f"refused{bad}words")
+    )
+    done = ok(generate(collection, openai_server.url, "--dry_run", 2, "--sampling", "first", "--no_log_probs"))
+    assert "refused" in done.stderr
+    assert "what" in done.stderr
+    assert not set(done.stderr) & set("\x1b\x07\x9b\u202e\u2066\u200f")

@@ -1,11 +1,13 @@
 """Requests to a language model, its answers in every shape, and what its errors mean."""
 
+import base64
+
 import pytest
 from stand_in import chat, completion
 
 from inpars_lib.cli import InputError
 from inpars_lib.formats.records import Doc
-from inpars_lib.llm.access import Access, check_url, public_url, read_key
+from inpars_lib.llm.access import Access, check_url, find_secrets, public_url, read_key
 from inpars_lib.llm.errors import Action, classify_error, refused_parameter, retired_model_error
 from inpars_lib.llm.log_probs import align
 from inpars_lib.llm.protocol import AnswerError, ModelApi, ModelConfig, NoLogProbs
@@ -332,10 +334,14 @@ def test_keys() -> None:
         assert read_key({"OPENAI_API_KEY": "sk-o"}, [url]) is None
 
 
-def test_short_keys_are_no_secrets() -> None:
+def test_what_is_secret() -> None:
     """Local servers take any key, and a word of a parameter's name must stay readable."""
-    assert Access("token").redact({"param": "max_tokens"}) == {"param": "max_tokens"}
-    assert Access("sk-abc").redact([{"msg": "sk-abc"}, 1]) == [{"msg": "<key>"}, 1]
+    assert find_secrets(Access("token"), []) == set()
+    address = "https://someone:p%40ssword@host/v1?code=abc%2Fdef&api-version=2024-10-21"
+    found = find_secrets(Access("sk-abc", (("X-Key", "Bearer header"),)), [address])
+    assert found >= {"sk-abc", "Bearer header", "Bearer", "header", "someone", "p@ssword", "p%40ssword", "abc/def"}
+    assert base64.b64encode(b"someone:p@ssword").decode() in found
+    assert "2024-10-21" not in found
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
-"""Access to a server: key, headers, addresses, and the removal of secrets from messages."""
+"""Access to a server: key, headers, addresses, redirects, and what of them is secret."""
 
-from collections.abc import Callable, Mapping, Sequence
+import base64
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from inpars_lib.cli import InputError, shorten
+from inpars_lib.cli import InputError
 
 MIN_SECRET = 6  # characters; shorter keys and words of a header are no secrets
+NO_SECRETS = ("api-version",)  # fields of a query string
 
 
 def public_url(url: str | None) -> str:
@@ -51,13 +53,51 @@ def read_key(environment: Mapping[str, str], urls: Sequence[str]) -> str | None:
     return None
 
 
+def check_redirect(response: Any) -> None:
+    """Check that a redirect leads to the same server and repeats the request, which may hold secrets and documents.
+
+    Raises:
+        InputError: It leads elsewhere, or turns POST into GET.
+    """
+    if not response.has_redirect_location:
+        return
+    here, there = response.url, response.url.join(response.headers["Location"])
+    upgrade = (here.scheme, there.scheme) == ("http", "https") and here.port is None and there.port is None
+    same = (here.scheme, here.host, here.port) == (there.scheme, there.host, there.port)
+    if not (same or (upgrade and here.host == there.host)):
+        problem = "redirects to another server"
+    elif response.request.method != "GET" and response.status_code not in (307, 308):
+        problem = "redirects, and the redirect drops the request"
+    else:
+        return
+    raise InputError(
+        f"{public_url(str(here))}: {problem} ({response.status_code}), {public_url(str(there))}. If you trust this "
+        "address, use it in --base_url."
+    )
+
+
+def find_secrets(access: "Access", urls: Sequence[str]) -> set[str]:
+    """Return what may not be written or printed: key, words of headers, users, passwords and query strings of URLs."""
+    found = {access.key or ""}
+    for _, value in access.headers:
+        found |= {value, *value.split()}
+    for url in urls:
+        parts = urlsplit(url)
+        user, password = unquote(parts.username or ""), unquote(parts.password or "")
+        found |= {user, password, f"{user}:{password}"} if user else set()
+        found |= {value for name, value in parse_qsl(parts.query) if name not in NO_SECRETS}
+    found = {secret for secret in found if len(secret) >= MIN_SECRET}
+    encoded = {base64.b64encode(secret.encode()).decode() for secret in found}
+    return found | encoded | {quote(secret, safe="") for secret in found}
+
+
 class Access(NamedTuple):
     """API key and HTTP headers of every request. Both may hold secrets."""
 
     key: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
 
-    def client_options(self, url: str | None, http_client: Callable[..., Any], timeout: float) -> dict[str, Any]:
+    def client_options(self, url: str | None, http_client: type, timeout: float) -> dict[str, Any]:
         """Return the arguments of an OpenAI client for this address, which may have a user and a query string."""
         import httpx2
 
@@ -65,6 +105,10 @@ class Access(NamedTuple):
             del request.headers["Authorization"]
             return request
 
+        async def check_redirect_async(response: httpx2.Response) -> None:
+            check_redirect(response)
+
+        hook = check_redirect_async if issubclass(http_client, httpx2.AsyncClient) else check_redirect
         address, headers = httpx2.URL(url or ""), dict(self.headers)
         made_up = headers and not self.key and "authorization" not in map(str.lower, headers)
         user = (address.username, address.password) if address.username else None  # aiohttp refuses these in a URL
@@ -74,20 +118,7 @@ class Access(NamedTuple):
             "default_headers": headers,
             "api_key": self.key or "none",  # a local server needs no key, but the client insists on one
             "timeout": timeout,
-            "http_client": http_client(timeout=timeout, auth=user or (without_key if made_up else None)),
+            "http_client": http_client(
+                timeout=timeout, auth=user or (without_key if made_up else None), event_hooks={"response": [hook]}
+            ),
         }
-
-    def quote(self, message: object) -> str:
-        """Return a message, shortened, without the key and the words of the headers, which the server may quote."""
-        return shorten(self.redact(str(message)))  # in this order: the first half of a key is a secret too
-
-    def redact(self, body: Any) -> Any:
-        """Return a message or an `error` object without secrets."""
-        if isinstance(body, dict):
-            return {name: self.redact(value) for name, value in body.items()}
-        if not isinstance(body, str):
-            return [self.redact(value) for value in body] if isinstance(body, list) else body
-        words = {word for _, value in self.headers for word in (value, *value.split())} | {self.key or ""}
-        for secret in sorted(words, key=len, reverse=True):
-            body = body.replace(secret, "<key>") if len(secret) >= MIN_SECRET else body
-        return body

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from inpars_lib.cli import InputError, report, warn
+from inpars_lib.cli import InputError, report, shorten, warn
 from inpars_lib.files import atomic_write, json_line
 from inpars_lib.formats.records import Doc
 from inpars_lib.llm.access import public_url
@@ -131,14 +131,14 @@ class BatchRunner:
         self.config, self.api, self.template, self.state = config, api, template, state
         self.store, self.wanted, self.read_docs = store, wanted, read_docs
         self.url = config.urls[0] if config.urls else None
-        self.server, self.access = public_url(self.url), config.access
+        self.server = public_url(self.url)
 
     @cached_property
     def client(self) -> Any:
         """The OpenAI client."""
         import openai
 
-        options = self.access.client_options(self.url, openai.DefaultHttpxClient, self.config.timeout)
+        options = self.config.access.client_options(self.url, openai.DefaultHttpxClient, self.config.timeout)
         return openai.OpenAI(**options, max_retries=MAX_RETRIES)
 
     @property
@@ -185,13 +185,13 @@ class BatchRunner:
         try:
             yield
         except openai.APIConnectionError as error:
-            problem = f"{server}: the server cannot be reached ({self.access.quote(error.__cause__ or error)})"
+            problem = f"{server}: the server cannot be reached ({shorten(error.__cause__ or error)})"
             raise InputError(f"{problem}. Its batches continue; run the same command again to collect them.") from None
         except openai.APIStatusError as error:
             request, headers = {"model": self.api.config.engine}, error.response.headers
-            body = self.access.redact(error.body)
+            body = error.body
             verdict = classify_error(error.status_code, body, headers, request=request, server=server)
-            said = verdict.message or self.access.quote(error)
+            said = verdict.message or shorten(error)
             if verdict.action is not Action.STOP:
                 said = f"{server}: a batch request failed ({error.status_code}: {said}). {RESUME}"
             raise InputError(said) from None
@@ -304,7 +304,7 @@ class BatchRunner:
             except (openai.APIConnectionError, openai.InternalServerError) as error:
                 if time.monotonic() - started > self.config.patience:
                     raise
-                report(f"{self.server}: no status of the batch ({self.access.quote(error)}). Waiting ...")
+                report(f"{self.server}: no status of the batch ({shorten(error)}). Waiting ...")
                 time.sleep(self.config.batch_poll)
 
     def _collect(self, batch: Batch, status: Any, reasons: Counter[str]) -> None:
@@ -326,7 +326,7 @@ class BatchRunner:
             errors = (status.errors.data if status.errors else None) or []
             said = "; ".join(f"{e.message}{f' (request {e.line})' if e.line else ''}" for e in errors[:3])
             if not (self.state.open and any(e.code == "token_limit_exceeded" for e in errors)):
-                said = self.access.quote(said) or "no reason given"
+                said = shorten(said) or "no reason given"
                 raise InputError(
                     f"{self.server}: batch {status.id} was not accepted: {said}. If it has too many tokens at a time, "
                     f"use a smaller --batch_size or --max_examples. {RESUME}"
@@ -363,13 +363,13 @@ class BatchRunner:
             except AnswerError as failure:
                 self.store.add_failure(key, str(failure), failure.answer, usage)
             except ValueError as failure:
-                return self.access.quote(failure)
+                return shorten(failure)
             return None
-        body = self.access.redact(answer.get("error")) if isinstance(answer, dict) else None
-        reason = self.access.quote(error_message(error) or error_message(body) or f"status {status}")
+        body = answer.get("error") if isinstance(answer, dict) else None
+        reason = shorten(error_message(error) or error_message(body) or f"status {status}")
         if status is not None:
             verdict = classify_error(status, body, {}, request=self.api.request(prompt), server=self.server)
             if verdict.action in (Action.GIVE_UP, Action.ADAPT):
                 self.store.add_failure(key, reason, "", usage)
                 return None
-        return self.access.quote(error.get("code") or reason)
+        return shorten(error.get("code") or reason)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from inpars_lib.cli import InputError, report, warn
+from inpars_lib.cli import InputError, report, shorten, warn
 from inpars_lib.formats.records import Doc
 from inpars_lib.llm.errors import RESUME, Action, Verdict, classify_error
 from inpars_lib.llm.prompt import PromptTemplate
@@ -58,7 +58,7 @@ class GenerationClient:
     """
 
     def __init__(self, config: ClientConfig, api: ModelApi, template: PromptTemplate, store: QueryStore) -> None:
-        self.config, self.access, self.api, self.template, self.store = config, config.access, api, template, store
+        self.config, self.api, self.template, self.store = config, api, template, store
         self.api_switched = False
         self.queue: list[Job] = []  # heap of documents to try again, by the time of the next try
         self.in_flight = 0
@@ -92,13 +92,14 @@ class GenerationClient:
     async def _run(self) -> None:
         urls = self.config.urls or (None,)
         limit = max(1, math.ceil(self.config.concurrency / len(urls)))
-        self.servers = [Server(url, self.access, limit, self.config.timeout) for url in urls]
+        self.servers = [Server(url, self.config.access, limit, self.config.timeout) for url in urls]
         loop = asyncio.get_running_loop()
         self.now, self.wake = loop.time, asyncio.Event()
         self.last_answer_at = self.now()
         self.latest_answered = -math.inf  # when the latest answered request was sent
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                loop.add_signal_handler(number, self._interrupt, number)
         tasks: set[asyncio.Task[None]] = set()
         while True:
             self.wake.clear()
@@ -176,9 +177,11 @@ class GenerationClient:
     def _prompt_bytes(self, job: Job) -> int:
         return len((self.api.config.system_prompt + self.template.fill(job.doc)).encode(errors="replace"))
 
-    def _interrupt(self) -> None:
-        if isinstance(self.error, KeyboardInterrupt):  # the second Ctrl-C
-            os._exit(130)
+    def _interrupt(self, number: int) -> None:
+        if isinstance(self.error, KeyboardInterrupt):
+            if number == signal.SIGINT:
+                os._exit(130)
+            return
         report("Stopping: waiting for the requests in flight. A second Ctrl-C stops at once and loses their answers.")
         self._stop(KeyboardInterrupt())
 
@@ -221,7 +224,7 @@ class GenerationClient:
             broken = not isinstance(error, openai.APITimeoutError | TimeoutError)
             if broken or isinstance(error.__cause__, httpx2.ConnectTimeout):
                 server.on_connection_failure(self.now())
-                reason = self.access.quote(error.__cause__ or error)
+                reason = shorten(error.__cause__ or error)
                 return self._on_connection_error(job, server, reason)
             server.on_overload(self.now(), sent_at)
             # An overloaded server times out for all. If a later request was answered, the document is the cause.
@@ -231,14 +234,14 @@ class GenerationClient:
             server.on_contact()
             verdict = classify_error(
                 error.status_code,
-                self.access.redact(error.body),
+                error.body,
                 error.response.headers,
                 request=request,
                 server=server.name,
                 can_switch_api=not (self.config.api_settled or self.store.answered or self.api_switched),
                 answered=bool(self.store.done),
             )
-            verdict = verdict._replace(message=verdict.message or self.access.quote(error))
+            verdict = verdict._replace(message=verdict.message or shorten(error))
             self._act_on(verdict, job, server, request, path, sent_at)
         except NoLogProbs as error:
             if not self.store.done:
@@ -250,7 +253,7 @@ class GenerationClient:
             self._give_up(job, str(error), usage, error.answer)
         except ValueError as error:  # not JSON, or not the JSON of an answer
             server.on_contact()
-            reason = f"the answer is malformed ({self.access.quote(error)})"
+            reason = f"the answer is malformed ({shorten(error)})"
             if not self.store.done:
                 problem = f"{server.name}: {reason}. Check --engine, and that --base_url ends in /v1."
                 return self._stop(InputError(problem))

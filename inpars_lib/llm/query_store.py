@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 import msgspec
 
-from inpars_lib.cli import InputError, shorten, warn
+from inpars_lib.cli import InputError, redact, shorten, warn
 from inpars_lib.files import SUFFIX, atomic_write, is_special, json_line, lock
 from inpars_lib.formats.lines import read_blocks, read_records
 from inpars_lib.formats.queries import read_synthetic_queries
@@ -245,7 +245,7 @@ class QueryStore:
     def _append_error(self, key: RequestKey, reason: str, answer: str | None) -> None:
         if self.path:
             row = {"doc_id": key.doc_id} | self._named(key)
-            row |= {"reason": reason} | ({} if answer is None else {"answer": answer})
+            row |= {"reason": redact(reason)} | ({} if answer is None else {"answer": redact(answer)})
             self._errors = self._errors or open(f"{self.path}.errors.jsonl", "ab", buffering=0)
             self._append(self._errors, row)
 
