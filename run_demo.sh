@@ -97,8 +97,7 @@ step "$WORK/triples.tsv" "$PYTHON" generate_triples_train.py --input "$WORK/filt
 
 step "$MODEL/config.json" "$PYTHON" train_t5.py --base_model "$BASE_MODEL" --triples_train "$WORK/triples.tsv" \
     --output_dir "$MODEL" --loss pairwise --learning_rate 2e-4 --lr_scheduler_type linear --warmup_steps 20 \
-    --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --max_length 96 --save_every_n_steps 50 \
-    --resume_from_checkpoint
+    --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --max_length 96 --save_every_n_steps 50
 
 echo
 show "$PYTHON" rerank.py --model "$MODEL" --queries "$WORK/topics.tsv" --corpus "$WORK/collection.tsv" \

@@ -9,9 +9,10 @@ Writes  into --output_dir: the model, its card (README.md), checkpoint-N folders
         --output_dir data/msmarco --save_every_n_steps 156 --eval_steps 156
     torchrun --nproc_per_node=2 -- train_t5.py ...           # two GPUs, the same 128 examples per step
 
-After a kill, the same command with --resume_from_checkpoint resumes from the last complete checkpoint. Without
-judgements, --holdout replaces topics and qrels: synthetic queries from generate_triples_train.py --holdout, whose
-source documents are relevant. BM25 retrieves their hits from --index, or --run has them.
+After a kill, the same command resumes from the last complete checkpoint. Other settings are refused; --restart deletes
+the earlier training. Without judgements, --holdout replaces topics and qrels: synthetic queries from
+generate_triples_train.py --holdout, whose source documents are relevant. BM25 retrieves their hits from --index, or
+--run has them.
 
 The config of the base model decides what is trained: T5, mT5 and Flan-T5 become monoT5, an encoder becomes a
 cross-encoder. The defaults are the paper's (arXiv 2202.05144), with the learning rate of its released scripts. Any
@@ -26,21 +27,26 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inpars_lib.bm25.config import BM25Config
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
 from inpars_lib.evaluation import MEASURES, add_measure_flags, check_threshold, format_value
-from inpars_lib.files import exclusive, file_sha256
+from inpars_lib.files import exclusive, file_sha256, resolve_output
+from inpars_lib.processes import ProcessGroup
+from inpars_lib.resume import add_restart_flag
+from inpars_lib.training.checkpoints import RECORD, UNFINISHED, DataFile, TrainingFolder, check_inputs
 from inpars_lib.training.dev_set import DevSet, read_held_out_queries, read_judged_queries
 from inpars_lib.training.examples import TrainingExamples, TripleFile
 from inpars_lib.training.losses import LOSSES
 
-# Flags that decide the weights. A training that is resumed must repeat them.
-DECISIVE = ("base_model", "per_device_train_batch_size", "loss", "learning_rate", "warmup_steps", "weight_decay",
-            "max_length", "bf16", "seed", "token_true", "token_false", "select_by")  # fmt: skip
-CARD_SETTINGS = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-                 "lr_scheduler_type", "warmup_steps", "weight_decay", "bf16", "seed")  # fmt: skip
+if TYPE_CHECKING:
+    from inpars_lib.training.trainer import RerankerTrainer
+
+DATA = ("triples_train", "holdout", "queries", "qrels", "run")  # flags of the files that a resumed training must repeat
+# Flags that a resumed training need not repeat. Collection and index belong to the files of DATA.
+FREE = {*DATA, "corpus", "index", "output_dir", "save_every_n_steps", "logging_steps", "report_to", "restart",
+        "resume_from_checkpoint"}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,8 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--logging_steps", type=at_least(1), default=10, help="steps per logged loss (default: %(default)s)")
     add("--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="where else to log losses and "
         "measures, beside results.csv (default: %(default)s)")  # fmt: skip
-    add("--resume_from_checkpoint", nargs="?", const="last", metavar="CHECKPOINT", help="resume from this checkpoint, "
-        "or without a value from the last complete one in --output_dir")  # fmt: skip
+    add("--resume_from_checkpoint", nargs="?", metavar="CHECKPOINT", help="resume from this checkpoint (default: the "
+        "last complete one in --output_dir, if any)")  # fmt: skip
+    add_restart_flag(add)
 
     add = parser.add_argument_group("evaluation during training").add_argument
     add("--queries", help="topics of the dev set: a file or a BEIR folder")
@@ -130,7 +137,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
         parser.error("--per_device_train_batch_size must be even: a triple is a positive and a negative example")
     if bool(args.token_true) != bool(args.token_false):
         parser.error("--token_true and --token_false need each other")
-    return args, trainer_flags
+    if args.restart and args.resume_from_checkpoint:
+        parser.error("--restart deletes the checkpoints, so it excludes --resume_from_checkpoint CHECKPOINT")
+    args.output_dir = resolve_output(args.output_dir)
+    return args, {"lr_scheduler_type": "constant_with_warmup", **trainer_flags}
 
 
 def read_dev(args: argparse.Namespace, threshold: int) -> DevSet | None:
@@ -146,82 +156,38 @@ def read_dev(args: argparse.Namespace, threshold: int) -> DevSet | None:
     return dev.with_texts(args.corpus)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Check the flags, then train while no other process writes to --output_dir."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    if processes == 1:  # without torchrun the Trainer would use all GPUs that it sees, with larger batches
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    args, trainer_flags = parse_args(argv)
-    if args.gradient_accumulation_steps % processes:
-        raise InputError(
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: not divisible by {processes} "
-            f"processes. Choose a multiple of {processes}."
-        )
-    main_process = int(os.environ.get("RANK", 0)) == 0
-    with exclusive(os.path.join(args.output_dir, "training.json")) if main_process else nullcontext():
-        train(args, trainer_flags, processes, main_process)
+def data_files(args: argparse.Namespace) -> dict[str, DataFile]:
+    """Return name and hash of each file of DATA by flag."""
+    paths = {flag: getattr(args, flag) for flag in DATA if getattr(args, flag)}
+    return {
+        flag: DataFile(Path(path).name, file_sha256(path) if os.path.isfile(path) else "")
+        for flag, path in paths.items()
+    }
 
 
-def train(args: argparse.Namespace, trainer_flags: dict[str, Any], processes: int, main_process: bool) -> None:
-    """Read the data, train, save the model with its card."""
+def hyperparameters(
+    args: argparse.Namespace,
+    trainer_flags: dict[str, Any],
+    *,
+    bf16: bool,
+    steps: int,
+    items_per_batch: int,
+    processes: int,
+) -> dict[str, Any]:
+    """Return the arguments of transformers.TrainingArguments."""
     import torch
-    from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments, set_seed
 
-    from inpars_lib.rerankers.load import has_fast_bfloat16, load_reranker
-    from inpars_lib.training.checkpoints import TrainingRecord, find_checkpoint, move_model
-    from inpars_lib.training.model_card import CardInfo, model_card
-    from inpars_lib.training.trainer import RerankerTrainer, TrainingConfig
-
-    on_cpu = not torch.cuda.is_available()
-    if args.bf16 is None:
-        args.bf16 = on_cpu and "fp16" not in trainer_flags and has_fast_bfloat16("cpu")
-
-    # 1. The data
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    threshold = 1 if args.holdout else args.relevance_threshold  # source documents of held-out queries have grade 1
-    dev = read_dev(args, threshold)
-    examples = TrainingExamples(TripleFile(args.triples_train), args.loss)
-    items_per_batch = examples.items_per_batch(args.per_device_train_batch_size)
-    examples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    items_per_step = items_per_batch * args.gradient_accumulation_steps
-    steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * len(examples) / items_per_step))
-    decisive = {name: getattr(args, name) for name in DECISIVE} | {"steps": steps, **trainer_flags}
-    if args.measures != MEASURES:  # results.csv has the same columns in all rows
-        decisive["measures"] = " ".join(args.measures)
-    decisive |= {"examples_per_step": examples_per_step, "triples": file_sha256(args.triples_train)}
-    record = TrainingRecord(args.output_dir, decisive)
-    if checkpoint and (finished := record.check()) is not None:
-        if main_process:
-            print(f"{args.output_dir}: training is finished, model of step {finished:,}", file=sys.stderr)
-        return
-    if checkpoint is None and main_process:
-        record.write()
-    last_state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
-    trained = last_state is not None and last_state.global_step >= steps  # a kill came before the model was saved
-
-    # 2. The model
-    set_seed(args.seed)  # before a new output layer is initialized
-    targets = (args.token_true, args.token_false) if args.token_true else None
-    start = (args.select_by and last_state.best_model_checkpoint) or checkpoint if trained else args.base_model
-    reranker = load_reranker(
-        start, max_length=args.max_length, device="cpu", dtype="float32", targets=targets, new_head=True
-    )
-    if args.bf16 and on_cpu:  # PyTorch's fused attention computes in float32 there
-        reranker.model.set_attn_implementation("eager")
-
-    # 3. The recipe
-    settings = {
+    return {
         "output_dir": args.output_dir,
         "max_steps": steps,
         "per_device_train_batch_size": items_per_batch,
         "gradient_accumulation_steps": args.gradient_accumulation_steps // processes,
         "learning_rate": args.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": args.warmup_steps,
         "weight_decay": args.weight_decay,
-        "bf16": args.bf16,
-        "use_cpu": on_cpu,
-        "eval_strategy": "steps" if dev else "no",
+        "bf16": bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "eval_strategy": "steps" if args.queries or args.holdout else "no",
         "eval_steps": args.eval_steps,
         # Any evaluated step may turn out to be the best, so all of them are saved.
         "save_steps": args.eval_steps if args.select_by else args.save_every_n_steps,
@@ -235,66 +201,126 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], processes: in
         "disable_tqdm": False,  # transformers would derive True from our log level
         **trainer_flags,
     }
+
+
+def report_start(args: argparse.Namespace, trainer: "RerankerTrainer", checkpoint: str | None) -> None:
+    """Print what is trained on what, and the measures of the first stage."""
+    examples, family = trainer.examples, type(trainer.reranker).__name__
+    data = f"{len(examples.triples):,} triples"
+    if args.loss == "listwise":
+        data += f" in {len(examples):,} groups of at most {examples.group_size} examples"
+    steps = f"{trainer.config.examples_per_step} examples per step, {trainer.args.max_steps:,} steps"
+    if checkpoint:
+        steps += f", resumed from {checkpoint}"
+    print(f"Training {family} from {args.base_model}: {data}, {steps}", file=sys.stderr)
+    if args.loss == "listwise" and examples.group_size == 2:
+        warn(f"{args.triples_train}: one negative per query, so --loss listwise equals pairwise. Sample more with "
+             "generate_triples_train.py --n_samples, and keep the triples of a query adjacent.")  # fmt: skip
+    if trainer.dev:
+        measures = ", ".join(f"{name} {format_value(value)}" for name, value in trainer.first_stage.items())
+        print(f"first stage: {measures}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check the flags, then train while no other process writes to --output_dir."""
+    group = ProcessGroup.from_environment()
+    if group.size == 1:  # without torchrun the Trainer would use all GPUs that it sees, with larger batches
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    args, trainer_flags = parse_args(argv)
+    if args.gradient_accumulation_steps % group.size:
+        raise InputError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: not divisible by {group.size} "
+            f"processes. Choose a multiple of {group.size}."
+        )
+    paths = {f"--{flag}": getattr(args, flag) for flag in (*DATA, "corpus", "index")}
+    check_inputs(args.output_dir, args.base_model, paths)
+    with exclusive(os.path.join(args.output_dir, RECORD)) if group.rank == 0 else nullcontext():
+        train(args, trainer_flags, group)
+    group.close()
+
+
+def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: ProcessGroup) -> None:
+    """Read the data, train, save the model with its card."""
+    import torch
+    from transformers import TrainerState, TrainingArguments, set_seed
+
+    from inpars_lib.rerankers.load import has_fast_bfloat16, load_reranker
+    from inpars_lib.training.model_card import model_card
+    from inpars_lib.training.trainer import RerankerTrainer, TrainingConfig
+
+    # 1. Where this run starts: base model, checkpoint or nowhere
+    on_cpu = not torch.cuda.is_available()
+    bf16 = args.bf16
+    if bf16 is None:
+        bf16 = on_cpu and "fp16" not in trainer_flags and has_fast_bfloat16("cpu")
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings |= {"measures": " ".join(args.measures), "bf16": bf16, **trainer_flags}
+    folder = TrainingFolder(args.output_dir, settings, data_files(args))
+    start = folder.find_start(args.restart, args.resume_from_checkpoint)
+    if start.finished is not None:
+        if group.rank == 0:
+            print(f"{args.output_dir}: training is finished, model of step {start.finished:,}", file=sys.stderr)
+        return
+
+    # 2. The data
+    threshold = 1 if args.holdout else args.relevance_threshold  # source documents of held-out queries have grade 1
+    dev = read_dev(args, threshold)
+    examples = TrainingExamples(TripleFile(args.triples_train), args.loss)
+    items_per_batch = examples.items_per_batch(args.per_device_train_batch_size)
+    items_per_step = items_per_batch * args.gradient_accumulation_steps
+    steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * len(examples) / items_per_step))
+
+    # 3. The model
+    set_seed(args.seed)  # before a new output layer is initialized
+    reranker = load_reranker(
+        start.trained or args.base_model,
+        max_length=args.max_length,
+        device="cpu",
+        dtype="float32",
+        targets=(args.token_true, args.token_false) if args.token_true else None,
+        new_head=True,
+    )
+    if bf16 and on_cpu:  # PyTorch's fused attention computes in float32 there
+        reranker.model.set_attn_implementation("eager")
+
+    # 4. The recipe
+    recipe = hyperparameters(
+        args, trainer_flags, bf16=bf16, steps=steps, items_per_batch=items_per_batch, processes=group.size
+    )
     try:
-        arguments = TrainingArguments(**settings)
+        arguments = TrainingArguments(**recipe)
     except ValueError as error:
         raise InputError(f"transformers.TrainingArguments refuses these flags: {error}") from None
-
-    # 4. Training
-    config = TrainingConfig(args.loss, examples_per_step, args.seed, threshold, args.measures)
-    trainer = RerankerTrainer(reranker, examples, config, arguments, dev)
-    if args.early_stopping_patience:
-        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-    if main_process:
-        listwise = args.loss == "listwise"
-        if listwise and examples.group_size == 2:
-            warn(f"{args.triples_train}: one negative per query, so --loss listwise equals pairwise. Sample more with "
-                 "generate_triples_train.py --n_samples, and keep the triples of a query adjacent.")  # fmt: skip
-        groups = f" in {len(examples):,} groups of at most {examples.group_size} examples" if listwise else ""
-        print(
-            f"Training {type(reranker).__name__} from {args.base_model}: {len(examples.triples):,} triples{groups}, "
-            f"{examples_per_step} examples per step, {steps:,} steps"
-            + (f", resumed from {checkpoint}" if checkpoint else ""),
-            file=sys.stderr,
-        )
-        if dev:
-            measures = ", ".join(f"{name} {format_value(value)}" for name, value in trainer.first_stage.items())
-            print(f"first stage: {measures}", file=sys.stderr)
-    if trained:
-        trainer.state = last_state
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint)
-
-    # 5. The model and its card
-    unfinished = os.path.join(args.output_dir, "unfinished")
-    trainer.save_model(unfinished)
-    if not main_process:
-        return
-    trainer.write_results()
-    step = trainer.state.best_global_step if args.select_by else trainer.state.global_step
-    shown = {name: settings[name] for name in (*CARD_SETTINGS, *trainer_flags)}
-    shown |= {name: getattr(args, name) for name in ("loss", "per_device_train_batch_size",
-                                                     "gradient_accumulation_steps")}  # fmt: skip
-    info = CardInfo(
-        output_dir=args.output_dir,
-        base_model=args.base_model,
-        family=type(reranker).__name__,
-        max_length=reranker.max_length,
-        settings=shown,
-        data={name: getattr(args, name) for name in ("triples_train", "holdout", "queries", "qrels", "run")},
-        step=step,
+    config = TrainingConfig(
+        loss=args.loss,
+        examples_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        seed=args.seed,
+        relevance_threshold=threshold,
+        measures=args.measures,
         select_by=args.select_by,
-        history=trainer.state.log_history,
-        first_stage=trainer.first_stage,
-        dev_name=Path(args.holdout or args.queries or "").name,
-        held_out=bool(args.holdout),
-        max_docs=args.max_eval_docs_per_query,
+        early_stopping_patience=args.early_stopping_patience,
     )
-    Path(unfinished, "README.md").write_text(model_card(info), encoding="utf-8")
-    move_model(unfinished, args.output_dir)
-    record.write(finished=step)
-    print(f"{args.output_dir}: model of step {step:,}", file=sys.stderr)
+    trainer = RerankerTrainer(reranker, examples, config, arguments, dev)
+
+    # 5. Training
+    if group.rank == 0:
+        if start.checkpoint is None:
+            folder.begin()
+        report_start(args, trainer, start.checkpoint)
+    if start.trained:
+        trainer.state = TrainerState.load_from_json(f"{start.checkpoint}/trainer_state.json")
+    else:
+        trainer.train(resume_from_checkpoint=start.checkpoint)
+
+    # 6. The model and its card
+    unfinished = os.path.join(args.output_dir, UNFINISHED)
+    trainer.save_model(unfinished)
+    if group.rank == 0:
+        trainer.write_results()
+        Path(unfinished, "README.md").write_text(model_card(folder.record, trainer), encoding="utf-8")
+        folder.publish(trainer.chosen_step)
+        print(f"{args.output_dir}: model of step {trainer.chosen_step:,}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run_script(main, interrupted="Add --resume_from_checkpoint to the same command to resume from the last checkpoint.")
+    run_script(main, interrupted="Run the same command again to resume from the last checkpoint.")

@@ -37,3 +37,13 @@ class ProcessGroup:
         values = [value]
         distributed.broadcast_object_list(values, src=0)
         return values[0]
+
+    def close(self) -> None:
+        """Wait for every rank, then leave the group. A rank that ends earlier breaks the connections of the others."""
+        if self.size == 1:
+            return
+        import torch.distributed as distributed
+
+        if distributed.is_initialized():
+            distributed.barrier()
+            distributed.destroy_process_group()

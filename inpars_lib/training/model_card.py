@@ -2,13 +2,15 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from inpars_lib.evaluation import format_value
-from inpars_lib.files import file_sha256
+from inpars_lib.rerankers.load import checkpoint_name
+from inpars_lib.training.checkpoints import TrainingRecord
+
+if TYPE_CHECKING:
+    from inpars_lib.training.trainer import RerankerTrainer
 
 LOADING = {
     "MonoT5": """rerankers.Reranker("MODEL", model_type="t5")
@@ -54,87 +56,72 @@ or, from Python:
 """
 
 
-@dataclass(frozen=True)
-class CardInfo:
-    """What a card says.
+def model_card(record: TrainingRecord, trainer: "RerankerTrainer") -> str:
+    """Return the text of the card, with the metadata that the Hugging Face hub reads at its head.
 
-    Attributes:
-        output_dir: The model's folder, whose name is the title.
-        base_model: Folder or hub name of the base model.
-        family: `MonoT5` or `CrossEncoder`.
-        max_length: Tokens per pair.
-        settings: Training settings by name.
-        data: Files by flag. Missing files and None are skipped.
-        step: The step of the weights.
-        select_by: The measure that chose the step, or None if the step is the last.
-        history: The Trainer's log.
-        first_stage: Measures of the dev set's run; empty without an evaluation.
-        dev_name: Name of the dev set's file.
-        held_out: The dev set is synthetic queries.
-        max_docs: Hits per query that were reranked.
+    Args:
+        record: Settings and data of the training.
+        trainer: The Trainer after the training.
     """
-
-    output_dir: str
-    base_model: str
-    family: str
-    max_length: int
-    settings: Mapping[str, Any]
-    data: Mapping[str, str | None]
-    step: int
-    select_by: str | None = None
-    history: Sequence[Mapping[str, Any]] = ()
-    first_stage: Mapping[str, float] = field(default_factory=dict)
-    dev_name: str = ""
-    held_out: bool = False
-    max_docs: int = 0
-
-
-def model_card(info: CardInfo) -> str:
-    """Return the text of the card, with the metadata that the Hugging Face hub reads at its head."""
     from huggingface_hub import ModelCardData
 
-    from inpars_lib.rerankers.load import checkpoint_name
-
-    local = os.path.isdir(info.base_model)
-    base = Path(info.base_model).name if local else checkpoint_name(info.base_model)
+    given = record.settings["base_model"]
+    local = os.path.isdir(given)
+    base_model = Path(given).resolve().name if local else checkpoint_name(given)
+    family = type(trainer.reranker).__name__
     metadata = ModelCardData(
-        base_model=None if local else base,
-        library_name="sentence-transformers" if info.family == "CrossEncoder" else "transformers",
+        base_model=None if local else base_model,
+        library_name="sentence-transformers" if family == "CrossEncoder" else "transformers",
         pipeline_tag="text-ranking",
-        tags=["inpars", "reranker", info.family.lower()],
+        tags=["inpars", "reranker", family.lower()],
     )
-    settings = {"base model": base, "family": info.family, "max_length": info.max_length, **info.settings}
-    files = {flag: path for flag, path in info.data.items() if path and os.path.isfile(path)}
-    data = [f"| {flag} | {Path(path).name} | `{file_sha256(path)}` |" for flag, path in files.items()]
+    shown = {**record.settings, "base_model": base_model, "family": family, "steps": trainer.state.max_steps}
+    rows = []
+    for name, value in shown.items():
+        if isinstance(value, str) and os.path.exists(value):
+            rows.append(f"| {name} | {Path(value).name} |")  # no folder of this machine
+        elif value is not None:
+            rows.append(f"| {name} | {value} |")
     return CARD.format(
         metadata=metadata.to_yaml(),
-        title=Path(info.output_dir).resolve().name,
-        max_length=info.max_length,
-        loading=LOADING[info.family],
-        settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
-        data="\n".join(data),
-        results=_results(info),
+        title=Path(str(trainer.args.output_dir)).resolve().name,
+        max_length=trainer.reranker.max_length,
+        loading=LOADING[family],
+        settings="\n".join(rows),
+        data="\n".join(f"| {flag} | {file.name} | `{file.sha256}` |" for flag, file in record.data.items()),
+        results=_results(record, trainer),
     )
 
 
-def _results(info: CardInfo) -> str:
-    chosen = f"the best by {info.select_by}" if info.select_by else "the last"
-    text = f"The weights are from step {info.step:,}, {chosen}."
-    at_step = (entry for entry in info.history if entry["step"] == info.step)
-    evaluation = next((entry for entry in at_step if any(f"eval_{name}" in entry for name in info.first_stage)), None)
-    if evaluation is None:
+def _results(record: TrainingRecord, trainer: "RerankerTrainer") -> str:
+    select_by = record.settings["select_by"]
+    chosen = f"the best by {select_by}" if select_by else "the last"
+    text = f"The weights are from step {trainer.chosen_step:,}, {chosen}."
+    measured = {
+        name: value
+        for entry in trainer.state.log_history
+        if entry["step"] == trainer.chosen_step
+        for name, value in entry.items()
+        if name.startswith("eval_")
+    }
+    if not measured:
         return f"{text} The model was not evaluated during training."
-    source = info.dev_name
-    if info.held_out:
+    if "holdout" in record.data:
+        source = record.data["holdout"].name
         source += " (synthetic queries held out from training; the source document of each is the relevant one)"
-    lines = [
-        f"{text} Evaluated on {source}, reranking the first {info.max_docs:,} hits of each query.",
-        "",
-        "| | first stage | reranked |",
-        "|---|---:|---:|",
-        *(
-            f"| {name} | {format_value(old)} | {format_value(evaluation.get(f'eval_{name}', math.nan))} |"
-            for name, old in info.first_stage.items()
-        ),
+    else:
+        source = record.data["queries"].name
+    rows = [
+        f"| {name} | {format_value(before)} | {format_value(measured.get(f'eval_{name}', math.nan))} |"
+        for name, before in trainer.first_stage.items()
     ]
-    return "\n".join(lines)
+    hits = record.settings["max_eval_docs_per_query"]
+    return "\n".join(
+        [
+            f"{text} Evaluated on {source}, reranking the first {hits:,} hits of each query.",
+            "",
+            "| | first stage | reranked |",
+            "|---|---:|---:|",
+            *rows,
+        ]
+    )

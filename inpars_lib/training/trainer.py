@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 from inpars_lib.evaluation import MEASURES, evaluate_per_query, mean_values
 from inpars_lib.formats.runs import rerank_hits
 from inpars_lib.rerankers.base import Reranker
-from inpars_lib.training.checkpoints import write_results
+from inpars_lib.training.checkpoints import check_weights, checkpoint_folder, stopped_early, write_results
 from inpars_lib.training.dev_set import DevSet
 from inpars_lib.training.examples import LengthSortedSampler, TrainingExamples
 from inpars_lib.training.losses import LOSSES
@@ -46,6 +46,8 @@ class TrainingConfig:
         seed: Seed of the order of examples.
         relevance_threshold: Lowest relevant grade of the evaluation.
         measures: Names of the measures.
+        select_by: The measure whose best step is published, or None for the last step.
+        early_stopping_patience: Evaluations without a better one that end the training, or None.
     """
 
     loss: str = "pointwise"
@@ -53,6 +55,8 @@ class TrainingConfig:
     seed: int = 2
     relevance_threshold: int = 1
     measures: tuple[str, ...] = MEASURES
+    select_by: str | None = None
+    early_stopping_patience: int | None = None
 
 
 class RerankerTrainer(Trainer):
@@ -85,7 +89,7 @@ class RerankerTrainer(Trainer):
             train_dataset=examples,
             eval_dataset=list(dev.run) if dev else None,
             data_collator=self.collate,
-            callbacks=[EvaluateAtEnd(dev is not None)],
+            callbacks=[TrainingFlow(config, dev is not None)],
         )
         self.first_stage: dict[str, float] = {}  # the measures of the dev set's run
         if dev:
@@ -135,22 +139,49 @@ class RerankerTrainer(Trainer):
         self.write_results()
         return metrics
 
+    @property
+    def chosen_step(self) -> int:
+        """The step whose weights the model has after the training."""
+        best = self.state.best_global_step if self.config.select_by else None
+        return best or self.state.global_step
+
+    def _load_best_model(self) -> None:
+        check_weights(str(self.state.best_model_checkpoint))  # transformers would only log that they are gone
+        super()._load_best_model()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and tokenizer, the latter without the truncation of the last text that it has read."""
+        tokenizer = self.reranker.tokenizer.backend_tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        super().save_model(output_dir, _internal_call)
+
     def write_results(self) -> None:
         """Write results.csv and learning_curve.png into the output folder, in the main process only."""
         if self.is_world_process_zero():
             write_results(str(self.args.output_dir), self.state.log_history, self.first_stage)
 
 
-class EvaluateAtEnd(TrainerCallback):
-    """Evaluate after the last step, and log the loss at each checkpoint so that a resumed run has it."""
+class TrainingFlow(TrainerCallback):
+    """What the Trainer does after a step: log, evaluate, stop. All of it depends on what checkpoints carry only."""
 
-    def __init__(self, evaluates: bool) -> None:
-        self.evaluates = evaluates
+    def __init__(self, config: TrainingConfig, evaluates: bool) -> None:
+        self.config, self.evaluates = config, evaluates
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Name the best checkpoint as it is called now: its folder may have another path than before a resume."""
+        if self.config.select_by and state.best_global_step:
+            state.best_model_checkpoint = checkpoint_folder(str(args.output_dir), state.best_global_step)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the Trainer's flags."""
+        """Evaluate after the last step, and log the loss at each checkpoint so that a resumed run has it."""
         control.should_evaluate |= self.evaluates and state.global_step >= state.max_steps
         control.should_log |= control.should_save
+
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop early."""
+        if stopped_early(state.log_history, self.config.select_by, self.config.early_stopping_patience):
+            control.should_training_stop = True
 
 
 def parse_trainer_flags(flags: Sequence[str]) -> dict[str, Any]:
