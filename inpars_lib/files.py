@@ -102,6 +102,19 @@ def named_errors(path: str) -> Iterator[None]:
         raise
 
 
+class OutputFile(io.FileIO):
+    """A file for writing whose errors of a full disk name `path`."""
+
+    def __init__(self, file: str | int, path: str, closefd: bool = True) -> None:
+        super().__init__(file, "w", closefd)
+        self.path = path
+
+    def write(self, data: Any) -> int:
+        """Write bytes."""
+        with named_errors(self.path):
+            return super().write(data)
+
+
 def _create(path: str, mode: int) -> None:
     """Create an empty file with these permissions, in place of one that a killed run left."""
     with suppress(FileNotFoundError):
@@ -269,8 +282,8 @@ def open_output(target: str, path: str, mode: str) -> Iterator[IO[Any]]:
     """Open `target` for writing, or standard output if `path` is `-`. The suffix of `path` compresses reproducibly."""
     is_standard = resolve_output(path) == "-"
     with ExitStack() as stack:
-        stack.enter_context(named_errors("standard output" if is_standard else path))
-        file: Any = stack.enter_context(open(1 if is_standard else target, "wb", closefd=not is_standard))
+        raw = OutputFile(1, "standard output", closefd=False) if is_standard else OutputFile(target, path)
+        file: Any = stack.enter_context(io.BufferedWriter(raw))
         for _, suffix, _, wrap in FORMATS:
             if path.endswith(suffix):
                 file = stack.enter_context(wrap(file, "wb"))
