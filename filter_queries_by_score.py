@@ -50,6 +50,7 @@ LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
 }
 # Scoring functions and the bin widths of their histograms
 BIN_WIDTHS = {"mean_log_probs": 0.05, "sum_log_probs": 1.0, "mean_probs": 0.02, "monot5": 0.1, "consistency": 0.05}
+ROUNDING = 0.01  # of a log-probability, which is at most 0
 NO_LOG_PROBS = "without log-probabilities"
 ADVICE = "Rows without log-probabilities can be scored with --scoring_function monot5 --model NAME."
 
@@ -148,6 +149,8 @@ def drop_reason(query: SyntheticQuery, args: argparse.Namespace) -> str | None:
         return "without a question"
     if query.log_probs is None and args.scoring_function in LOG_PROB_SCORES:
         return NO_LOG_PROBS
+    if query.log_probs and max(query.log_probs) > ROUNDING:
+        return "with log-probabilities above 0"
     if args.model and not query.doc_text:
         return "without a document text"
     # Without log-probabilities the model's tokens are unknown, so words are counted.

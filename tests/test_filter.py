@@ -121,6 +121,31 @@ def test_rows_that_are_dropped_are_counted_by_reason(tmp_path: Path) -> None:
     assert set(kept(tmp_path, data, "--min_tokens", 1)) == {"good", "few", "many", "copied"}
 
 
+@pytest.mark.parametrize("function", ["mean_log_probs", "sum_log_probs", "mean_probs"])
+def test_odd_bytes_and_numbers_in_a_row(tmp_path: Path, function: str) -> None:
+    """They cost their row, or nothing."""
+    good = json.dumps(query("good", [-1.0] * 3))
+    odd = {
+        "no UTF-8": good.encode().replace(b"what", b"wh\xff"),
+        "no UTF-8 in the document": good.encode().replace(b"a text", b"\xe9"),
+        "half a pair in the id": good.replace("good", "\\ud800").encode(),
+        "deep": good.removesuffix("}").encode() + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "too large": good.replace("-1.0]", "-1e400]").encode(),
+        "not negative": good.replace("-1.0]", "800]").encode(),
+        "NaN": good.replace("-1.0]", "NaN]").encode(),
+    }
+    usable = [good.encode(), good.replace("good", "pair").replace("is it", "\\ud800").encode()]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join([*usable * 9, *odd.values()]))
+    files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--plot", tmp_path / "out.png"]
+    files += ["--sample_html", tmp_path / "out.html", "--scoring_function", function]
+    done = ok(run(SCRIPT, *files))
+    assert "kept 18 of 19 rows" in done.stderr
+    assert "dropped 1 rows with log-probabilities above 0." in done.stderr
+    assert "6 of 25 lines are malformed" in done.stderr
+    assert "line 19: not valid UTF-8. The line is skipped." in done.stderr
+    assert {row["doc_id"] for row in rows(tmp_path / "out.jsonl")} == {"good", "pair"}
+
+
 def test_the_published_sets_are_valid_input(tmp_path: Path) -> None:
     """Published rows have numeric or string ids, questions with a leading space and further fields."""
     published = {
