@@ -179,7 +179,9 @@ def usable_queries(
 def open_first_stage(args: argparse.Namespace) -> FirstStage:
     """Return the run or the index for --consistency_k."""
     if not args.run:
-        return bm25.open_index(args.index, args.corpus, bm25.BM25Config(args.threads, args.k1, args.b, args.language))
+        config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
+        advice = "Name the folder of an index, or add --corpus COLLECTION to build an index there."
+        return bm25.open_index(args.index, args.corpus, config, advice)
     run = QueryRun(args.run, args.input)
     if run.depth < args.consistency_k:
         warn(f"{args.run}: at most {run.depth} hits per query, so --consistency_k {run.depth} is used.")

@@ -38,13 +38,7 @@ from inpars_lib.negatives import SampledHits, Sampling, sample_negatives
 from inpars_lib.resume import ResumeLog, add_restart_flag
 from inpars_lib.spool import SpooledQueries, SpooledTexts
 
-# Files beside the triples
-SIDECARS = {
-    "lock": ".lock",
-    "log": ".negatives.jsonl",
-    "held-out queries": ".holdout.jsonl",
-    "run of these queries": ".holdout.run.txt",
-}
+SIDECARS = (".lock", ".negatives.jsonl", ".holdout.jsonl", ".holdout.run.txt")  # suffixes of files beside --output
 EXPECTED_RECALL = 0.1  # a first stage that retrieves fewer source documents is suspicious
 
 
@@ -259,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--run": args.run,
         "--index": args.index,
     }
-    sidecars = {name: args.output + suffix for name, suffix in SIDECARS.items()}
+    sidecars = {f"the {suffix} file": args.output + suffix for suffix in SIDECARS}
     outputs = {"--output": args.output, "--output_ids": args.output_ids, **sidecars}
     check_paths(inputs, {**outputs, "lock of --output_ids": f"{args.output_ids}.lock"})
     with exclusive(args.output), exclusive(args.output_ids):
@@ -278,29 +272,29 @@ def write_triples(args: argparse.Namespace) -> None:
     config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
     first_stage = run or bm25.open_index(args.index, args.corpus, config)
     sampling = Sampling(args.max_hits, args.min_rank, args.n_samples, args.seed)
-    log = sample_negatives(queries, first_stage, sampling, f"{args.output}{SIDECARS['log']}", args.restart)
+    log = sample_negatives(queries, first_stage, sampling, f"{args.output}.negatives.jsonl", args.restart)
     report_first_stage(args, queries, log, run)
 
     # 3. The texts of the negatives
     texts = read_wanted_texts(args, queries, log, folder)
 
     # 4. The triples, and the held-out queries that belong to them
-    paths = [args.output, args.output_ids]
-    stale = []
-    for name, is_new in (("held-out queries", bool(held_out)), ("run of these queries", bool(held_out and run))):
-        path = args.output + SIDECARS[name]
-        if is_new:
-            paths.append(path)
-        elif os.path.exists(path):
-            stale.append(path)
+    held_out_path, held_out_run_path = f"{args.output}.holdout.jsonl", f"{args.output}.holdout.run.txt"
+    written = {held_out_path: bool(held_out), held_out_run_path: bool(held_out and run)}
+    paths = [args.output, args.output_ids, *(path for path, is_new in written.items() if is_new)]
+    stale = [path for path, is_new in written.items() if not is_new and os.path.exists(path)]
     with write_together(*[(path, "w") for path in paths], stale=stale) as [output, output_ids, *held_out_files]:
-        triples = write_rows(args, queries, log, texts, output, output_ids)
+        summary = write_rows(args, queries, log, texts, output, output_ids)
         if held_out:
             write_held_out(held_out, run, held_out_files)
     log.delete()
     for path in stale:
         print(f"{path}: deleted, because it belonged to the triples that this run has replaced", file=sys.stderr)
-    print(f"{args.output}: {triples}", file=sys.stderr)
+    print(f"{args.output}: {summary}", file=sys.stderr)
+    if held_out:
+        next_flags = f"--run {held_out_run_path}" if run else f"--index {args.index}"
+        use = f"For train_t5.py: --holdout {held_out_path} {next_flags} --corpus {args.corpus}"
+        print(f"{held_out_path}: {len(held_out):,} queries held out. {use}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -349,6 +349,15 @@ def test_a_run_replaces_bm25(tmp_path: Path) -> None:
     assert "dense.txt: at most 3 hits per query, so --consistency_k 3 is used." in done.stderr
 
 
+def test_a_new_index_needs_a_collection(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "in.jsonl", ROWS)
+    flags = ["--consistency_k", 2, "--index", tmp_path / "index"]
+    refused = error_line(run(SCRIPT, "--input", path, "--output", tmp_path / "out.jsonl", *flags))
+    assert "index: no such folder" in refused
+    assert "add --corpus COLLECTION to build an index there." in refused
+    assert not (tmp_path / "index").exists()
+
+
 @pytest.mark.parametrize("query_id", ["q1", "4", "01", "-1", "\u0663"])
 def test_a_run_of_other_queries_is_refused(tmp_path: Path, query_id: str) -> None:
     dense = run_lines(tmp_path / "dense.txt", {0: ["long"], query_id: ["short"]})

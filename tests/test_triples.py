@@ -160,6 +160,9 @@ def test_a_run_serves_like_its_index(retrieved: Path, demo_data: Path, tmp_path:
     ok(run(SCRIPT, *mine_args(retrieved, demo_data, "index"), *args))
     done = ok(mine_run(tmp_path, retrieved / "queries.jsonl", demo_data, *args, "--run", retrieved / "run.txt"))
     assert "run.txt retrieves the source documents with MRR@10 " in done.stderr
+    held_out = tmp_path / "run.tsv.holdout.jsonl"
+    flags = f"--holdout {held_out} --run {tmp_path / 'run.tsv.holdout.run.txt'} --corpus {demo_data / 'collection.tsv'}"
+    assert f"{held_out}: 10 queries held out. For train_t5.py: {flags}" in done.stderr
     for name in ("tsv", "ids.tsv", "tsv.holdout.jsonl"):
         assert (tmp_path / f"run.{name}").read_bytes() == (retrieved / f"index.{name}").read_bytes()
     # The hits of the held-out queries, whose lines are others in their new file

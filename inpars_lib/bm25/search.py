@@ -128,8 +128,16 @@ def _foreign_settings(index: str, config: BM25Config) -> IndexSettings:
     return IndexSettings()
 
 
-def open_index(index: str, corpus: str | None, config: BM25Config) -> BM25Searcher:
+def open_index(
+    index: str, corpus: str | None, config: BM25Config, advice: str = "Name the folder of an index."
+) -> BM25Searcher:
     """Open an index: a folder, a prebuilt index of Pyserini, or a new path at which `corpus` is indexed first.
+
+    Args:
+        index: The index.
+        corpus: The collection to index, None if the index exists.
+        config: How to index and search.
+        advice: What the user can do if there is neither an index nor a collection.
 
     Raises:
         InputError: The folder has no index, the prebuilt index cannot be downloaded, or there is nothing to index.
@@ -144,7 +152,7 @@ def open_index(index: str, corpus: str | None, config: BM25Config) -> BM25Search
     elif not os.path.isdir(index) and (prebuilt := _prebuilt_index(index)):
         folder = prebuilt
     elif corpus is None:
-        raise InputError(f"{index}: no such folder, and no prebuilt index of this name. Name the folder of an index.")
+        raise InputError(f"{index}: no such folder, and no prebuilt index of this name. {advice}")
     else:
         build_index(corpus, index, config)
     stored = read_index_settings(folder, config) or _foreign_settings(index, config)
