@@ -7,6 +7,8 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+NAMED_QUERIES = 5  # best and worst queries whose ids are printed
+ID_CHARS = 24  # of a printed id
 CURVES = ("nDCG@10", "MRR@10")  # of a learning curve, or the first two measures if one of these is missing
 
 
@@ -16,12 +18,19 @@ def _new_figure(width: float) -> "Figure":
     return Figure(figsize=(width, 4), layout="constrained")
 
 
+def _whole_numbers(axis: Any) -> None:
+    """Label an axis of counts with whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
 def _save(figure: "Figure", file: IO[bytes]) -> None:
     figure.savefig(file, format="png", dpi=150)
 
 
 def plot_gains(file: IO[bytes], before: Mapping[str, float], after: Mapping[str, float], measure: str) -> None:
-    """Plot each query's gain over the first stage, in descending order.
+    """Plot each query's gain over the first stage, in descending order, with the ids of the best and the worst.
 
     Args:
         file: Where to write.
@@ -29,17 +38,30 @@ def plot_gains(file: IO[bytes], before: Mapping[str, float], after: Mapping[str,
         after: Reranked value by query id.
         measure: Name of the measure.
     """
-    gains = sorted((after[query_id] - value for query_id, value in before.items()), reverse=True)
-    won, lost = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    gain = {query_id: after[query_id] - value for query_id, value in before.items()}
+    ids = sorted(gain, key=lambda query_id: (-gain[query_id], query_id))
+    gains = [gain[query_id] for query_id in ids]
+    won, lost = sum(value > 0 for value in gains), sum(value < 0 for value in gains)
     mean = sum(gains) / len(gains)
+    best = [query_id for query_id in ids[:NAMED_QUERIES] if gain[query_id] > 0]
+    worst = [query_id for query_id in ids[-NAMED_QUERIES:] if gain[query_id] < 0]
     figure = _new_figure(width=7)
     axes = figure.add_subplot()
-    axes.bar(range(len(gains)), gains, width=1.0, color=["tab:green" if gain > 0 else "tab:red" for gain in gains])
+    axes.bar(
+        range(1, len(gains) + 1), gains, width=1.0, color=["tab:green" if value > 0 else "tab:red" for value in gains]
+    )
     axes.axhline(0, color="0.3", linewidth=0.8)
     axes.axhline(mean, color="tab:blue", linestyle=":", label=f"mean {mean:+.4f}")
     axes.set(xlabel=f"queries: {won:,} won, {len(gains) - won - lost:,} tied, {lost:,} lost")
     axes.set(ylabel=f"gain in {measure} over the first stage", ylim=(-1.05, 1.05))
-    axes.legend()
+    _whole_numbers(axes.xaxis)
+    # The bars fall from the upper left to the lower right, so the other two corners are free.
+    for title, named, x, y, place in (("best", best, 0.99, 0.98, "top"), ("worst", worst, 0.01, 0.02, "bottom")):
+        lines = [f"{query_id[:ID_CHARS]} {gain[query_id]:+.3f}" for query_id in named]
+        side = "right" if place == "top" else "left"
+        text = "\n".join([f"{title} queries", *lines])
+        axes.text(x, y, text, transform=axes.transAxes, ha=side, va=place, fontsize=8, parse_math=False)
+    axes.legend(loc="upper center")
     _save(figure, file)
 
 
@@ -58,10 +80,14 @@ def plot_histogram(
     """
     figure = _new_figure(width=7)
     axes = figure.add_subplot()
-    for bins, color, label in ((scored, "0.75", "dropped"), (kept, "tab:blue", "kept")):
+    layers = [(kept, "tab:blue", "kept")]
+    if kept.total() < scored.total():
+        layers.insert(0, (scored, "0.75", "dropped"))
+        axes.axvline(cutoff, color="tab:red", label=f"cutoff at {cutoff:.3f}")
+    for bins, color, label in layers:
         axes.bar([i * width for i in bins], list(bins.values()), width, align="edge", color=color, label=label)
-    axes.axvline(cutoff, color="tab:red", label=f"cutoff at {cutoff:.3f}")
     axes.set(xlabel=name, ylabel="synthetic queries")
+    _whole_numbers(axes.yaxis)
     axes.legend()
     _save(figure, file)
 
@@ -76,14 +102,18 @@ def plot_learning_curve(
 
     Args:
         file: Where to write.
-        losses: Step and training loss.
+        losses: Step and mean training loss since the step before. A shorter last window is not drawn.
         evaluations: `step` and measures of each evaluation, None for a measure that is not available.
         first_stage: Measures of the first stage, drawn as lines.
     """
+    if len(losses) > 2 and losses[-1][0] - losses[-2][0] < losses[1][0] - losses[0][0]:
+        losses = losses[:-1]  # the mean of a shorter window, which falls or rises for no reason
     figure = _new_figure(width=10 if evaluations else 5)
     panels = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
     panels[0].plot(*zip(*losses, strict=True))
     panels[0].set(xlabel="step", ylabel="training loss")
+    for panel in panels:
+        _whole_numbers(panel.xaxis)
     names = CURVES if first_stage.keys() >= set(CURVES) else list(first_stage)[:2]
     for name, color in zip(names, ("tab:blue", "tab:orange"), strict=False):
         points = [(row["step"], row[name]) for row in evaluations if row[name] is not None]
