@@ -29,6 +29,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NamedTuple
 
 from inpars_lib import bm25
@@ -40,9 +41,10 @@ from inpars_lib.formats.fields import json_object
 from inpars_lib.formats.queries import read_synthetic_queries
 from inpars_lib.formats.records import SyntheticQuery
 from inpars_lib.plots import plot_histogram
-from inpars_lib.query_browser import QuerySample
+from inpars_lib.query_browser import QuerySample, prompt_lines
 from inpars_lib.resume import ResumeLog, add_restart_flag
 
+PROMPTS = [str(path) for path in sorted(Path(__file__).with_name("prompts").glob("*.txt"))]
 LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
     "mean_log_probs": lambda log_probs: sum(log_probs) / len(log_probs),  # arXiv 2202.05144, section 3
     "sum_log_probs": sum,
@@ -87,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="HTML",
         help="page to write: browse a sample of the rows, kept and dropped",
     )
+    add("--prompt_template", default=PROMPTS, nargs="+", metavar="PROMPT", help="prompt of stage 1, to mark copies of "
+        "its example queries in --sample_html (default: all of prompts/)")  # fmt: skip
     add_restart_flag(add)
     bm25.add_search_flags(parser)
     return parser
@@ -287,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     log_path = f"{args.output}.scores.jsonl" if args.model else None
     inputs = {"--input": args.input, "--run": args.run, "--index": args.index, "--model": args.model}
+    inputs["--prompt_template"] = args.prompt_template
     inputs["--corpus"] = collection_paths(args.corpus) if args.corpus else None
     outputs = {"--output": args.output, "--plot": args.plot, "--sample_html": args.sample_html}
     written = {flag: path for flag, path in outputs.items() if path and path != "-"}
@@ -301,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def filter_queries(args: argparse.Namespace, log_path: str | None) -> None:
     """Do the work of `main` while no other process writes the outputs."""
     # 1. The queries with the highest scores
+    examples = prompt_lines(args.prompt_template) if args.sample_html else ()
     outcome, best = Outcome(BIN_WIDTHS[args.scoring_function]), BestQueries(args.top_k)
     for query, score in scored_queries(args, outcome, log_path):
         outcome.add_scored(query, score)
@@ -324,7 +330,7 @@ def filter_queries(args: argparse.Namespace, log_path: str | None) -> None:
             plot_histogram(files[1], outcome.bins, bins, outcome.bin_width, kept[-1].score, args.scoring_function)
         if args.sample_html:
             summary = f"{len(kept):,} rows of {args.input} were kept. The score is {args.scoring_function}."
-            outcome.sample.write(files[-1], {row.line for row in kept}, summary)
+            outcome.sample.write(files[-1], {row.line for row in kept}, summary, examples)
     if log_path and os.path.exists(log_path):
         os.remove(log_path)
 

@@ -59,7 +59,7 @@ def plot_gains(file: IO[bytes], before: Mapping[str, float], after: Mapping[str,
     for title, named, x, y, place in (("best", best, 0.99, 0.98, "top"), ("worst", worst, 0.01, 0.02, "bottom")):
         lines = [f"{query_id[:ID_CHARS]} {gain[query_id]:+.3f}" for query_id in named]
         side = "right" if place == "top" else "left"
-        text = "\n".join([f"{title} queries", *lines])
+        text = "\n".join([f"{title} queries", *lines]) if lines else ""
         axes.text(x, y, text, transform=axes.transAxes, ha=side, va=place, fontsize=8, parse_math=False)
     axes.legend(loc="upper center")
     _save(figure, file)

@@ -82,6 +82,34 @@ def test_the_query_browser_escapes_and_lists_rows(tmp_path: Path) -> None:
     assert shown["few"]["score"] is None
 
 
+def test_the_query_browser_marks_copies_and_repetition(tmp_path: Path) -> None:
+    """Log-probability favours what the language model copied or repeats."""
+    text = "Sourdough rises because of wild yeast, and of bacteria that live in the starter."
+    document, prompt = "copied from the document", "copied from the prompt"
+    flaws = {
+        "Why does bread rise in the oven": "",
+        "Is it because of wild yeast and bread": "",  # five words of the document
+        "What rises because of wild yeast and so on": document,  # six
+        "wild YEAST?": document,  # the whole query
+        "wild yea": "",
+        "How often should I feed a sourdough starter in the fridge?": prompt,
+        "what is in my prompt": "",
+        "the yeast of the yeast of the yeast of": "repeats itself",
+    }
+    data = [query(str(i), [-0.1] * 3, question, text) for i, question in enumerate(flaws)]
+    page, own_prompt = tmp_path / "page.html", tmp_path / "prompt.txt"
+    own_prompt.write_text("Document: {document_text}\nMy label: What is in my prompt?\n")
+
+    def marked(*args: object) -> dict[str, str]:
+        kept(tmp_path, data, "--sample_html", page, *args)
+        shown = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])["rows"]
+        return {row["question"]: row["flaw"] for row in shown}
+
+    assert marked() == flaws
+    of_shipped, of_own = [question for question in flaws if "fridge" in question or "my prompt" in question]
+    assert marked("--prompt_template", own_prompt) == {**flaws, of_shipped: "", of_own: prompt}
+
+
 def test_the_query_browser_shows_a_uniform_sample(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     sample = QuerySample(20)

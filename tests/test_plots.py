@@ -48,7 +48,7 @@ def test_gains_name_the_best_and_the_worst_queries(figures: list[Any]) -> None:
 
 
 def test_odd_ids_are_text(figures: list[Any]) -> None:
-    ids = ["$x^{", "q" * 100, "\u4e2d"]
+    ids = ["$x^{", "q" * 100, "\u00e9"]
     plots.plot_gains(io.BytesIO(), dict.fromkeys(ids, 0.0), dict.fromkeys(ids, 0.5), "RR")
     assert f"{'q' * plots.ID_CHARS} +0.500" in texts(figures[0].axes[0])[0]
 
