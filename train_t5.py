@@ -21,6 +21,7 @@ other flag is passed to transformers.TrainingArguments: --lr_scheduler_type line
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ DATA = ("triples_train", "holdout", "queries", "qrels", "run")  # flags of the f
 FREE = {*DATA, "corpus", "index", "output_dir", "save_every_n_steps", "logging_steps", "report_to", "restart",
         "resume_from_checkpoint"}  # fmt: skip
 
+FEW_STEPS = 50  # below, a warning
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
@@ -64,9 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
         "pairwise: positive against negative; listwise: softmax over a positive and its n negatives in adjacent "
         "triples, as in RankT5 (default: %(default)s)")  # fmt: skip
     add("--learning_rate", type=float, default=3e-4, help="peak; constant unless --lr_scheduler_type (default: 3e-4)")
-    add("--warmup_steps", type=at_least(0), default=0, help="steps of linear warm-up (default: %(default)s)")
+    add("--warmup_steps", "--warmup_ratio", type=at_least(0, float), default=0, help="steps of linear warm-up, or "
+        "their share of all steps if below 1 (default: %(default)s)")  # fmt: skip
     add("--weight_decay", type=float, default=5e-5, help="AdamW's, not for biases and norms (default: %(default)s)")
-    add("--epochs", type=float, default=1, help="passes over the triples (default: %(default)s)")
+    add("--epochs", type=at_least(0, float), default=1, help="passes over the triples (default: %(default)s)")
     add("--max_steps", type=int, default=-1, help="steps in all, instead of --epochs")
     add("--max_length", type=at_least(1), default=512, help="tokens of the input; longer ones lose text (default: 512)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision in bfloat16 (default: on a CPU that is "
@@ -131,6 +135,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
 
         if is_sharded(trainer_flags):
             parser.error("an evaluation needs the whole model on each GPU: omit --fsdp, and use ZeRO stage 1 or 2")
+    if trainer_flags.get("lr_scheduler_type") == "reduce_lr_on_plateau" and not args.select_by:
+        parser.error("--lr_scheduler_type reduce_lr_on_plateau needs --select_by")
     if args.report_to != "none" and not find_spec(args.report_to):
         parser.error(f"--report_to {args.report_to} needs this package: pip install {args.report_to}")
     if args.loss != "listwise" and args.per_device_train_batch_size % 2:
@@ -209,13 +215,22 @@ def report_start(args: argparse.Namespace, trainer: "RerankerTrainer", checkpoin
     data = f"{len(examples.triples):,} triples"
     if args.loss == "listwise":
         data += f" in {len(examples):,} groups of at most {examples.group_size} examples"
-    steps = f"{trainer.config.examples_per_step} examples per step, {trainer.args.max_steps:,} steps"
+    length = f"{trainer.config.examples_per_step} examples per step, {trainer.args.max_steps:,} steps"
     if checkpoint:
-        steps += f", resumed from {checkpoint}"
-    print(f"Training {family} from {args.base_model}: {data}, {steps}", file=sys.stderr)
+        length += f", resumed from {checkpoint}"
+    print(f"Training {family} from {args.base_model}: {data}, {length}", file=sys.stderr)
     if args.loss == "listwise" and examples.group_size == 2:
         warn(f"{args.triples_train}: one negative per query, so --loss listwise equals pairwise. Sample more with "
              "generate_triples_train.py --n_samples, and keep the triples of a query adjacent.")  # fmt: skip
+    steps = trainer.args.max_steps
+    if steps < FEW_STEPS:
+        warn(f"{steps} steps of {trainer.config.examples_per_step} examples are few: rerankers learn little before "
+             f"{FEW_STEPS} steps. Lower --gradient_accumulation_steps, or raise --epochs.")  # fmt: skip
+    if args.warmup_steps >= steps:
+        warn(f"--warmup_steps {args.warmup_steps:g}: the training has {steps:,} steps, so the learning rate does not "
+             "reach --learning_rate.")  # fmt: skip
+    if trainer.args.fp16 and family == "MonoT5":
+        warn("--fp16: activations of T5 can exceed the range of float16. Use --bf16.")
     if trainer.dev:
         measures = ", ".join(f"{name} {format_value(value)}" for name, value in trainer.first_stage.items())
         print(f"first stage: {measures}", file=sys.stderr)
@@ -249,10 +264,10 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: Proces
     from inpars_lib.training.trainer import RerankerTrainer, TrainingConfig
 
     # 1. Where this run starts: base model, checkpoint or nowhere
-    on_cpu = not torch.cuda.is_available()
-    bf16 = args.bf16
-    if bf16 is None:
-        bf16 = on_cpu and "fp16" not in trainer_flags and has_fast_bfloat16("cpu")
+    on_cpu, fp16 = not torch.cuda.is_available(), bool(trainer_flags.get("fp16"))
+    if fp16 and on_cpu:
+        raise InputError("--fp16: needs a GPU. Omit the flag, or use --bf16.")
+    bf16 = on_cpu and has_fast_bfloat16("cpu") if args.bf16 is None else args.bf16
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     settings |= {"measures": " ".join(args.measures), "bf16": bf16, **trainer_flags}
     folder = TrainingFolder(args.output_dir, settings, data_files(args))
@@ -267,8 +282,8 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: Proces
     dev = read_dev(args, threshold)
     examples = TrainingExamples(TripleFile(args.triples_train), args.loss)
     items_per_batch = examples.items_per_batch(args.per_device_train_batch_size)
-    items_per_step = items_per_batch * args.gradient_accumulation_steps
-    steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * len(examples) / items_per_step))
+    steps_per_epoch = math.ceil(len(examples) / (items_per_batch * args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else max(1, math.ceil(round(args.epochs * steps_per_epoch, 6)))
 
     # 3. The model
     set_seed(args.seed)  # before a new output layer is initialized
@@ -289,17 +304,11 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: Proces
     )
     try:
         arguments = TrainingArguments(**recipe)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise InputError(f"transformers.TrainingArguments refuses these flags: {error}") from None
-    config = TrainingConfig(
-        loss=args.loss,
-        examples_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
-        seed=args.seed,
-        relevance_threshold=threshold,
-        measures=args.measures,
-        select_by=args.select_by,
-        early_stopping_patience=args.early_stopping_patience,
-    )
+    examples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    evaluation = threshold, args.measures, args.select_by, args.early_stopping_patience
+    config = TrainingConfig(args.loss, examples_per_step, args.seed, *evaluation)
     trainer = RerankerTrainer(reranker, examples, config, arguments, dev)
 
     # 5. Training

@@ -216,18 +216,84 @@ def test_other_flags_are_passed_to_the_trainer(separable: Path, tiny_t5: Path, t
     assert any("exp_avg_sq_row" in values for values in state["state"].values())  # only Adafactor has these
     unknown = train(separable, tiny_t5, tmp_path / "none", *QUICK, "--learning_rat", 1)
     assert "--learning_rat is neither a flag of this script nor of" in error_line(unknown, 2)
-    refused = train(separable, tiny_t5, tmp_path / "none", *QUICK, "--fp16", "True", "--bf16")
+    refused = train(separable, tiny_t5, tmp_path / "none", *QUICK, "--fsdp", "nonsense")
     assert "transformers.TrainingArguments refuses these flags" in error_line(refused)
 
 
 @pytest.mark.parametrize(
     "flag", ["--num_train_epochs=3", "--num-train-epochs=3", "--label_smoothing_factor=0.1", "--save_steps=1",
-             "--load_best_model_at_end=True", "--gradient_accumulation_steps=0"]
+             "--load_best_model_at_end=True", "--gradient_accumulation_steps=0", "--save_strategy=best",
+             "--eval_on_start", "--save_only_model=True", "--train_sampling_strategy=group_by_length"]
 )  # fmt: skip
 def test_flags_that_would_be_ignored_are_refused(separable: Path, tiny_t5: Path, tmp_path: Path, flag: str) -> None:
     refused = error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK, flag), 2)
     assert "is not supported: " in refused or "expected a whole number of at least 1" in refused
     assert not (tmp_path / "model").exists()
+
+
+def test_flags_that_cannot_work_here(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    for flags, code, problem in (
+        (["--fp16", "True"], 1, "--fp16: needs a GPU. Omit the flag, or use --bf16."),
+        (["--deepspeed", tmp_path / "zero2.json"], 1, "refuses these flags: "),
+        (
+            ["--lr_scheduler_type", "reduce_lr_on_plateau"],
+            2,
+            "--lr_scheduler_type reduce_lr_on_plateau needs --select_by",
+        ),
+    ):
+        assert problem in error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK, *flags), code)
+    flags = ["--lr_scheduler_type", "reduce_lr_on_plateau", *dev(separable), "--select_by", "MRR@10", "--eval_steps", 1]
+    ok(train(separable, tiny_t5, tmp_path / "model", *QUICK, *flags))
+
+
+@pytest.mark.parametrize("base", ["tiny_t5", "tiny_encoder"])
+def test_a_diverged_training_is_an_error(
+    separable: Path, request: pytest.FixtureRequest, tmp_path: Path, base: str
+) -> None:
+    args = ["--learning_rate", 1e30, "--max_steps", 6, "--save_every_n_steps", 1, "--no-bf16"]
+    diverged = error_line(train(separable, request.getfixturevalue(base), tmp_path / "model", *args))
+    assert "the training diverged, the " in diverged
+    assert diverged.endswith("is not finite. Lower --learning_rate, raise --warmup_steps, or use --no-bf16, and add "
+                             "--restart.")  # fmt: skip
+    assert not (tmp_path / "model/config.json").exists()
+    for weights in (tmp_path / "model").glob("*/model.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(weights).values())
+
+
+@pytest.mark.parametrize("loss", ["pointwise", "pairwise"])
+def test_all_examples_of_an_epoch_have_the_same_weight(
+    separable: Path, tiny_t5: Path, tmp_path: Path, loss: str
+) -> None:
+    """12 examples are a batch of 8 and one of 4. The step equals that of one batch."""
+    triples = tmp_path / "triples.tsv"
+    triples.write_text("".join((separable / "triples.tsv").read_text().splitlines(keepends=True)[:6]))
+    args = ["--triples_train", triples, "--loss", loss, "--optim", "sgd", "--learning_rate", 0.1, "--no-bf16"]
+    for batch, accumulated in ((8, 2), (12, 1), (2, 6)):
+        sizes = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulated]
+        done = ok(train(separable, tiny_t5, tmp_path / str(batch), *args, *sizes, "--weight_decay", 0))
+        assert f"{batch * accumulated} examples per step, 1 steps" in done.stderr
+    one, *others = (load_file(tmp_path / str(batch) / "model.safetensors") for batch in (12, 8, 2))
+    before = load_file(tiny_t5 / "model.safetensors")
+    assert any((one[name] - before[name]).abs().max() > 1e-3 for name in one)
+    for other in others:
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
+
+
+def test_an_epoch_has_all_examples(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    """100 triples are 200 examples, of which a step has 128."""
+    args = ["--logging_steps", 1, "--warmup_ratio", 0.5]
+    done = ok(train(separable, tiny_t5, tmp_path / "model", *args, "--epochs", 2))
+    assert "128 examples per step, 4 steps" in done.stderr
+    assert "warning: 4 steps of 128 examples are few" in done.stderr
+    state = json.loads((tmp_path / "model/checkpoint-4/trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert rates == pytest.approx([0, 1.5e-4, 3e-4, 3e-4])
+    assert state["epoch"] == 2
+    done = ok(train(separable, tiny_t5, tmp_path / "half", *args, "--epochs", 0.5, "--warmup_steps", 1))
+    assert "128 examples per step, 1 steps" in done.stderr
+    assert "warning: --warmup_steps 1: the training has 1 steps" in done.stderr
 
 
 def test_an_evaluation_needs_whole_weights(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
+from inpars_lib.cli import InputError
 from inpars_lib.evaluation import MEASURES, evaluate_per_query, mean_values
 from inpars_lib.formats.runs import rerank_hits
 from inpars_lib.rerankers.base import Reranker
@@ -22,6 +23,11 @@ from inpars_lib.training.losses import LOSSES
 
 PUBLISH = "publish the model after training: hf upload YOU/NAME MODEL --exclude 'checkpoint-*/*'"
 REFUSED_FLAGS = {  # of transformers.TrainingArguments
+    "save_strategy": "use --save_every_n_steps or --select_by",
+    "save_only_model": "a training cannot be resumed without its optimizer",
+    "train_sampling_strategy": "the examples of each step are sorted by length",
+    "group_by_length": "the examples of each step are sorted by length",
+    "eval_on_start": "the first stage is measured at the start",
     "num_train_epochs": "use --epochs",
     "save_steps": "use --save_every_n_steps",
     "label_smoothing_factor": "the loss is --loss",
@@ -108,14 +114,45 @@ class RerankerTrainer(Trainer):
             batch["group_sizes"] = torch.tensor([len(item) for item in items])
         return batch
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the batches of the next step, and remember how many items they have."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self._items_in_step = sum(map(count_items, batches))
+        return batches, count
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the loss of a batch: the model's own, or that of `LOSSES`."""
-        loss = LOSSES[self.config.loss]
-        if not loss:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        """Return the loss of a batch: the model's own, or that of `LOSSES`.
+
+        The Trainer divides by the number of batches in a step. Where the last batch of an epoch is smaller, the factor
+        gives each item of the step the same weight. Otherwise it is 1.
+        """
+        loss_function = LOSSES[self.config.loss]
+        factor = count_items(inputs) * self.current_gradient_accumulation_steps / self._items_in_step
+        if not loss_function:
+            return model(**inputs).loss * factor
         sizes = inputs.pop("group_sizes").tolist()
         logits = list(torch.split(self.reranker.relevance_logits(model, inputs), sizes))
-        return loss(torch.nn.utils.rnn.pad_sequence(logits, batch_first=True, padding_value=-math.inf))
+        groups = torch.nn.utils.rnn.pad_sequence(logits, batch_first=True, padding_value=-math.inf)
+        return loss_function(groups) * factor
+
+    def _check_finite(self, name: str, value: torch.Tensor) -> None:
+        if not bool(value.isfinite().all()):
+            raise InputError(
+                f"{self.args.output_dir}: the training diverged, {name} of step {self.state.global_step + 1:,} is not "
+                "finite. Lower --learning_rate, raise --warmup_steps, or use --no-bf16, and add --restart."
+            )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the gradients of a batch and return its loss, which must be finite."""
+        loss = super().training_step(*args, **kwargs)
+        self._check_finite("the loss", loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm: Any = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if not self.args.fp16:  # whose gradient scaler skips steps with infinite gradients
+            self._check_finite("the gradient", torch.as_tensor(norm))
+        return norm
 
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
         """Rerank the dev set and return its measures, with the prefix `eval_`."""
@@ -151,6 +188,8 @@ class RerankerTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and tokenizer, the latter without the truncation of the last text that it has read."""
+        for name, weight in self.reranker.model.named_parameters():
+            self._check_finite(name, weight)
         tokenizer = self.reranker.tokenizer.backend_tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -160,6 +199,11 @@ class RerankerTrainer(Trainer):
         """Write results.csv and learning_curve.png into the output folder, in the main process only."""
         if self.is_world_process_zero():
             write_results(str(self.args.output_dir), self.state.log_history, self.first_stage)
+
+
+def count_items(batch: Mapping[str, Any]) -> int:
+    """Return the items of a batch: its examples, or its groups for the losses of groups."""
+    return len(batch["group_sizes"] if "group_sizes" in batch else batch["labels"])
 
 
 class TrainingFlow(TrainerCallback):
