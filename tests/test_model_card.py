@@ -16,9 +16,10 @@ SETTINGS = {"base_model": "t5_base", "loss": "pairwise", "select_by": None, "max
 
 def card(settings: dict[str, Any], data: list[str], log: list[dict[str, float]], family: str = "MonoT5") -> ModelCard:
     """Return the card of a training of 7 steps."""
+    config = SimpleNamespace(is_encoder_decoder=family == "MonoT5", model_type="mt5", answers=["▁yes", "▁no"])
     files = {flag: DataFile(f"{flag}.tsv", "00ff") for flag in data}
     trainer = SimpleNamespace(
-        reranker=type(family, (), {"max_length": 300})(),
+        reranker=type(family, (), {"max_length": 300, "model": SimpleNamespace(config=config)})(),
         args=SimpleNamespace(output_dir="some/where/model-3"),
         state=SimpleNamespace(log_history=log, max_steps=9),
         first_stage={"nDCG@10": 0.25, "P@5": math.nan},
@@ -38,6 +39,9 @@ def test_a_card_without_an_evaluation() -> None:
         assert f"\n{line}\n" in found.text
     assert "select_by" not in found.text
     assert "--max_length 300 " in found.text
+    assert 'model_type="t5", token_true="▁yes", token_false="▁no")' in found.text
+    assert 'pyterrier_t5.mT5ReRanker(model="MODEL", tok_model="MODEL")' in found.text
+    assert 'ranker.REL, ranker.NREL = ranker.tokenizer.convert_tokens_to_ids(["▁yes", "▁no"])' in found.text
     assert "The weights are from step 7, the last. The model was not evaluated during training." in found.text
 
 

@@ -16,7 +16,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from training_helpers import QUICK, dev, dev_but, train
 
-from inpars_lib.rerankers.load import has_fast_bfloat16
 from inpars_lib.training.examples import LengthSortedSampler, TrainingExamples, TripleFile
 from inpars_lib.training.losses import softmax_cross_entropy
 
@@ -190,21 +189,6 @@ def test_other_measures(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
         assert problem in error_line(train(separable, tiny_t5, tmp_path / "x", *args, *flags), code)
     unevaluated = train(separable, tiny_t5, tmp_path / "x", "--measures", "RR@10")
     assert "--measures needs --queries" in error_line(unevaluated, 2)
-
-
-def test_mixed_precision_on_a_cpu(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
-    """The default depends on the CPU, is recorded, and changes the losses by rounding only."""
-    losses, used = {}, {}
-    for name, flags in (("default", []), ("on", ["--bf16"]), ("off", ["--no-bf16"])):
-        args = ["--max_steps", 3, "--gradient_accumulation_steps", 1, "--logging_steps", 1, "--save_every_n_steps", 3]
-        ok(train(separable, tiny_t5, tmp_path / name, *args, *flags))
-        state = json.loads((tmp_path / name / "checkpoint-3/trainer_state.json").read_text())
-        losses[name] = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-        used[name] = json.loads((tmp_path / name / "training.json").read_text())["settings"]["bf16"]
-    assert used == {"default": has_fast_bfloat16("cpu"), "on": True, "off": False}
-    assert losses["default"] == losses["on" if used["default"] else "off"]
-    assert losses["on"] == pytest.approx(losses["off"], rel=0.02)
-    assert losses["on"] != losses["off"]
 
 
 def test_other_flags_are_passed_to_the_trainer(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:

@@ -16,6 +16,27 @@ GPU_BATCH_TOKENS = 65536  # upper bound of tokens per batch on a GPU
 OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate memory")
 
 
+def compute_in_float32(module: Any) -> None:
+    """Make a module of a model compute in float32, inside `torch.autocast` too.
+
+    Output layers need this: with fewer bits, similar documents would tie.
+    """
+    import torch
+
+    contexts: list[Any] = []
+
+    def enter(_: Any, inputs: tuple["torch.Tensor", ...]) -> tuple["torch.Tensor", ...]:
+        contexts.append(torch.autocast(inputs[0].device.type, enabled=False))
+        contexts[-1].__enter__()
+        return tuple(x.float() for x in inputs)
+
+    def leave(*_: Any) -> None:
+        contexts.pop().__exit__(None, None, None)
+
+    module.float().register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
+
+
 class Reranker:
     """Base class of the rerankers: tokenization, batches, scoring.
 

@@ -81,6 +81,9 @@ class CausalReranker(Reranker):
 
     def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
         """Return the difference of both targets' logits, in float32, without the logits of other tokens."""
+        import torch
+
         hidden = self.model.base_model(**batch, use_cache=False).last_hidden_state[:, -1]
         first, second = self.model.get_output_embeddings().weight[self.target_ids].float()
-        return hidden.float() @ (first - second)
+        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 logits would make ties
+            return hidden.float() @ (first - second)

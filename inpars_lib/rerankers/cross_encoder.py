@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from inpars_lib.cli import InputError, warn
-from inpars_lib.rerankers.base import Reranker
+from inpars_lib.rerankers.base import Reranker, compute_in_float32
 
 if TYPE_CHECKING:
     import numpy
@@ -38,10 +38,9 @@ class CrossEncoder(Reranker):
         self._suffix = ids[second[-1] + 1 :]
         limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
         self._check_max_length(len(self._prefix) + len(self._separator) + len(self._suffix), limit)
-        if model.dtype.itemsize < 4:  # the output layers stay in float32: with fewer bits, similar documents would tie
-            for name, module in model.named_modules():
-                if name.rpartition(".")[2] in OUTPUT_LAYERS and name.count(".") < 2:
-                    module.float().register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in OUTPUT_LAYERS and name.count(".") < 2:
+                compute_in_float32(module)
 
     def build_input(self, query: "numpy.ndarray", text: "numpy.ndarray") -> tuple["numpy.ndarray", int]:
         """Return the tokens of both segments with this tokenizer's special tokens."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from inpars_lib.cli import InputError
-from inpars_lib.rerankers.base import Reranker
+from inpars_lib.rerankers.base import Reranker, compute_in_float32
 
 if TYPE_CHECKING:
     import numpy
@@ -30,6 +30,8 @@ class MonoT5(Reranker):
         # mT5 and UMT5 scale and bias differently, and float16 needs transformers' mixed precision: the fast forward
         # pass is for T5 in float32 and bfloat16 only.
         self.is_fast = model.config.model_type == "t5" and model.dtype != torch.float16
+        if model.dtype == torch.float32 and not self.is_fast:
+            compute_in_float32(model.lm_head)  # the weights of a model in fewer bits may be those of the embedding
         if getattr(model.config, "decoder_start_token_id", None) is None:  # T5 starts with padding, often implicitly
             model.config.decoder_start_token_id = model.config.pad_token_id
         self.target_ids = self._find_targets(targets or getattr(model.config, "answers", None))

@@ -83,4 +83,5 @@ def first_token_logits(
     hidden = decoder.final_layer_norm(hidden)
     if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
         hidden = hidden * config.d_model**-0.5
-    return linear(hidden.float(), model.lm_head.weight[token_ids].float())  # bfloat16 logits would make ties
+    with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 logits would make ties
+        return linear(hidden.float(), model.lm_head.weight[token_ids].float())

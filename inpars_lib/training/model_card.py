@@ -10,11 +10,13 @@ from inpars_lib.rerankers.load import checkpoint_name
 from inpars_lib.training.checkpoints import TrainingRecord
 
 if TYPE_CHECKING:
+    from inpars_lib.rerankers.base import Reranker
     from inpars_lib.training.trainer import RerankerTrainer
 
-LOADING = {
-    "MonoT5": """rerankers.Reranker("MODEL", model_type="t5")
-pyterrier_t5.MonoT5ReRanker(model="MODEL", tok_model="MODEL")""",
+LOADING = {  # other packages do not find the target words in a model
+    "MonoT5": """rerankers.Reranker("MODEL", model_type="t5", token_true="{true}", token_false="{false}")
+ranker = pyterrier_t5.{ranker}(model="MODEL", tok_model="MODEL")
+ranker.REL, ranker.NREL = ranker.tokenizer.convert_tokens_to_ids(["{true}", "{false}"])""",
     "CrossEncoder": """sentence_transformers.CrossEncoder("MODEL")
 rerankers.Reranker("MODEL", model_type="cross-encoder")""",
 }
@@ -86,11 +88,20 @@ def model_card(record: TrainingRecord, trainer: "RerankerTrainer") -> str:
         metadata=metadata.to_yaml(),
         title=Path(str(trainer.args.output_dir)).resolve().name,
         max_length=trainer.reranker.max_length,
-        loading=LOADING[family],
+        loading=_loading(trainer.reranker),
         settings="\n".join(rows),
         data="\n".join(f"| {flag} | {file.name} | `{file.sha256}` |" for flag, file in record.data.items()),
         results=_results(record, trainer),
     )
+
+
+def _loading(reranker: "Reranker") -> str:
+    config, code = reranker.model.config, LOADING[type(reranker).__name__]
+    if not config.is_encoder_decoder:
+        return code
+    true, false = config.answers
+    ranker = "MonoT5ReRanker" if config.model_type == "t5" else "mT5ReRanker"
+    return code.format(true=true, false=false, ranker=ranker)
 
 
 def _results(record: TrainingRecord, trainer: "RerankerTrainer") -> str:
