@@ -29,14 +29,14 @@ from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
 from inpars_lib.files import check_paths, exclusive, is_special, resolve_output, write_together
 from inpars_lib.first_stage import QueryRun
-from inpars_lib.formats.collection import collection_paths, read_collection
+from inpars_lib.formats.collection import collection_paths, conflicting_texts, read_collection
 from inpars_lib.formats.lines import tsv_line
 from inpars_lib.formats.queries import read_synthetic_queries
 from inpars_lib.formats.records import SyntheticQuery
 from inpars_lib.formats.runs import run_lines
 from inpars_lib.negatives import SampledHits, Sampling, sample_negatives
 from inpars_lib.resume import ResumeLog, add_restart_flag
-from inpars_lib.spool import SpooledQueries, SpooledTexts
+from inpars_lib.spool import ABSENT, SpooledQueries, SpooledTexts
 
 SIDECARS = (".lock", ".negatives.jsonl", ".holdout.jsonl", ".holdout.run.txt")  # suffixes of files beside --output
 EXPECTED_RECALL = 0.1  # a first stage that retrieves fewer source documents is suspicious
@@ -184,17 +184,20 @@ def read_wanted_texts(
     args: argparse.Namespace, queries: SpooledQueries, log: ResumeLog[SampledHits], folder: str
 ) -> SpooledTexts:
     """Return the texts of the negatives, and of source documents whose rows have no text, from the collection."""
-    negatives = {doc_id for hits in log.rows() for doc_id in hits.doc_ids}
-    sources = {query.doc_id for query in queries if not query.doc_text}
-    texts = SpooledTexts(folder)
-    for doc_id, text in read_collection(args.corpus, negatives | sources, desc="Reading texts"):
-        texts.add(doc_id, clean_text(text))
-    absent = sorted(doc_id for doc_id in negatives if doc_id not in texts)
+    texts = SpooledTexts((doc_id for hits in log.rows() for doc_id in hits.doc_ids), folder)
+    sampled = len(texts.starts)
+    texts.starts.update((query.doc_id, ABSENT) for query in queries if not query.doc_text)
+    for doc_id, text in read_collection(args.corpus, texts.starts, desc="Reading texts", repeats=True):
+        cleaned = clean_text(text)
+        if texts.text(doc_id) not in ("", cleaned):
+            raise conflicting_texts(args.corpus, doc_id)
+        texts.add(doc_id, cleaned)
+    absent = sorted({doc_id for hits in log.rows() for doc_id in hits.doc_ids if texts.starts[doc_id] == ABSENT})
     kind = "run" if args.run else "index"
-    if len(absent) == len(negatives) > 0:
+    if len(absent) == sampled > 0:
         action = "Set --index to a path that does not exist yet, and the corpus is indexed there."
         raise InputError(
-            f"{args.run or args.index}: none of the {len(negatives):,} sampled documents has a text in {args.corpus} "
+            f"{args.run or args.index}: none of the {sampled:,} sampled documents has a text in {args.corpus} "
             f"({absent[0]} for example), so the {kind} is of another collection. "
             f"{'Pass its run.' if args.run else action}"
         )

@@ -4,12 +4,14 @@ The files have no name, and disappear with the process, also after a kill.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
 from inpars_lib.files import named_errors
 from inpars_lib.formats.records import SyntheticQuery
+
+ABSENT = -1
 
 
 class SpooledQueries:
@@ -34,26 +36,31 @@ class SpooledQueries:
 
 
 class SpooledTexts:
-    """Texts of documents in a temporary file in `folder`. Only ids and positions are in memory."""
+    """Texts of documents in a temporary file in `folder`. In memory are the ids and where their texts start.
 
-    def __init__(self, folder: str) -> None:
+    Args:
+        doc_ids: Documents whose texts will be stored.
+        folder: Where the temporary file is.
+    """
+
+    def __init__(self, doc_ids: Iterable[str], folder: str) -> None:
         self._folder, self._size = folder, 0
         self._file = tempfile.TemporaryFile(dir=folder)
-        self._start: dict[str, int] = {}
+        self.starts = dict.fromkeys(doc_ids, ABSENT)
 
     def add(self, doc_id: str, text: str) -> None:
         """Store a text of one line. An empty text counts as none."""
-        if text:
-            self._start[doc_id] = self._size
-            with named_errors(self._folder):
-                self._size += self._file.write(text.encode() + b"\n")
-
-    def __contains__(self, doc_id: object) -> bool:
-        return doc_id in self._start
+        if not text:
+            return
+        self.starts[doc_id] = self._size
+        self._file.seek(self._size)
+        with named_errors(self._folder):
+            self._size += self._file.write(text.encode() + b"\n")
 
     def text(self, doc_id: str) -> str:
         """Return the text of a document, empty if there is none."""
-        if doc_id not in self._start:
+        start = self.starts[doc_id]
+        if start == ABSENT:
             return ""
-        self._file.seek(self._start[doc_id])
+        self._file.seek(start)
         return self._file.readline().decode().rstrip("\n")

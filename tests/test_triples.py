@@ -226,6 +226,50 @@ def test_rows_without_a_text_take_the_text_of_the_corpus(retrieved: Path, demo_d
     assert "no row has a document text (`doc_text` or `text`)" in error_line(mine_run(*args))
 
 
+PEAK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import generate_triples_train
+generate_triples_train.main(sys.argv[2:])
+[peak] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(int(peak.split()[1]) // 1024)  # MiB; ru_maxrss would include the parent's memory
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    """The larger input has 30 MB of texts, the smaller one 1.5 MB."""
+    peaks = []
+    for n in (500, 10_000):
+        docs = [f"d{i}\t{i} {'word ' * 600}\n" for i in range(n)]
+        (tmp_path / "collection.tsv").write_text("".join(docs))
+        texts = (line.split("\t") for line in docs)
+        data = [{"doc_id": doc_id, "doc_text": text.strip(), "question": "what is it"} for doc_id, text in texts]
+        write_rows(tmp_path / "queries.jsonl", data)
+        (tmp_path / "run.txt").write_text("".join(f"{i} Q0 d{(i + 1) % n} 1 1.0 x\n" for i in range(n)))
+        files = {
+            "--input": "queries.jsonl",
+            "--corpus": "collection.tsv",
+            "--run": "run.txt",
+            "--output": "triples.tsv",
+        }
+        words = [str(word) for flag, name in files.items() for word in (flag, tmp_path / name)]
+        command = [sys.executable, "-c", PEAK, ROOT, *words, "--output_ids", tmp_path / "ids", "--holdout", "10"]
+        peaks.append(int(subprocess.run([*map(str, command)], check=True, capture_output=True).stdout))
+        assert len((tmp_path / "ids").read_text().splitlines()) == n - 10
+    assert peaks[1] < peaks[0] + 20
+
+
+def test_a_document_with_two_texts_is_refused(retrieved: Path, demo_data: Path, tmp_path: Path) -> None:
+    lines = (demo_data / "collection.tsv").read_text().splitlines(keepends=True)
+    (tmp_path / "collection.tsv").write_text("".join([*lines, *lines]))
+    args = ["--run", retrieved / "run.txt", "--max_hits", 5]
+    ok(mine_run(tmp_path, retrieved / "queries.jsonl", tmp_path, *args))
+    (tmp_path / "collection.tsv").write_text("".join([*lines, *(line.replace("\t", "\tother ") for line in lines)]))
+    refused = error_line(mine_run(tmp_path, retrieved / "queries.jsonl", tmp_path, *args))
+    assert "is on two lines with different texts. Delete one of them." in refused
+
+
 def test_negatives_of_a_range_of_ranks(retrieved: Path, demo_data: Path, tmp_path: Path) -> None:
     args = ["--run", retrieved / "run.txt", "--n_samples", 50]
     done = ok(mine_run(tmp_path, retrieved / "queries.jsonl", demo_data, *args, "--min_rank", 5, "--max_hits", 20))
