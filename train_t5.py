@@ -15,9 +15,9 @@ generate_triples_train.py --holdout, whose source documents are relevant. BM25 r
 --run has them.
 
 The config of the base model decides what is trained: T5, mT5 and Flan-T5 become monoT5, an encoder becomes a
-cross-encoder. The defaults are the paper's (arXiv 2202.05144), with the learning rate of its released scripts. Any
-other flag is passed to transformers.TrainingArguments: --lr_scheduler_type linear, --gradient_checkpointing True,
---optim adafactor, --deepspeed zero2.json, ...
+cross-encoder, and a causal model with Qwen3's tokens learns to answer yes or no as Qwen3-Reranker does. The defaults
+are the paper's (arXiv 2202.05144), with the learning rate of its released scripts. Any other flag is passed to
+transformers.TrainingArguments: --lr_scheduler_type linear, --gradient_checkpointing True, --optim adafactor, ...
 """
 
 import argparse

@@ -122,6 +122,11 @@ class Reranker:
         batch = self.pad(list(map(self.build_input, self.tokenize_queries(queries), self.tokenize(texts))))
         return {**batch, "labels": self.labels(relevant)}
 
+    def loss(self, model: Any, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Return the mean pointwise loss of a batch of `collate`: the model's own, unless a family has another."""
+        loss: torch.Tensor = model(**batch).loss
+        return loss
+
     def relevance_logits(self, model: Any, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
         """Return the relevance logit of each pair, shape (pairs,), differentiable. `model` may be a DDP wrapper."""
         raise NotImplementedError

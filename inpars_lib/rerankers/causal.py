@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from inpars_lib.cli import InputError, report
-from inpars_lib.rerankers.base import Reranker
+from inpars_lib.rerankers.base import Reranker, compute_in_float32
 
 if TYPE_CHECKING:
     import numpy
@@ -36,6 +36,7 @@ class CausalReranker(Reranker):
         instruction: str | None = None,
     ) -> None:
         import numpy
+        import torch
 
         super().__init__(model, tokenizer, max_length)
         name = model.config.name_or_path
@@ -50,6 +51,8 @@ class CausalReranker(Reranker):
         # Parts of the prompt whose tokens, joined, are the tokens of the whole: no token spans two of these parts.
         parts = (f"{PREFIX}<Instruct>: {instruction or INSTRUCTION}\n<Query>:", "<Document>:", SUFFIX)
         self._prefix, self._separator, self._suffix = (numpy.array(self.ids(part), numpy.int32) for part in parts)
+        if model.dtype == torch.float32:
+            compute_in_float32(model.get_output_embeddings())
         limit = getattr(model.config, "max_position_embeddings", None) or math.inf
         self._check_max_length(sum(map(len, (self._prefix, self._separator, self._suffix))), limit)
         report(f"{name}: scored with Qwen3-Reranker's prompt, logit of {words[0]!r} minus logit of {words[1]!r}")
@@ -78,6 +81,25 @@ class CausalReranker(Reranker):
         rows = [torch.from_numpy(row).long() for row, _ in inputs]
         parts = {"input_ids": rows, "attention_mask": [torch.ones_like(row) for row in rows]}
         return {name: pad_sequence(part, batch_first=True, padding_side="left") for name, part in parts.items()}
+
+    def labels(self, relevant: list[bool]) -> "torch.Tensor":
+        """Return 1.0 or 0.0 per pair, shape (pairs,)."""
+        import torch
+
+        return torch.tensor(relevant).float()
+
+    def loss(self, model: Any, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Return the binary cross-entropy: minus the log softmax of the right target over both targets."""
+        import torch
+
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits = self.relevance_logits(model, inputs)
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, batch["labels"])
+
+    def relevance_logits(self, model: Any, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """Return the logit of the first target minus that of the second at the last position."""
+        logits = model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1, self.target_ids].float()
+        return logits[:, 0] - logits[:, 1]
 
     def forward(self, batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
         """Return the difference of both targets' logits, in float32, without the logits of other tokens."""

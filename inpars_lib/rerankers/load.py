@@ -70,8 +70,6 @@ def load_reranker(
         if instruction and not causal:
             raise InputError(f"--instruction: {name} reads no instruction; only causal models do. Omit the flag.")
         if causal:
-            if new_head:
-                raise InputError(f"{name}: causal models rerank, but cannot be trained here. Name a T5 or an encoder.")
             language_model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
             return CausalReranker(language_model.to(device), tokenizer, max_length, targets, instruction)
         if config.is_encoder_decoder:

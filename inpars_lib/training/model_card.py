@@ -19,6 +19,9 @@ ranker = pyterrier_t5.{ranker}(model="MODEL", tok_model="MODEL")
 ranker.REL, ranker.NREL = ranker.tokenizer.convert_tokens_to_ids(["{true}", "{false}"])""",
     "CrossEncoder": """sentence_transformers.CrossEncoder("MODEL")
 rerankers.Reranker("MODEL", model_type="cross-encoder")""",
+    "CausalReranker": """from inpars_lib.rerankers.load import load_reranker
+
+load_reranker("MODEL", max_length={max_length}).score([(query, document), ...])""",
 }
 CARD = """---
 {metadata}
@@ -96,12 +99,11 @@ def model_card(record: TrainingRecord, trainer: "RerankerTrainer") -> str:
 
 
 def _loading(reranker: "Reranker") -> str:
-    config, code = reranker.model.config, LOADING[type(reranker).__name__]
-    if not config.is_encoder_decoder:
-        return code
-    true, false = config.answers
+    config = reranker.model.config
+    true, false = getattr(config, "answers", None) or ("", "")
     ranker = "MonoT5ReRanker" if config.model_type == "t5" else "mT5ReRanker"
-    return code.format(true=true, false=false, ranker=ranker)
+    code = LOADING[type(reranker).__name__]
+    return code.format(true=true, false=false, ranker=ranker, max_length=reranker.max_length)
 
 
 def _results(record: TrainingRecord, trainer: "RerankerTrainer") -> str:

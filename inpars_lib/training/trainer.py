@@ -131,7 +131,7 @@ class RerankerTrainer(Trainer):
         loss_function = LOSSES[self.config.loss]
         factor = count_items(inputs) * self.current_gradient_accumulation_steps / self._items_in_step
         if not loss_function:
-            return model(**inputs).loss * factor
+            return self.reranker.loss(model, inputs) * factor
         sizes = inputs.pop("group_sizes").tolist()
         logits = list(torch.split(self.reranker.relevance_logits(model, inputs), sizes))
         groups = torch.nn.utils.rnn.pad_sequence(logits, batch_first=True, padding_value=-math.inf)
