@@ -76,6 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision in bfloat16 (default: on a CPU that is "
         "fast at it, with AVX512-BF16 or AMX)")  # fmt: skip
     add("--seed", type=int, default=2, help="seed of order, dropout and new weights (default: %(default)s)")
+    add("--lora_rank", type=at_least(1), metavar="R", help="rank of LoRA's adapters, which are trained instead "
+        "of all weights and merged at the end (needs the package peft)")  # fmt: skip
     add("--token_true", help="T5-like models: target word for relevant (default: true, or yes for mT5)")
     add("--token_false", help="T5-like models: target word for not relevant (default: false, or no for mT5)")
     add("--save_every_n_steps", type=at_least(1), default=100, help="steps per checkpoint (default: %(default)s)")
@@ -137,6 +139,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
             parser.error("an evaluation needs the whole model on each GPU: omit --fsdp, and use ZeRO stage 1 or 2")
     if trainer_flags.get("lr_scheduler_type") == "reduce_lr_on_plateau" and not args.select_by:
         parser.error("--lr_scheduler_type reduce_lr_on_plateau needs --select_by")
+    if args.lora_rank and not find_spec("peft"):
+        parser.error("--lora_rank needs this package: pip install peft==0.21.2")
+    if args.lora_rank and trainer_flags.keys() & {"fsdp", "deepspeed"}:
+        parser.error("--lora_rank excludes --fsdp and --deepspeed: adapters are merged on one GPU")
     if args.report_to != "none" and not find_spec(args.report_to):
         parser.error(f"--report_to {args.report_to} needs this package: pip install {args.report_to}")
     if args.loss != "listwise" and args.per_device_train_batch_size % 2:
@@ -257,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: ProcessGroup) -> None:
     """Read the data, train, save the model with its card."""
     import torch
-    from transformers import TrainerState, TrainingArguments, set_seed
+    from transformers import TrainingArguments, set_seed
 
     from inpars_lib.rerankers.load import has_fast_bfloat16, load_reranker
     from inpars_lib.training.model_card import model_card
@@ -288,7 +294,7 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: Proces
     # 3. The model
     set_seed(args.seed)  # before a new output layer is initialized
     reranker = load_reranker(
-        start.trained or args.base_model,
+        args.base_model,
         max_length=args.max_length,
         device="cpu",
         dtype="float32",
@@ -308,7 +314,7 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: Proces
         raise InputError(f"transformers.TrainingArguments refuses these flags: {error}") from None
     examples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     evaluation = threshold, args.measures, args.select_by, args.early_stopping_patience
-    config = TrainingConfig(args.loss, examples_per_step, args.seed, *evaluation)
+    config = TrainingConfig(args.loss, examples_per_step, args.seed, *evaluation, args.lora_rank)
     trainer = RerankerTrainer(reranker, examples, config, arguments, dev)
 
     # 5. Training
@@ -317,13 +323,13 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: Proces
             folder.begin()
         report_start(args, trainer, start.checkpoint)
     if start.trained:
-        trainer.state = TrainerState.load_from_json(f"{start.checkpoint}/trainer_state.json")
+        trainer.load_trained(str(start.checkpoint), start.trained)
     else:
         trainer.train(resume_from_checkpoint=start.checkpoint)
 
     # 6. The model and its card
     unfinished = os.path.join(args.output_dir, UNFINISHED)
-    trainer.save_model(unfinished)
+    trainer.save_reranker(unfinished)
     if group.rank == 0:
         trainer.write_results()
         Path(unfinished, "README.md").write_text(model_card(folder.record, trainer), encoding="utf-8")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import command_of, error_line, ok
 from safetensors.torch import load_file
-from training_helpers import QUICK, dev, dev_but, train, train_flags
+from training_helpers import QUICK, dev, dev_but, forget_the_model, train, train_flags
 
 from inpars_lib.files import exclusive
 
@@ -62,14 +62,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "training_args.bin"
     }
-
-
-def forget_the_model(output: Path) -> None:
-    """Leave what a kill leaves after the last step and before the model is published."""
-    record = json.loads((output / "training.json").read_text())
-    for name in record["published"]:
-        (output / name).unlink()
-    (output / "training.json").write_text(json.dumps(record | {"finished": None, "published": []}))
 
 
 def test_a_finished_training_stays_as_it_is(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:

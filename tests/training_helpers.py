@@ -1,5 +1,6 @@
 """Helpers for stages 4 and 5: the flags of the `separable` data set, and one call of train_t5.py."""
 
+import json
 from pathlib import Path
 
 from conftest import Done, run
@@ -26,3 +27,11 @@ def train_flags(separable: Path, base: Path, output: Path, *args: object) -> lis
 
 def train(separable: Path, base: Path, output: Path, *args: object, **environment: str) -> Done:
     return run("train_t5.py", *train_flags(separable, base, output, *args), **environment)
+
+
+def forget_the_model(output: Path) -> None:
+    """Leave what a kill leaves after the last step and before the model is published."""
+    record = json.loads((output / "training.json").read_text())
+    for name in record["published"]:
+        (output / name).unlink()
+    (output / "training.json").write_text(json.dumps(record | {"finished": None, "published": []}))

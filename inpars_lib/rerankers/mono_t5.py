@@ -31,7 +31,7 @@ class MonoT5(Reranker):
         # pass is for T5 in float32 and bfloat16 only.
         self.is_fast = model.config.model_type == "t5" and model.dtype != torch.float16
         if model.dtype == torch.float32 and not self.is_fast:
-            compute_in_float32(model.lm_head)  # the weights of a model in fewer bits may be those of the embedding
+            self.use_full_forward()
         if getattr(model.config, "decoder_start_token_id", None) is None:  # T5 starts with padding, often implicitly
             model.config.decoder_start_token_id = model.config.pad_token_id
         self.target_ids = self._find_targets(targets or getattr(model.config, "answers", None))
@@ -39,6 +39,11 @@ class MonoT5(Reranker):
         self._separator = numpy.array(self.ids("Document:"), dtype=numpy.int32)
         self._suffix = numpy.array([*self.ids("Relevant:"), tokenizer.eos_token_id], dtype=numpy.int32)
         self._check_max_length(len(self._separator) + len(self._suffix))  # positions are relative: no upper limit
+
+    def use_full_forward(self) -> None:
+        """Score a model in float32 with transformers' own forward pass, which knows adapters and other layers."""
+        self.is_fast = False
+        compute_in_float32(self.model.lm_head)
 
     def _find_targets(self, targets: Sequence[str] | None) -> list[int]:
         vocabulary = self.tokenizer.get_vocab()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from inpars_lib.cli import InputError
 from inpars_lib.evaluation import MEASURES, evaluate_per_query, mean_values
@@ -19,6 +19,7 @@ from inpars_lib.rerankers.base import Reranker
 from inpars_lib.training.checkpoints import check_weights, checkpoint_folder, stopped_early, write_results
 from inpars_lib.training.dev_set import DevSet
 from inpars_lib.training.examples import LengthSortedSampler, TrainingExamples
+from inpars_lib.training.lora import add_adapters
 from inpars_lib.training.losses import LOSSES
 
 PUBLISH = "publish the model after training: hf upload YOU/NAME MODEL --exclude 'checkpoint-*/*'"
@@ -54,6 +55,7 @@ class TrainingConfig:
         measures: Names of the measures.
         select_by: The measure whose best step is published, or None for the last step.
         early_stopping_patience: Evaluations without a better one that end the training, or None.
+        lora_rank: Rank of the adapters to train, or None to train all weights.
     """
 
     loss: str = "pointwise"
@@ -63,6 +65,7 @@ class TrainingConfig:
     measures: tuple[str, ...] = MEASURES
     select_by: str | None = None
     early_stopping_patience: int | None = None
+    lora_rank: int | None = None
 
 
 class RerankerTrainer(Trainer):
@@ -91,7 +94,7 @@ class RerankerTrainer(Trainer):
         if reranker.model.config.model_type == "t5":
             reranker.model.config.n_positions = reranker.max_length  # PyTerrier-T5 truncates to this length
         super().__init__(
-            model=reranker.model,
+            model=add_adapters(reranker, config.lora_rank) if config.lora_rank else reranker.model,
             processing_class=reranker.tokenizer,  # saved beside the model
             args=arguments,
             train_dataset=examples,
@@ -196,6 +199,17 @@ class RerankerTrainer(Trainer):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         super().save_model(output_dir, _internal_call)
+
+    def load_trained(self, checkpoint: str, weights: str) -> None:
+        """Take a complete training's state from its last checkpoint and the weights from the chosen one."""
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        self._load_from_checkpoint(weights)
+
+    def save_reranker(self, folder: str) -> None:
+        """Save the trained model as other tools load it, adapters merged."""
+        if self.config.lora_rank:
+            self.model = self.model.merge_and_unload()  # type: ignore[union-attr, operator]
+        self.save_model(folder)
 
     def write_results(self) -> None:
         """Write results.csv and learning_curve.png into the output folder, in the main process only."""
