@@ -78,8 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--holdout_run", metavar="RUN", help="first-stage run of the --holdout queries, instead of BM25 on --index")
     add("--dry_run", action="store_true", help="write nothing; count the tokens and project the time")
     add("--batch_tokens", type=at_least(1), help="tokens per batch (default: what suits the device)")
-    add("--max_length", type=at_least(1), default=512, help="tokens of the whole input; longer documents are truncated "
-        "(default: %(default)s)")  # fmt: skip
+    add("--max_length", type=at_least(1), help="tokens of the whole input; longer documents are truncated (default: as "
+        "in the training of the model, or 512)")  # fmt: skip
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="precision of the model; auto: bfloat16 where the device is fast at it, else float32")  # fmt: skip
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -156,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     writes = group.rank == 0 and not args.dry_run
     with exclusive(args.output) if writes else nullcontext():
         rerank(args, group)
+    group.close()
 
 
 def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:

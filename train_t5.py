@@ -80,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
         "of all weights and merged at the end (needs the package peft)")  # fmt: skip
     add("--token_true", help="T5-like models: target word for relevant (default: true, or yes for mT5)")
     add("--token_false", help="T5-like models: target word for not relevant (default: false, or no for mT5)")
+    add("--instruction", metavar="TEXT", help="causal models: task that the model reads before the query (default: the "
+        "base model's own, or web search)")  # fmt: skip
     add("--save_every_n_steps", type=at_least(1), default=100, help="steps per checkpoint (default: %(default)s)")
     add("--logging_steps", type=at_least(1), default=10, help="steps per logged loss (default: %(default)s)")
     add("--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="where else to log losses and "
@@ -300,6 +302,7 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: Proces
         dtype="float32",
         targets=(args.token_true, args.token_false) if args.token_true else None,
         new_head=True,
+        instruction=args.instruction,
     )
     if bf16 and on_cpu:  # PyTorch's fused attention computes in float32 there
         reranker.model.set_attn_implementation("eager")

@@ -19,7 +19,7 @@ def card(settings: dict[str, Any], data: list[str], log: list[dict[str, float]],
     config = SimpleNamespace(is_encoder_decoder=family == "MonoT5", model_type="mt5", answers=["▁yes", "▁no"])
     files = {flag: DataFile(f"{flag}.tsv", "00ff") for flag in data}
     trainer = SimpleNamespace(
-        reranker=type(family, (), {"max_length": 300, "model": SimpleNamespace(config=config)})(),
+        reranker=type(family, (), {"model": SimpleNamespace(config=config)})(),
         args=SimpleNamespace(output_dir="some/where/model-3"),
         state=SimpleNamespace(log_history=log, max_steps=9),
         first_stage={"nDCG@10": 0.25, "P@5": math.nan},
@@ -38,7 +38,6 @@ def test_a_card_without_an_evaluation() -> None:
                  "| triples_train | triples_train.tsv | `00ff` |"):  # fmt: skip
         assert f"\n{line}\n" in found.text
     assert "select_by" not in found.text
-    assert "--max_length 300 " in found.text
     assert 'model_type="t5", token_true="▁yes", token_false="▁no")' in found.text
     assert 'pyterrier_t5.mT5ReRanker(model="MODEL", tok_model="MODEL")' in found.text
     assert 'ranker.REL, ranker.NREL = ranker.tokenizer.convert_tokens_to_ids(["▁yes", "▁no"])' in found.text

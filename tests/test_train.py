@@ -355,9 +355,9 @@ def test_causal_models_are_trained(separable: Path, grouped: Path, tiny_qwen3: P
     assert float(row["nDCG@10"]) > 0.8
     card = ModelCard.load(tmp_path / "model/README.md")
     assert "| family | CausalReranker |" in card.text
-    assert 'load_reranker("MODEL", max_length=256)' in card.text
+    assert 'load_reranker("MODEL").score(' in card.text
     pairs = [line.split("\t")[:2] for line in (separable / "triples.tsv").read_text().splitlines()]
-    trained = load_reranker(str(tmp_path / "model"), max_length=256, device="cpu", dtype="float32")
+    trained = load_reranker(str(tmp_path / "model"), device="cpu", dtype="float32")
     batch = trained.collate([(*pair, True) for pair in pairs])
     logits = trained.relevance_logits(trained.model, {name: batch[name] for name in ("input_ids", "attention_mask")})
     torch.testing.assert_close(logits.detach(), torch.from_numpy(trained.score(pairs)), atol=1e-4, rtol=0)

@@ -45,6 +45,7 @@ class Reranker:
         tokenizer: Its tokenizer.
         max_length: Tokens per pair.
         batch_tokens: Tokens per batch. None until the device decides.
+        instruction: Task that a causal model reads before the query. None for other models.
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
@@ -52,6 +53,7 @@ class Reranker:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.batch_tokens: int | None = None
+        self.instruction: str | None = None
 
     def _check_max_length(self, added_tokens: int, limit: float = math.inf) -> None:
         if self.max_length > limit:

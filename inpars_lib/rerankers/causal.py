@@ -41,15 +41,17 @@ class CausalReranker(Reranker):
         super().__init__(model, tokenizer, max_length)
         name = model.config.name_or_path
         vocabulary = tokenizer.get_vocab()
-        words = targets or ("yes", "no")
+        words = targets or getattr(model.config, "answers", None) or ("yes", "no")
         if absent := [word for word in (*MARKERS, *words) if word not in vocabulary]:
             raise InputError(
                 f"{name}: its vocabulary has no token {absent[0]!r}, which Qwen3-Reranker's prompt or answer needs. "
                 "Name a Qwen3-Reranker, a T5 or a cross-encoder."
             )
         self.target_ids = [vocabulary[word] for word in words]
+        model.config.answers = list(words)  # saved with the model
+        self.instruction = instruction or INSTRUCTION
         # Parts of the prompt whose tokens, joined, are the tokens of the whole: no token spans two of these parts.
-        parts = (f"{PREFIX}<Instruct>: {instruction or INSTRUCTION}\n<Query>:", "<Document>:", SUFFIX)
+        parts = (f"{PREFIX}<Instruct>: {self.instruction}\n<Query>:", "<Document>:", SUFFIX)
         self._prefix, self._separator, self._suffix = (numpy.array(self.ids(part), numpy.int32) for part in parts)
         if model.dtype == torch.float32:
             compute_in_float32(model.get_output_embeddings())

@@ -27,7 +27,7 @@ def checkpoint_name(name: str) -> str:
 def load_reranker(
     checkpoint: str,
     *,
-    max_length: int = 512,
+    max_length: int | None = None,
     device: str | None = None,
     dtype: str = "auto",
     targets: tuple[str, str] | None = None,
@@ -38,12 +38,12 @@ def load_reranker(
 
     Args:
         checkpoint: Folder, hub name, or `t5_SIZE`.
-        max_length: Tokens per pair.
+        max_length: Tokens per pair; by default as many as in the training by train_t5.py, or 512.
         device: `cpu`, `cuda`, `cuda:1`, ...; by default the first GPU, if there is one.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where it is fast, otherwise float32.
         targets: Words for relevant and not relevant of a T5-like or causal model; by default the model's own.
         new_head: Give an encoder without a trained output a randomly initialized one, to be trained.
-        instruction: Task that a causal model reads before the query; by default web search.
+        instruction: Task that a causal model reads before the query; by default that of the training, or web search.
 
     Raises:
         InputError: There is no such checkpoint or device, or the checkpoint is not a reranker.
@@ -65,6 +65,14 @@ def load_reranker(
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        trained_with = getattr(config, "inpars", {})  # settings of train_t5.py
+        if not new_head:
+            answers = [token.lstrip("▁") for token in getattr(config, "answers", [])]
+            _check_flag(name, "--max_length", max_length, trained_with.get("max_length"))
+            _check_flag(name, "--instruction", instruction, trained_with.get("instruction"))
+            _check_flag(name, "--token_true and --token_false", " ".join(targets or ()), " ".join(answers))
+        max_length = max_length or trained_with.get("max_length", 512)
+        instruction = instruction or trained_with.get("instruction")
         architectures = config.architectures or []
         causal = not config.is_encoder_decoder and any(kind.endswith("ForCausalLM") for kind in architectures)
         if instruction and not causal:
@@ -102,6 +110,12 @@ def load_reranker(
             f"{name}: cannot load this model: {shorten(error)}. Name the folder of a checkpoint or a model on the "
             "Hugging Face hub."
         ) from None
+
+
+def _check_flag(name: str, flag: str, given: object, trained: object) -> None:
+    """Warn of a flag that contradicts the training of a model."""
+    if given and trained and given != trained:
+        warn(f"{name}: trained with {flag} {trained}, but {given} is given. Omit the flag to score as in training.")
 
 
 def has_fast_bfloat16(device: str) -> bool:

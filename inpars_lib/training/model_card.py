@@ -21,7 +21,7 @@ ranker.REL, ranker.NREL = ranker.tokenizer.convert_tokens_to_ids(["{true}", "{fa
 rerankers.Reranker("MODEL", model_type="cross-encoder")""",
     "CausalReranker": """from inpars_lib.rerankers.load import load_reranker
 
-load_reranker("MODEL", max_length={max_length}).score([(query, document), ...])""",
+load_reranker("MODEL").score([(query, document), ...])""",
 }
 CARD = """---
 {metadata}
@@ -34,8 +34,7 @@ language model wrote a query for each of many documents. A first stage such as B
 
 ## Use
 
-    python rerank.py --model MODEL --max_length {max_length} --queries TOPICS --corpus COLLECTION --index INDEX \\
-        --output RUN
+    python rerank.py --model MODEL --queries TOPICS --corpus COLLECTION --index INDEX --output RUN
 
 or, from Python:
 
@@ -90,7 +89,6 @@ def model_card(record: TrainingRecord, trainer: "RerankerTrainer") -> str:
     return CARD.format(
         metadata=metadata.to_yaml(),
         title=Path(str(trainer.args.output_dir)).resolve().name,
-        max_length=trainer.reranker.max_length,
         loading=_loading(trainer.reranker),
         settings="\n".join(rows),
         data="\n".join(f"| {flag} | {file.name} | `{file.sha256}` |" for flag, file in record.data.items()),
@@ -103,7 +101,7 @@ def _loading(reranker: "Reranker") -> str:
     true, false = getattr(config, "answers", None) or ("", "")
     ranker = "MonoT5ReRanker" if config.model_type == "t5" else "mT5ReRanker"
     code = LOADING[type(reranker).__name__]
-    return code.format(true=true, false=false, ranker=ranker, max_length=reranker.max_length)
+    return code.format(true=true, false=false, ranker=ranker)
 
 
 def _results(record: TrainingRecord, trainer: "RerankerTrainer") -> str:

@@ -91,6 +91,7 @@ class RerankerTrainer(Trainer):
         # T5's and BERT's losses are means over a batch, although their signatures make the Trainer assume sums over a
         # step. Without this flag, accumulated gradients would be too large by the number of batches.
         reranker.model.accepts_loss_kwargs = False
+        reranker.model.config.inpars = {"max_length": reranker.max_length, "instruction": reranker.instruction}
         if reranker.model.config.model_type == "t5":
             reranker.model.config.n_positions = reranker.max_length  # PyTerrier-T5 truncates to this length
         super().__init__(
