@@ -43,24 +43,21 @@ def plot_gains(file: IO[bytes], before: Mapping[str, float], after: Mapping[str,
     gains = [gain[query_id] for query_id in ids]
     won, lost = sum(value > 0 for value in gains), sum(value < 0 for value in gains)
     mean = sum(gains) / len(gains)
-    best = [query_id for query_id in ids[:NAMED_QUERIES] if gain[query_id] > 0]
-    worst = [query_id for query_id in ids[-NAMED_QUERIES:] if gain[query_id] < 0]
     figure = _new_figure(width=7)
     axes = figure.add_subplot()
-    axes.bar(
-        range(1, len(gains) + 1), gains, width=1.0, color=["tab:green" if value > 0 else "tab:red" for value in gains]
-    )
+    colors = ["tab:green" if value > 0 else "tab:red" for value in gains]
+    axes.bar(range(1, len(gains) + 1), gains, width=1.0, color=colors)
     axes.axhline(0, color="0.3", linewidth=0.8)
     axes.axhline(mean, color="tab:blue", linestyle=":", label=f"mean {mean:+.4f}")
     axes.set(xlabel=f"queries: {won:,} won, {len(gains) - won - lost:,} tied, {lost:,} lost")
     axes.set(ylabel=f"gain in {measure} over the first stage", ylim=(-1.05, 1.05))
     _whole_numbers(axes.xaxis)
     # The bars fall from the upper left to the lower right, so the other two corners are free.
-    for title, named, x, y, place in (("best", best, 0.99, 0.98, "top"), ("worst", worst, 0.01, 0.02, "bottom")):
-        lines = [f"{query_id[:ID_CHARS]} {gain[query_id]:+.3f}" for query_id in named]
-        side = "right" if place == "top" else "left"
-        text = "\n".join([f"{title} queries", *lines]) if lines else ""
-        axes.text(x, y, text, transform=axes.transAxes, ha=side, va=place, fontsize=8, parse_math=False)
+    named = [f"{query_id[:ID_CHARS]} {gain[query_id]:+.3f}" for query_id in ids]
+    best, worst = "\n".join(["best", *named[:NAMED_QUERIES]]), "\n".join(["worst", *named[-NAMED_QUERIES:]])
+    style: dict[str, Any] = {"transform": axes.transAxes, "fontsize": 8, "parse_math": False}
+    axes.text(0.99, 0.98, best, ha="right", va="top", **style)
+    axes.text(0.01, 0.02, worst, ha="left", va="bottom", **style)
     axes.legend(loc="upper center")
     _save(figure, file)
 

@@ -37,8 +37,8 @@ def test_gains_name_the_best_and_the_worst_queries(figures: list[Any]) -> None:
     plots.plot_gains(io.BytesIO(), before, after, "nDCG@10")
     [axes] = figures[0].axes
     assert texts(axes) == [
-        "best queries\nq0 +0.400\nq1 +0.300\nq2 +0.200\nq3 +0.100",
-        "worst queries\nq5 -0.100\nq6 -0.200\nq7 -0.300\nq8 -0.400",
+        "best\nq0 +0.400\nq1 +0.300\nq2 +0.200\nq3 +0.100\n$tied_ +0.000",
+        "worst\nq4 +0.000\nq5 -0.100\nq6 -0.200\nq7 -0.300\nq8 -0.400",
     ]
     assert axes.get_xlabel() == "queries: 4 won, 2 tied, 4 lost"
     assert [bar.get_height() for bar in axes.patches] == pytest.approx(
