@@ -9,7 +9,8 @@
 # NAME: msmarco robust04 nq trec_covid fiqa dbpedia scidocs scifacts arguana bioasq climate_fever cqadupstack fever
 #       hotpotqa nfcorpus quora signal touche trec_news
 #
-# Files are written to data/. Existing files are skipped, interrupted downloads resume, checksums are verified.
+# Files are written to data/. Existing files are skipped, interrupted downloads resume. Checksums are verified; where none
+# is published, the first and the last line are checked.
 set -euo pipefail
 
 # Hosts. Set these variables to use mirrors.
@@ -34,33 +35,58 @@ checksum() { # algorithm file
     esac | cut -d ' ' -f 1
 }
 
-fetch() { # url file [algorithm sum]
-    local url=$1 file=$2 algorithm=${3:-} sum=${4:-} part=$2.part status=0 code=
+is_complete() { # file check [sum]: compare the checksum or, without a published one, look at the first and the last line
+    local first last numbers=$'^[0-9]+\t[0-9]+\t[0-9]+$'
+    [ -s "$1" ] || return 1
+    first=$(head -n 1 "$1" | tr -d '\0')
+    last=$(tail -n 1 "$1" | tr -d '\0')
+    case $2 in
+        jsonl) [[ $first == "{"* && $last == *"}" ]] ;;
+        run) [[ $first =~ $numbers && $last =~ $numbers && -z $(tail -c 1 "$1") ]] ;; # it ends with a newline
+        *) [ "$(checksum "$2" "$1")" = "$3" ] ;;
+    esac
+}
+
+fetch() { # url file check [sum]
+    local url=$1 file=$2 check=$3 sum=${4:-} part=$2.part etag=$2.part.etag status=0 code=
     if [ -e "$file" ]; then
         echo "$file exists: skipped"
         return
     fi
     mkdir -p "$(dirname "$file")"
-    if [ -z "$sum" ] || [ ! -e "$part" ] || [ "$(checksum "$algorithm" "$part")" != "$sum" ]; then
+    if [ -z "$sum" ] && ! [[ -e $part && -s $etag ]]; then
+        rm -f "$part" # without a checksum, only the server's ETag tells whether the rest belongs to this part
+    fi
+    if [ -z "$sum" ] || ! is_complete "$part" "$check" "$sum"; then
         echo "$url -> $file"
-        code=$(curl --fail --location --retry 5 --continue-at - --output "$part" --write-out '%{http_code}' "$url") || status=$?
-        # The download cannot be resumed: the part is complete (416), or the server supports no ranges (curl 33).
-        if { [ "$code" = 416 ] || [ $status = 33 ]; } && [ -e "$part" ]; then
+        if [ -e "$part" ]; then
+            resume "$url" "$part" || status=$?
+        else
+            status=33
+        fi
+        # The part is complete (416), is of another version of the file, or the server supports no ranges (curl 33).
+        if [ "$code" = 416 ] || [ $status = 33 ]; then
             status=0
-            code=$(curl --fail --location --retry 5 --output "$part" --write-out '%{http_code}' "$url") || status=$?
+            rm -f "$part" "$etag"
+            code=$(curl --fail --location --retry 5 --etag-save "$etag" --output "$part" --write-out '%{http_code}' "$url") ||
+                status=$?
         fi
         [ "$code" != 404 ] || fail "$url: not found (404). The file may have moved: see the page of its data set."
         [ $status = 0 ] || fail "$url: download failed (curl $status, HTTP $code). Run the same command again to resume."
     fi
-    if [ "$(head -c 1 "$part")" = "<" ]; then
-        rm "$part"
-        fail "$url: the server sent an HTML page instead of the file. Nothing was kept. Try again later or set a mirror."
+    if ! is_complete "$part" "$check" "$sum"; then
+        rm -f "$part" "$etag"
+        [ -z "$sum" ] || fail "$url: the file has changed, its $check is not $sum. Nothing was kept. Run the command again or set a mirror."
+        fail "$url: the server sent a part of the file, an HTML page or nothing. Nothing was kept. Try again later or set a mirror."
     fi
-    if [ -n "$sum" ] && [ "$(checksum "$algorithm" "$part")" != "$sum" ]; then
-        rm "$part"
-        fail "$url: the file has changed, its $algorithm is not $sum. Nothing was kept. Run the command again or set a mirror."
-    fi
+    rm -f "$etag"
     mv "$part" "$file"
+}
+
+resume() { # url part: sets `code`
+    local match=()
+    [ ! -s "$2.etag" ] || match=(--header "If-Range: $(tr -d '\r\n' <"$2.etag")")
+    code=$(curl --fail --location --retry 5 ${match[@]+"${match[@]}"} --continue-at - --output "$2" --write-out '%{http_code}' "$1")
 }
 
 anserini() { # path sha256
@@ -72,7 +98,7 @@ msmarco() {
     anserini topics/topics.msmarco-passage.dev-subset.txt f4f71fa87b6be4fb968cca2b8f8554c4ebd003e6c3488af3ac1cc5629c3de189
     anserini qrels/qrels.msmarco-passage.dev-subset.txt 34ef51a24e049b3dd19b0a448b764f26b0def22ec42f421ecba2db91f82e7042
     # The run is optional: python -m inpars_lib.bm25 search makes one too.
-    (fetch "$GOOGLE_HOST/duobert_git/run.bm25.dev.small.tsv" "$MSMARCO/run.bm25.dev.small.tsv") ||
+    (fetch "$GOOGLE_HOST/duobert_git/run.bm25.dev.small.tsv" "$MSMARCO/run.bm25.dev.small.tsv" run) ||
         echo "warning: continuing without the optional BM25 run" >&2
     if [ -e "$MSMARCO/collection.tsv" ]; then
         echo "$MSMARCO/collection.tsv exists: skipped"
@@ -95,10 +121,11 @@ dl20() {
 
 prompts() {
     echo "The paper's prompts into data/prompts: 3 KB"
-    local name
-    for name in vanilla_prompt.txt gbq_prompt.txt; do
-        fetch "$GITHUB_HOST/zetaalphavector/InPars/master/legacy/inpars-v1/prompts/$name" "data/prompts/$name"
-    done
+    local prompts=$GITHUB_HOST/zetaalphavector/InPars/master/legacy/inpars-v1/prompts
+    fetch "$prompts/vanilla_prompt.txt" data/prompts/vanilla_prompt.txt \
+        sha256 46b3f06c8d1ebd352c7af795fe6e163f5e5ca11e65cf5c8f1cdde9e7569922be
+    fetch "$prompts/gbq_prompt.txt" data/prompts/gbq_prompt.txt \
+        sha256 e7a96bc798bd39fb881bfaf9b0cee904acfe353909a43f1562857c4ccddb3b799
 }
 
 synthetic() {
@@ -112,7 +139,7 @@ synthetic() {
     done
     echo "$# sets of 100,000 synthetic queries into data/synthetic; curl shows the size of each"
     for name in "$@"; do
-        fetch "$INPARS_HOST/inpars/${name}_synthetic_queries_100k.jsonl" "data/synthetic/${name}_synthetic_queries_100k.jsonl"
+        fetch "$INPARS_HOST/inpars/${name}_synthetic_queries_100k.jsonl" "data/synthetic/${name}_synthetic_queries_100k.jsonl" jsonl
     done
 }
 

@@ -20,6 +20,9 @@ class Host:
         self.files: dict[str, bytes] = {}
         self.asked: list[tuple[str, str | None]] = []
         self.refuse_ranges = 0  # status of the answer to a request for a range
+        self.etags = True
+        self.length = True  # tell the length, so that curl notices a cut
+        self.cut: int | None = None  # bytes of a body before the connection closes
         outer = self
 
         class Handler(QuietHandler):
@@ -31,15 +34,21 @@ class Host:
                     return self.send_error(404)
                 if wanted and outer.refuse_ranges:
                     return self.send_error(outer.refuse_ranges)
+                etag = f'"{hashlib.md5(data).hexdigest()}"'
+                if self.headers.get("If-Range", etag) != etag:
+                    wanted = None  # the file has changed: all of it is sent
                 start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
                 if start >= len(data) > 0:
                     return self.send_error(416)
                 self.send_response(206 if wanted else 200)
+                if outer.etags:
+                    self.send_header("ETag", etag)
                 if wanted:
                     self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-                self.send_header("Content-Length", str(len(data) - start))
+                if outer.length:
+                    self.send_header("Content-Length", str(len(data) - start))
                 self.end_headers()
-                self.wfile.write(data[start:])
+                self.wfile.write(data[start : outer.cut])
 
         self.handler = Handler
         self.url = ""  # set by the fixture
@@ -69,31 +78,82 @@ def archive() -> bytes:
     return buffer.getvalue()
 
 
+FIQA = "/inpars/fiqa_synthetic_queries_100k.jsonl"
+ROWS = b"".join(b'{"doc_id": "%d"}\n' % i for i in range(5000))
+
+
+def fiqa(folder: Path) -> Path:
+    return folder / "data/synthetic/fiqa_synthetic_queries_100k.jsonl"
+
+
 def test_a_published_set_and_a_resumed_download(host: Host, tmp_path: Path) -> None:
-    path = "/inpars/scifacts_synthetic_queries_100k.jsonl"
-    host.files[path] = b'{"doc_id": "1"}\n' * 100
-    file = tmp_path / "data/synthetic/scifacts_synthetic_queries_100k.jsonl"
-    file.parent.mkdir(parents=True)
+    host.files[FIQA] = ROWS
+    host.cut = 700
+    file = fiqa(tmp_path)
     part = file.with_name(file.name + ".part")
-    part.write_bytes(host.files[path][:700])
-    assert download(host, tmp_path, "synthetic", "scifacts").returncode == 0
-    assert file.read_bytes() == host.files[path]
-    assert host.asked == [(path, "bytes=700-")]
-    assert not part.exists()
-    done = download(host, tmp_path, "synthetic", "scifacts")
+    done = download(host, tmp_path, "synthetic", "fiqa")
+    assert done.returncode == 1
+    assert "Run the same command again to resume" in done.stderr
+    assert part.read_bytes() == ROWS[:700]
+    host.cut = None
+    host.asked.clear()
+    assert download(host, tmp_path, "synthetic", "fiqa").returncode == 0
+    assert file.read_bytes() == ROWS
+    assert host.asked == [(FIQA, "bytes=700-")]
+    assert list(file.parent.iterdir()) == [file]
+    done = download(host, tmp_path, "synthetic", "fiqa")
     assert "exists: skipped" in done.stdout
     assert len(host.asked) == 1
-    # The part is complete and only has to be renamed.
-    file.rename(part)
-    assert download(host, tmp_path, "synthetic", "scifacts").returncode == 0
-    assert file.read_bytes() == host.files[path]
 
 
-def test_prompts(host: Host, tmp_path: Path) -> None:
+@pytest.mark.parametrize("etags", [True, False])
+def test_a_part_of_another_version_is_not_continued(host: Host, tmp_path: Path, etags: bool) -> None:
+    host.files[FIQA], host.cut, host.etags = ROWS.replace(b"doc", b"old"), 700, etags
+    assert download(host, tmp_path, "synthetic", "fiqa").returncode == 1
+    host.files[FIQA], host.cut = ROWS, None
+    done = download(host, tmp_path, "synthetic", "fiqa")
+    assert done.returncode == 0, done.stderr
+    assert fiqa(tmp_path).read_bytes() == ROWS
+
+
+def test_a_cut_that_curl_cannot_notice_is_refused(host: Host, tmp_path: Path) -> None:
+    """An answer without a length ends where the connection does."""
+    host.files[FIQA], host.cut, host.length = ROWS, 699, False
+    run = host.files["/duobert_git/run.bm25.dev.small.tsv"] = b"1\t2\t1\n" * 200
+    host.files["/msmarcoranking/collection.tar.gz"] = archive()
+    done = download(host, tmp_path, "synthetic", "fiqa")
+    assert done.returncode == 1
+    assert "sent a part of the file, an HTML page or nothing. Nothing was kept" in done.stderr
+    assert list(fiqa(tmp_path).parent.iterdir()) == []
+    host.cut = 700  # inside the last line of the run
+    folder = tmp_path / "data/msmarco"
+    folder.mkdir(parents=True)
+    for name in ("topics", "qrels"):
+        (folder / f"{name}.msmarco-passage.dev-subset.txt").write_text("here")
+    assert run[:700].endswith(b"1\t2\t")
+    assert "run.bm25.dev.small.tsv: the server sent a part" in download(host, tmp_path).stderr
+    host.cut = 701
+    assert "run.bm25.dev.small.tsv: the server sent a part" in download(host, tmp_path).stderr
+    assert not (folder / "run.bm25.dev.small.tsv").exists()
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<!DOCTYPE html><p>Sorry</p>", b"\n<html>Sorry</html>\n", b"Too many requests\n"]
+)
+def test_another_answer_is_no_data_set(host: Host, tmp_path: Path, body: bytes) -> None:
+    host.files[FIQA] = body
+    done = download(host, tmp_path, "synthetic", "fiqa")
+    assert done.returncode == 1
+    assert "an HTML page or nothing" in done.stderr
+    assert list(fiqa(tmp_path).parent.iterdir()) == []
+
+
+def test_changed_prompts_are_refused(host: Host, tmp_path: Path) -> None:
     base = "/zetaalphavector/InPars/master/legacy/inpars-v1/prompts/"
     host.files = {base + "vanilla_prompt.txt": b"vanilla", base + "gbq_prompt.txt": b"gbq"}
-    assert download(host, tmp_path, "prompts").returncode == 0
-    assert (tmp_path / "data/prompts/gbq_prompt.txt").read_bytes() == b"gbq"
+    done = download(host, tmp_path, "prompts")
+    assert done.returncode == 1
+    assert "vanilla_prompt.txt: the file has changed, its sha256 is not 46b3f06c" in done.stderr
 
 
 def test_a_changed_file_is_refused(host: Host, tmp_path: Path) -> None:
@@ -138,22 +198,12 @@ def test_the_collection_does_not_need_the_optional_run(host: Host, tmp_path: Pat
     assert (folder / "collection.tsv").read_bytes() == COLLECTION
 
 
-def test_an_html_page_is_no_data_set(host: Host, tmp_path: Path) -> None:
-    host.files["/inpars/fiqa_synthetic_queries_100k.jsonl"] = b"<!DOCTYPE html><p>Sorry</p>"
-    done = download(host, tmp_path, "synthetic", "fiqa")
-    assert done.returncode == 1
-    assert "sent an HTML page" in done.stderr
-    assert list((tmp_path / "data/synthetic").iterdir()) == []
-
-
 def test_a_refused_resumption_keeps_the_part(host: Host, tmp_path: Path) -> None:
-    part = tmp_path / "data/synthetic/fiqa_synthetic_queries_100k.jsonl.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(b"{" * 1000)
-    host.files["/inpars/fiqa_synthetic_queries_100k.jsonl"] = b"{" * 5000
+    host.files[FIQA], host.cut = ROWS, 1000
+    assert download(host, tmp_path, "synthetic", "fiqa").returncode == 1
     host.refuse_ranges = 403
     assert download(host, tmp_path, "synthetic", "fiqa").returncode == 1
-    assert part.stat().st_size == 1000
+    assert fiqa(tmp_path).with_name(fiqa(tmp_path).name + ".part").stat().st_size == 1000
 
 
 def test_failed_downloads_and_usage_errors(host: Host, tmp_path: Path) -> None:
