@@ -155,11 +155,11 @@ class ResumeLog(Generic[Row]):
             with open(path, "rb") as file:
                 file.readline()
                 for number, line in enumerate(file, 2):
-                    if not line.endswith(b"\n"):
-                        break
                     try:
                         yield self._row.decode(line)
                     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                        if not line.endswith(b"\n"):
+                            break  # a kill tore it
                         problem = f"damaged ({shorten(error)})"
                         action = "Add --restart to throw the earlier work away."
                         raise InputError(f"{path}, line {number}: {problem}. {action}") from None

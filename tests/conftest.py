@@ -209,6 +209,13 @@ def collection(tmp_path: Path) -> Path:
 SUBJECTS = ["tides", "bread", "violins", "glaciers", "bees", "bridges", "tea", "comets", "chess", "maps"]
 
 
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    path = tmp_path / "collection.tsv"
+    path.write_text("".join(f"d{i}\tnumber{i} some words\n" for i in range(200)))
+    return path
+
+
 @pytest.fixture(scope="session")
 def separable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a data set that a tiny model can learn: relevant documents explain, the others advertise."""

@@ -404,19 +404,6 @@ def test_atomic_write(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize("cut", range(1, 40, 3))
-def test_a_torn_last_line_is_repaired(tmp_path: Path, cut: int) -> None:
-    path = tmp_path / "q.jsonl"
-    first, second = (files.json_line({"doc_id": str(i), "question": "é" * 5}) for i in (1, 2))
-    data = (first + second).encode()
-    path.write_bytes(data[:-cut])
-    files.repair_last_line(str(path))
-    expected = data if cut == 1 else first.encode()  # only the line's end was missing: the answer stays
-    if cut > len(second.encode()):
-        expected = b""
-    assert path.read_bytes() == expected
-
-
 def test_synthetic_queries_keep_their_fields(tmp_path: Path, capsys) -> None:
     good = {"doc_id": 7, "doc_text": "t", "question": "a\nb", "log_probs": [-1, -0.5], "extra": {"x": 1}}
     path = write_rows(tmp_path / "q.jsonl", [good, {"doc_id": "8", "question": "c"}])

@@ -165,13 +165,6 @@ def test_an_answer_without_a_question_is_kept_with_its_error(collection: Path, o
     assert len(written(collection)["d4"]["log_probs"]) == 3
 
 
-@pytest.fixture
-def large(tmp_path: Path) -> Path:
-    path = tmp_path / "collection.tsv"
-    path.write_text("".join(f"d{i}\tnumber{i} some words\n" for i in range(200)))
-    return path
-
-
 @pytest.mark.parametrize("down", [range(21, 121), range(197, 237)], ids=["in the middle", "at the end"])
 def test_an_outage_fails_no_document(
     large: Path, openai_server: StandIn, monkeypatch: pytest.MonkeyPatch, down: range
