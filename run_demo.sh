@@ -40,8 +40,9 @@ step() { # step FILE COMMAND...: show and run the command unless FILE exists
 }
 
 show() { # show COMMAND...: print the command, run it, print its time
-    local started=$SECONDS
-    echo "\$ $*" | sed "s#$PYTHON#python#g; s#$PACKAGED#MINILM#g"
+    local started=$SECONDS words="$*"
+    words=${words//"$PYTHON"/python}
+    echo "\$ ${words//"$PACKAGED"/MINILM}"
     "$@"
     echo "# $((SECONDS - started)) s"
 }
