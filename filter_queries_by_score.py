@@ -28,13 +28,12 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
-from inpars_lib.files import check_paths, exclusive, is_special, json_line, resolve_output, write_together
+from inpars_lib.files import claimed, is_special, json_line, resolve_output, write_together
 from inpars_lib.first_stage import FirstStage, QueryRun, search_in_blocks
 from inpars_lib.formats.collection import collection_paths
 from inpars_lib.formats.fields import json_object
@@ -238,45 +237,31 @@ def scored_queries(args: argparse.Namespace, outcome: Outcome, log_path: str) ->
         yield from ((query, score(query.log_probs or [])) for query, _ in ranked)
 
 
-def tie_break(query: SyntheticQuery) -> tuple[float, int, int]:
-    """Return what decides between equal scores, higher is better. The hash favours no ids."""
-    mean = sum(query.log_probs) / len(query.log_probs) if query.log_probs else -math.inf
-    return mean, -zlib.crc32(query.doc_id.encode(errors="replace")), -query.line
+class Candidate(NamedTuple):
+    """A scored row. The best row is the largest tuple: ties are broken by mean log-probability, then by a hash.
 
-
-class KeptQuery(NamedTuple):
-    """A row that was kept. The order of these tuples is the order of the output, reversed."""
+    Attributes:
+        score: The score.
+        mean_log_prob: Mean of the log-probabilities, -inf without any.
+        doc_hash: Hash of the doc_id, which favours no ids.
+        minus_line: Minus the line of the input, from 0.
+        line_text: The line as it is in the file.
+    """
 
     score: float
-    tie_break: tuple[float, int, int]
+    mean_log_prob: float
+    doc_hash: int
+    minus_line: int
     line_text: str
 
-    @property
-    def line(self) -> int:
-        """Return the line of the input, from 0."""
-        return -self.tie_break[-1]
 
-
-class BestQueries:
-    """The `k` queries with the highest scores so far, in a heap."""
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-        self._heap: list[KeptQuery] = []
-
-    def add(self, query: SyntheticQuery, score: float) -> None:
-        """Keep a query if its score is among the best."""
-        if len(self._heap) == self.k and score < self._heap[0].score:
-            return
-        row = KeptQuery(score, tie_break(query), query.line_text)
-        if len(self._heap) < self.k:
-            heapq.heappush(self._heap, row)
-        else:
-            heapq.heappushpop(self._heap, row)
-
-    def ranked(self) -> list[KeptQuery]:
-        """Return the rows, best first."""
-        return sorted(self._heap, reverse=True)
+def candidates(scored: Iterable[tuple[SyntheticQuery, float]], outcome: Outcome) -> Iterator[Candidate]:
+    """Yield every row with a score, and count it."""
+    for query, score in scored:
+        outcome.add_scored(query, score)
+        mean = sum(query.log_probs) / len(query.log_probs) if query.log_probs else -math.inf
+        doc_hash = -zlib.crc32(query.doc_id.encode(errors="replace"))
+        yield Candidate(score, mean, doc_hash, -query.line, query.line_text)
 
 
 def with_score(line: str, score: float) -> str:
@@ -290,16 +275,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Score every query, keep the best, say what was dropped."""
     args = parse_args(argv)
     log_path = f"{args.output}.scores.jsonl" if args.model else None
-    inputs = {"--input": args.input, "--run": args.run, "--index": args.index, "--model": args.model}
-    inputs["--prompt_template"] = args.prompt_template
-    inputs["--corpus"] = collection_paths(args.corpus) if args.corpus else None
+    inputs = {
+        "--input": args.input,
+        "--run": args.run,
+        "--index": args.index,
+        "--corpus": collection_paths(args.corpus),
+        "--model": args.model,
+        "--prompt_template": args.prompt_template,
+    }
     outputs = {"--output": args.output, "--plot": args.plot, "--sample_html": args.sample_html}
-    written = {flag: path for flag, path in outputs.items() if path and path != "-"}
-    locks = {f"lock of {flag}": f"{path}.lock" for flag, path in written.items()}
-    check_paths(inputs, {**written, **locks, "log of scores": log_path})
-    with ExitStack() as stack:
-        for path in written.values():
-            stack.enter_context(exclusive(path))
+    with claimed(inputs, outputs, {"log of scores": log_path}):
         filter_queries(args, log_path)
 
 
@@ -307,11 +292,8 @@ def filter_queries(args: argparse.Namespace, log_path: str | None) -> None:
     """Do the work of `main` while no other process writes the outputs."""
     # 1. The queries with the highest scores
     examples = prompt_lines(args.prompt_template) if args.sample_html else ()
-    outcome, best = Outcome(BIN_WIDTHS[args.scoring_function]), BestQueries(args.top_k)
-    for query, score in scored_queries(args, outcome, log_path):
-        outcome.add_scored(query, score)
-        best.add(query, score)
-    kept = best.ranked()
+    outcome = Outcome(BIN_WIDTHS[args.scoring_function])
+    kept = heapq.nlargest(args.top_k, candidates(scored_queries(args, outcome, log_path), outcome))
     if not kept:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in outcome.dropped.items())
         action = ADVICE if outcome.dropped[NO_LOG_PROBS] else "Relax the filters."
@@ -330,7 +312,7 @@ def filter_queries(args: argparse.Namespace, log_path: str | None) -> None:
             plot_histogram(files[1], outcome.bins, bins, outcome.bin_width, kept[-1].score, args.scoring_function)
         if args.sample_html:
             summary = f"{len(kept):,} rows of {args.input} were kept. The score is {args.scoring_function}."
-            outcome.sample.write(files[-1], {row.line for row in kept}, summary, examples)
+            outcome.sample.write(files[-1], {-row.minus_line for row in kept}, summary, examples)
     if log_path and os.path.exists(log_path):
         os.remove(log_path)
 

@@ -18,27 +18,27 @@ again to resume.
 """
 
 import argparse
+import hashlib
+import heapq
 import os
-import random
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from typing import IO
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
-from inpars_lib.files import check_paths, exclusive, is_special, resolve_output, write_together
+from inpars_lib.files import claimed, is_special, resolve_output, write_together
 from inpars_lib.first_stage import QueryRun
 from inpars_lib.formats.collection import collection_paths, conflicting_texts, read_collection
 from inpars_lib.formats.lines import tsv_line
 from inpars_lib.formats.queries import read_synthetic_queries
-from inpars_lib.formats.records import SyntheticQuery
 from inpars_lib.formats.runs import run_lines
 from inpars_lib.negatives import SampledHits, Sampling, sample_negatives
 from inpars_lib.resume import ResumeLog, add_restart_flag
 from inpars_lib.spool import ABSENT, SpooledQueries, SpooledTexts
 
-SIDECARS = (".lock", ".negatives.jsonl", ".holdout.jsonl", ".holdout.run.txt")  # suffixes of files beside --output
+SIDECARS = (".negatives.jsonl", ".holdout.jsonl", ".holdout.run.txt")  # suffixes of files beside --output
+MRR_DEPTH = 10
 EXPECTED_RECALL = 0.1  # a first stage that retrieves fewer source documents is suspicious
 
 
@@ -74,7 +74,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags and check how they combine."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if is_special(args.output):
+    if args.output == "-" or is_special(args.output):
         parser.error(f"--output {args.output}: a log is kept beside the triples, so name a file")
     if args.min_rank > args.max_hits:
         parser.error("--min_rank must not be above --max_hits")
@@ -102,76 +102,39 @@ def read_queries(path: str, folder: str) -> SpooledQueries:
             queries.append(query)
         else:
             dropped += 1
-    if not len(queries):
+    if not queries:
         raise InputError(f"{path}: no row has a question. Pass the output of stage 1 or 2.")
     if dropped:
         warn(f"{path}: dropped {dropped:,} rows without a question.")
     return queries
 
 
-def choose_held_out(queries: SpooledQueries, n: int, seed: int) -> set[str]:
-    """Return the source documents of `n` random queries.
+def hold_out(queries: SpooledQueries, n: int, seed: int, folder: str) -> tuple[SpooledQueries, SpooledQueries]:
+    """Split the queries into those to train on and `n` held-out ones, at random.
 
-    With several queries per document, those of a held-out document are held out together, which may exceed `n`.
+    Queries of one document are held out together, which may exceed `n`.
     """
-    order = random.Random(f"{seed} holdout").sample(range(len(queries)), n)
-    sampled = set(order)
-    document = {at: query.doc_id for at, query in enumerate(queries) if at in sampled}
-    candidates = set(document.values())
-    sizes = Counter(query.doc_id for query in queries if query.doc_id in candidates)
-    chosen: set[str] = set()
-    size = 0
-    for at in order:
-        if size < n and document[at] not in chosen:
-            chosen.add(document[at])
-            size += sizes[document[at]]
-    return chosen
-
-
-def hold_out(
-    queries: SpooledQueries, args: argparse.Namespace, folder: str
-) -> tuple[SpooledQueries, list[SyntheticQuery]]:
-    """Split the queries into those to train on and those held out."""
-    if not args.holdout:
-        return queries, []
-    if args.holdout >= len(queries):
-        problem = f"{len(queries):,} usable rows, so --holdout {args.holdout} leaves none"
-        raise InputError(f"{args.input}: {problem}. Lower --holdout.")
-    documents = choose_held_out(queries, args.holdout, args.seed)
-    training, held_out = SpooledQueries(folder), []
+    keys = ((hashlib.sha256(f"{seed} {query.doc_id}".encode()).digest(), query.doc_id) for query in queries)
+    documents = {doc_id for _, doc_id in heapq.nsmallest(n, keys)}
+    training, held_out = SpooledQueries(folder), SpooledQueries(folder)
     for query in queries:
         if query.doc_id in documents:
             held_out.append(query)
         else:
             training.append(query)
-    if not len(training):
-        raise InputError(f"{args.input}: no document is left with --holdout {args.holdout}. Lower --holdout.")
     return training, held_out
-
-
-def no_triples(args: argparse.Namespace) -> InputError:
-    """Return the error for queries of which none has a usable hit."""
-    kind = "run" if args.run else "index"
-    if args.min_rank > 1:
-        problem = f"no query has a hit at ranks {args.min_rank} to {args.max_hits} other than its source document"
-        action = f"Pass the {kind} of {args.corpus}, or lower --min_rank."
-    else:
-        problem = "no query has a hit other than its source document"
-        action = f"Pass the {kind} of {args.corpus}."
-    return InputError(f"{args.run or args.index}: {problem}. {action}")
 
 
 def report_first_stage(
     args: argparse.Namespace, queries: SpooledQueries, log: ResumeLog[SampledHits], run: QueryRun | None
 ) -> None:
     """Print how often the first stage retrieves the source documents, and warn of a run that rarely does."""
-    mrr = sum(1 / hits.source_rank for hits in log.rows() if hits.source_rank) / len(queries)
-    recall = sum(hits.source_found for hits in log.rows()) / len(queries)
+    ranks = [hits.source_rank for hits in log.rows() if hits.source_rank]
+    mrr = sum(1 / rank for rank in ranks if rank <= MRR_DEPTH) / len(queries)
+    recall = len(ranks) / len(queries)
     name = args.run or "BM25"
-    print(
-        f"{name} retrieves the source documents with MRR@10 {mrr:.4f} and R@{args.max_hits} {recall:.4f}",
-        file=sys.stderr,
-    )
+    measures = f"MRR@10 {mrr:.4f} and R@{args.max_hits} {recall:.4f}"
+    print(f"{name} retrieves the source documents with {measures}", file=sys.stderr)
     if run:
         missing = sum(str(query.line) not in run.hits for query in queries)
         if missing:
@@ -193,16 +156,12 @@ def read_wanted_texts(
             raise conflicting_texts(args.corpus, doc_id)
         texts.add(doc_id, cleaned)
     absent = sorted({doc_id for hits in log.rows() for doc_id in hits.doc_ids if texts.starts[doc_id] == ABSENT})
-    kind = "run" if args.run else "index"
+    source = args.run or args.index
     if len(absent) == sampled > 0:
-        action = "Set --index to a path that does not exist yet, and the corpus is indexed there."
-        raise InputError(
-            f"{args.run or args.index}: none of the {sampled:,} sampled documents has a text in {args.corpus} "
-            f"({absent[0]} for example), so the {kind} is of another collection. "
-            f"{'Pass its run.' if args.run else action}"
-        )
+        problem = f"none of the {sampled:,} sampled documents has a text in {args.corpus} ({absent[0]} for example)"
+        raise InputError(f"{source}: {problem}. Pass the run, the index or a new index of this collection.")
     if absent:
-        warn(f"{args.corpus}: no text for {len(absent):,} documents of the {kind}, the first is {absent[0]}.")
+        warn(f"{args.corpus}: no text for {len(absent):,} documents of {source}, the first is {absent[0]}.")
     return texts
 
 
@@ -232,13 +191,15 @@ def write_rows(
         problem = f"no row has a document text (`doc_text` or `text`), and no source document is in {args.corpus}"
         raise InputError(f"{args.input}: {problem}. Pass the collection of the queries.")
     if not triples:
-        raise no_triples(args)
+        problem = f"no query has a hit at ranks {args.min_rank} to {args.max_hits} other than its source document"
+        action = f"Pass the run or the index of {args.corpus}, or other ranks."
+        raise InputError(f"{args.run or args.index}: {problem}. {action}")
     if without_text:
         warn(f"{args.input}: dropped {without_text:,} rows whose document has no text, in {args.corpus} neither.")
     return f"{triples:,} triples; {unserved:,} queries without a usable hit"
 
 
-def write_held_out(held_out: Sequence[SyntheticQuery], run: QueryRun | None, files: Sequence[IO[str]]) -> None:
+def write_held_out(held_out: SpooledQueries, run: QueryRun | None, files: Sequence[IO[str]]) -> None:
     """Write the held-out queries and, with a run, their hits. The query id is the line in the new file."""
     files[0].writelines(query.line_text + "\n" for query in held_out)
     if run:
@@ -256,10 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--run": args.run,
         "--index": args.index,
     }
-    sidecars = {f"the {suffix} file": args.output + suffix for suffix in SIDECARS}
-    outputs = {"--output": args.output, "--output_ids": args.output_ids, **sidecars}
-    check_paths(inputs, {**outputs, "lock of --output_ids": f"{args.output_ids}.lock"})
-    with exclusive(args.output), exclusive(args.output_ids):
+    outputs = {"--output": args.output, "--output_ids": args.output_ids}
+    with claimed(inputs, outputs, {f"the {suffix} file": args.output + suffix for suffix in SIDECARS}):
         write_triples(args)
 
 
@@ -268,7 +227,10 @@ def write_triples(args: argparse.Namespace) -> None:
     folder = os.path.dirname(args.output) or "."  # of temporary files
 
     # 1. The queries, some of them held out
-    queries, held_out = hold_out(read_queries(args.input, folder), args, folder)
+    queries, held_out = hold_out(read_queries(args.input, folder), args.holdout, args.seed, folder)
+    if not queries:
+        problem = f"{len(held_out):,} usable rows, so --holdout {args.holdout} leaves none"
+        raise InputError(f"{args.input}: {problem}. Lower --holdout.")
 
     # 2. Negatives, sampled from the first-stage hits of each query
     run = QueryRun(args.run, args.input) if args.run else None

@@ -13,7 +13,6 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from typing import IO, Any
 
 from inpars_lib.cli import InputError
@@ -50,11 +49,6 @@ def _identities(path: str) -> set[object]:
         status = os.stat(path)
         found.add((status.st_dev, status.st_ino))
     return found
-
-
-def with_files(folder: str) -> list[str]:
-    """Return a folder, of an index or of a model for example, and the files in it; of anything else the path itself."""
-    return [folder, *map(str, Path(folder).iterdir())] if os.path.isdir(folder) else [folder]
 
 
 def check_paths(inputs: Mapping[str, str | Iterable[str] | None], outputs: Mapping[str, str | None]) -> None:
@@ -230,6 +224,31 @@ def exclusive(path: str) -> Iterator[None]:
     finally:
         os.remove(lock_path)
         file.close()
+
+
+@contextmanager
+def claimed(
+    inputs: Mapping[str, str | Iterable[str] | None],
+    outputs: Mapping[str, str | None],
+    beside: Mapping[str, str | None] | None = None,
+) -> Iterator[None]:
+    """Check the paths of a command, and let no other process write its outputs until the block ends.
+
+    Args:
+        inputs: As in `check_paths`.
+        outputs: As in `check_paths`. `-` is not locked.
+        beside: Further files that the command writes beside its outputs, by name.
+
+    Raises:
+        InputError: As in `check_paths`, or another process writes an output.
+    """
+    written = {flag: path for flag, path in outputs.items() if path and path != "-"}
+    locks = {f"lock of {flag}": f"{path}.lock" for flag, path in written.items()}
+    check_paths(inputs, {**written, **locks, **(beside or {})})
+    with ExitStack() as stack:
+        for path in written.values():
+            stack.enter_context(exclusive(path))
+        yield
 
 
 def file_sha256(path: str) -> str:

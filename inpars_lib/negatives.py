@@ -17,7 +17,6 @@ from inpars_lib.spool import SpooledQueries
 
 TIE = 1e-4  # Anserini rounds scores to this, and lowers tied scores by a few millionths to keep their order
 SPARE_SAMPLES = 50  # further hits to try before a hit with the source document's score becomes a negative
-SOURCE_DEPTH = 10  # the source document's rank is recorded down to this depth, for MRR@10
 
 
 class SampledHits(msgspec.Struct, frozen=True):
@@ -26,14 +25,12 @@ class SampledHits(msgspec.Struct, frozen=True):
     Attributes:
         line: Line of the query in its file, from 0.
         doc_ids: The negatives.
-        source_rank: Rank of the source document among the first 10 hits, from 1; None below.
-        source_found: Whether the source document is among all hits.
+        source_rank: Rank of the source document among the hits, from 1; None if it is not there.
     """
 
     line: int
     doc_ids: list[str]
     source_rank: int | None
-    source_found: bool
 
 
 class Sampling(NamedTuple):
@@ -92,25 +89,19 @@ def sample_negatives(
         finished += 1
     found = search_in_blocks(first_stage, islice(queries, finished, None), sampling.max_hits)
     for query, hits in tqdm(found, "Retrieving", total=len(queries), initial=finished, unit=" queries"):
-        log.write(sample_hits(hits, query, sampling.n_samples, sampling.seed, sampling.min_rank))
+        log.write(sample_hits(hits, query, sampling))
     return log
 
 
-def sample_hits(hits: Sequence[ScoredDoc], query: SyntheticQuery, n: int, seed: int, min_rank: int = 1) -> SampledHits:
-    """Sample `n` hits of a query, without its source document.
+def sample_hits(hits: Sequence[ScoredDoc], query: SyntheticQuery, sampling: Sampling) -> SampledHits:
+    """Sample hits of a query, best first, without its source document.
 
     Hits with the source document's score, duplicates of its text for example, are a last resort.
-
-    Args:
-        hits: Hits of the query, best first.
-        query: The query.
-        n: Documents to sample.
-        seed: Seed of the sample.
-        min_rank: First rank to sample from.
     """
-    rank = next((rank for rank, hit in enumerate(hits) if hit.doc_id == query.doc_id), None)
-    source_score = math.inf if rank is None else hits[rank].score
-    generator, left = random.Random(f"{seed} {query.line}"), list(range(min_rank - 1, len(hits)))
+    source_rank = next((rank for rank, hit in enumerate(hits, 1) if hit.doc_id == query.doc_id), None)
+    source_score = hits[source_rank - 1].score if source_rank else math.inf
+    generator = random.Random(f"{sampling.seed} {query.line}")
+    left, n = list(range(sampling.min_rank - 1, len(hits))), sampling.n_samples
     fewest = len(left) - n - SPARE_SAMPLES
     others: list[str] = []
     ties: list[str] = []
@@ -120,5 +111,4 @@ def sample_hits(hits: Sequence[ScoredDoc], query: SyntheticQuery, n: int, seed: 
             others.append(hit.doc_id)
         elif hit.doc_id != query.doc_id:
             ties.append(hit.doc_id)
-    source_rank = None if rank is None or rank >= SOURCE_DEPTH else rank + 1
-    return SampledHits(query.line, [*others, *ties][:n], source_rank, rank is not None)
+    return SampledHits(query.line, [*others, *ties][:n], source_rank)

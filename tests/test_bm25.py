@@ -19,7 +19,7 @@ from inpars_lib.cli import InputError
 from inpars_lib.files import exclusive
 from inpars_lib.formats.records import SyntheticQuery
 from inpars_lib.formats.runs import RankedList, read_anserini_run
-from inpars_lib.negatives import SampledHits, sample_hits
+from inpars_lib.negatives import SampledHits, Sampling, sample_hits
 
 
 def java_class(name: str) -> Any:
@@ -247,20 +247,19 @@ def test_a_torn_run_of_anserini_is_an_error(tmp_path: Path) -> None:
 def test_a_sample_of_hits() -> None:
     hits = RankedList("q", [f"d{i}" for i in range(20)], [20.0 - i for i in range(20)])
     source = {doc_id: SyntheticQuery(1, doc_id, "", "", None, "") for doc_id in ("d3", "d15", "elsewhere", "b")}
-    sampled = [sample_hits(hits, source["d3"]._replace(line=i), 2, seed=1) for i in range(300)]
+    sampled = [sample_hits(hits, source["d3"]._replace(line=i), Sampling(n_samples=2)) for i in range(300)]
     assert {doc_id for one in sampled for doc_id in one.doc_ids} == {hit.doc_id for hit in hits} - {"d3"}
     assert all(len(set(one.doc_ids)) == 2 for one in sampled)
-    assert sampled[0] == sample_hits(hits, source["d3"]._replace(line=0), 2, seed=1)
+    assert sampled[0] == sample_hits(hits, source["d3"]._replace(line=0), Sampling(n_samples=2))
     assert [one.line for one in sampled] == list(range(300))
-    assert {(one.source_rank, one.source_found) for one in sampled} == {(4, True)}
-    for doc_id, found in (("d15", True), ("elsewhere", False)):
-        below = sample_hits(hits, source[doc_id], 1, seed=1)
-        assert (below.source_rank, below.source_found) == (None, found)
-    assert sample_hits(hits[:0], source["d3"], 1, seed=1) == SampledHits(1, [], None, False)
+    assert {one.source_rank for one in sampled} == {4}
+    assert sample_hits(hits, source["d15"], Sampling()).source_rank == 16
+    assert sample_hits(hits, source["elsewhere"], Sampling()).source_rank is None
+    assert sample_hits(hits[:0], source["d3"], Sampling()) == SampledHits(1, [], None)
     # Hits with the source document's score come last.
     ties = RankedList("q", ["a", "b", "c", "d"], [2.0, 1.999999, 1.999998, 1.0])
-    assert sample_hits(ties, source["b"], 1, seed=1).doc_ids == ["d"]
-    all_of_them = sample_hits(ties, source["b"], 9, seed=1).doc_ids
+    assert sample_hits(ties, source["b"], Sampling()).doc_ids == ["d"]
+    all_of_them = sample_hits(ties, source["b"], Sampling(n_samples=9)).doc_ids
     assert (all_of_them[0], set(all_of_them)) == ("d", {"a", "c", "d"})
 
 

@@ -112,7 +112,9 @@ def test_several_queries_of_a_document(mined: Path, demo_data: Path, tmp_path: P
 def test_an_index_of_another_collection(mined: Path, tmp_path: Path) -> None:
     (tmp_path / "collection.tsv").write_text("x\tanother text\n")
     args = mine_args(mined, tmp_path, "bad")
-    assert "the index is of another collection" in error_line(run(SCRIPT, *args))
+    refused = error_line(run(SCRIPT, *args))
+    assert f"sampled documents has a text in {tmp_path / 'collection.tsv'}" in refused
+    assert "Pass the run, the index or a new index of this collection." in refused
     assert not (mined / "bad.tsv").exists()
 
 
@@ -321,8 +323,9 @@ def test_a_log_belongs_to_its_run_and_ranks(
         ("q1\ta\t1\n", "the query id q1 is no line of"),
         ("007\ta\t1\n", "the query id 007 is no line of"),
         ("", "no usable line found"),
-        ("0 Q0 absent 1 1 x\n", "the run is of another collection. Pass its run."),
-        ("3 Q0 absent 1 1 x\n", "no query has a hit other than its source document"),  # its question is empty
+        ("0 Q0 absent 1 1 x\n", "none of the 1 sampled documents has a text in"),
+        # The question of line 3 is empty.
+        ("3 Q0 absent 1 1 x\n", "no query has a hit at ranks 1 to 1000 other than its source document"),
     ],
 )
 def test_runs_of_other_queries(mined: Path, demo_data: Path, tmp_path: Path, text: str, words: str) -> None:

@@ -8,19 +8,15 @@ language, k1 and b. No Java has to be installed.
 """
 
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from itertools import chain
+from collections.abc import Sequence
 
 from inpars_lib.bm25.config import BM25Config, add_search_flags
 from inpars_lib.bm25.index import build_index
 from inpars_lib.bm25.search import open_index
 from inpars_lib.cli import InputError, at_least, run_script, script_parser
-from inpars_lib.files import check_paths, exclusive, resolve_output, with_files
+from inpars_lib.files import atomic_write, check_paths, claimed, resolve_output
 from inpars_lib.formats.folders import beir_file, collection_files
-from inpars_lib.formats.records import ScoredDoc
-from inpars_lib.formats.runs import write_run
+from inpars_lib.formats.runs import run_lines
 from inpars_lib.formats.topics import read_topics
 
 
@@ -35,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     retrieve = commands.add_parser("search", help="write the first-stage run of topics")
     retrieve.add_argument("--index", required=True, help="folder of an index, or a prebuilt index of Pyserini")
     retrieve.add_argument("--topics", required=True, help="topics: a file, a BEIR folder, or - for standard input")
-    retrieve.add_argument("--output", required=True, help="run to write, TREC format, or - for standard output")
+    output = "run to write, TREC format, or - for standard output"
+    retrieve.add_argument("--output", type=resolve_output, required=True, help=output)
     retrieve.add_argument("--hits", type=at_least(1), default=1000, help="hits per query (default: %(default)s)")
     add_search_flags(retrieve)
     args = parser.parse_args(argv)
@@ -46,30 +43,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         build_index(args.corpus, folder, config)
         print(f"{folder}: index of {args.corpus}", file=sys.stderr)
         return
-    output = resolve_output(args.output)
-    check_paths(
-        {"--index": with_files(args.index), "--topics": beir_file(args.topics, "queries.jsonl")}, {"--output": output}
-    )
-    topics = read_topics(args.topics)
-    counts: Counter[str] = Counter()
-    with exclusive(output) if output != "-" else nullcontext():
-        found = open_index(args.index, None, config).search(topics, args.hits)
-        hits = _counted_hits(found, counts)
-        first = next(hits, None)
-        if first is None:
-            problem = f"no query has a hit in {args.index}"
-            raise InputError(f"{args.topics}: {problem}. Pass topics and index of one collection.")
-        write_run(output, chain([first], hits), tag="bm25")
-    without = list(counts.values()).count(0)
+    inputs = {"--index": args.index, "--topics": beir_file(args.topics, "queries.jsonl")}
+    total = without = 0
+    with claimed(inputs, {"--output": args.output}):
+        topics = read_topics(args.topics)
+        searcher = open_index(args.index, None, config)
+        with atomic_write(args.output) as file:
+            for _, hits in searcher.search(topics, args.hits):
+                file.writelines(run_lines(hits, tag="bm25"))
+                total += len(hits)
+                without += not hits
+            if not total:
+                problem = f"no query has a hit in {args.index}"
+                raise InputError(f"{args.topics}: {problem}. Pass topics and index of one collection.")
     empty = f"; {without:,} queries without a hit" if without else ""
-    print(f"{output}: {counts.total():,} hits of {len(counts):,} queries{empty}", file=sys.stderr)
-
-
-def _counted_hits(found: Iterable[tuple[str, Sequence[ScoredDoc]]], counts: Counter[str]) -> Iterator[ScoredDoc]:
-    """Yield the hits of all queries, and count those of each."""
-    for query_id, hits in found:
-        counts[query_id] = len(hits)
-        yield from hits
+    print(f"{args.output}: {total:,} hits of {len(topics):,} queries{empty}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from inpars_lib.formats.records import Doc, Topic
 OBJECT = ord("{")
 
 
-def collection_paths(path: str) -> list[str]:
-    """Return the files of a collection, none of `ir_datasets:NAME`."""
-    return [] if path.startswith("ir_datasets:") else collection_files(path)
+def collection_paths(path: str | None) -> list[str]:
+    """Return the files of a collection, none of `ir_datasets:NAME` or without a collection."""
+    return [] if path is None or path.startswith("ir_datasets:") else collection_files(path)
 
 
 def collection_fingerprint(path: str) -> str:
