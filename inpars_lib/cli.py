@@ -1,6 +1,7 @@
 """Command-line helpers of the scripts: input errors, warnings, exit codes, argparse types."""
 
 import argparse
+import difflib
 import gc
 import math
 import os
@@ -8,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 # Characters that control a terminal: C0 without tab and newline, C1, the direction of writing
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -85,10 +87,23 @@ def run_script(
         sys.exit(f"error: {printable(name)}{error.strerror}. Check the path, its permissions and the free disk space.")
 
 
-def script_parser(doc: str | None, prog: str | None = None, allow_abbrev: bool = True) -> argparse.ArgumentParser:
+class ScriptParser(argparse.ArgumentParser):
+    """Parser whose errors are one line, with the closest flag to an unknown one, instead of the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
+        hint = ""
+        if unknown := re.search(r"(?<!\S)--\w[\w-]*", message):
+            closest = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            if closest and closest != [unknown[0]]:
+                hint = f". Did you mean {closest[0]}?"
+        self.exit(2, f"{self.prog}: error: {printable(message)}{hint}\n")
+
+
+def script_parser(doc: str | None, prog: str | None = None, allow_abbrev: bool = True) -> ScriptParser:
     """Return a parser whose help opens with the script's docstring, line breaks kept."""
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=formatter, allow_abbrev=allow_abbrev)
+    return ScriptParser(prog=prog, description=doc, formatter_class=formatter, allow_abbrev=allow_abbrev)
 
 
 def parse_header(word: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, ok, run, run_process
+from conftest import ROOT, error_line, ok, run, run_process
 
 SCRIPTS = [
     "generate_queries_openai.py",
@@ -38,6 +38,34 @@ def test_each_script_is_a_program(script: str) -> None:
     assert done.stderr == ""
     wrong = run_process(script, "--no_such_flag")
     assert (wrong.returncode, wrong.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "inpars_lib.evaluation"])
+def test_an_error_of_a_flag_is_one_line_with_the_closest_flag(script: str) -> None:
+    files = {
+        "generate_queries_openai.py": ["--collection", "c", "--output", "o"],
+        "filter_queries_by_score.py": ["--input", "i", "--output", "o"],
+        "generate_triples_train.py": [
+            "--input",
+            "i",
+            "--output",
+            "o",
+            "--output_ids",
+            "d",
+            "--corpus",
+            "c",
+            "--run",
+            "r",
+        ],
+        "train_t5.py": ["--triples_train", "t", "--output_dir", "o"],
+        "rerank.py": ["--model", "m", "--queries", "q", "--corpus", "c", "--run", "r", "--output", "o"],
+        "inpars_lib.evaluation": ["--qrels", "q", "r"],
+    }[script]
+    flag = files[0]
+    done = run(script, *files, f"{flag}x", "1")
+    assert error_line(done, 2).endswith(f"Did you mean {flag}?")
+    assert done.stderr.count("\n") == 1
+    assert "Did you mean" not in error_line(run(script, *files, "--zzzzzz"), 2)
 
 
 def test_help_loads_no_heavy_library() -> None:
