@@ -100,7 +100,8 @@ def test_the_rest_of_an_unquoted_header_is_not_printed(collection: Path, openai_
     args = ["--header", "Authorization=Bearer", "SECRET"]
     assert "SECRET" not in error_line(generate(collection, openai_server.url, *args), 2)
     unknown = error_line(generate(collection, openai_server.url, "--nonsense=1", "word"), 2)
-    assert unknown.endswith("unrecognized arguments: --nonsense")
+    assert "unrecognized arguments: --nonsense" in unknown
+    assert "word" not in unknown
 
 
 @pytest.mark.parametrize(
