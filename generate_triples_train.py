@@ -13,8 +13,8 @@ Writes  OUTPUT, triples as TSV: query, positive document, negative document (tex
 --index is a folder with a Lucene index, a prebuilt index of Pyserini, or a path that does not exist yet, at which the
 corpus is then indexed. No Java has to be installed. --run replaces the index by a run of any first stage, whose query
 ids are lines of the input, counted from 0 (docs/first-stage.md). Negatives are sampled from the hits at ranks
---min_rank to --max_hits. A document with the positive's text is never a negative. After a kill, run the same command
-again to resume.
+--min_rank to --max_hits. The source document is never a negative, nor is a document with its text, so --remove_query
+of other commands is not needed here. After a kill, run the same command again to resume.
 """
 
 import argparse

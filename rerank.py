@@ -24,6 +24,7 @@ from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, between, run_script, script_parser, warn
 from inpars_lib.evaluation import MEASURES, add_measure_flags, check_threshold, comparison_table, evaluate_per_query
 from inpars_lib.files import atomic_write, exclusive, is_special
+from inpars_lib.first_stage import add_remove_query_flag, advise_remove_query
 from inpars_lib.formats.qrels import read_qrels
 from inpars_lib.formats.records import ScoredDoc
 from inpars_lib.formats.runs import read_run, rerank_hits, write_run
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plot", metavar="PNG", help="plot of each query's gain in nDCG@10 to write, or in the first of --measures if "
         "nDCG@10 is none of them; needs --qrels")  # fmt: skip
     add_measure_flags(add)
+    add_remove_query_flag(add)
     add(
         "--interpolation_weight",
         type=interpolation_weight,
@@ -117,7 +119,8 @@ def search(args: argparse.Namespace, topics: Mapping[str, str], k: int) -> Itera
     config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
     searcher = bm25.open_index(args.index, args.corpus, config)
     found = False
-    for query_id, hits in searcher.search(topics, k):
+    find = searcher.search_without_query if args.remove_query else searcher.search
+    for query_id, hits in find(topics, k):
         if hits:
             found = True
             yield query_id, hits
@@ -132,7 +135,8 @@ def first_stage(
 ) -> dict[str, Sequence[ScoredDoc]]:
     """Return the hits to rerank by query id, in the order of the topics."""
     if args.run:
-        run = read_run(args.run, topics, desc="Reading the run" if group.rank == 0 else None)
+        bar = "Reading the run" if group.rank == 0 else None
+        run = read_run(args.run, topics, bar, args.remove_query)
         if not run:
             raise InputError(f"{args.run}: no hits for any query of {args.queries}. Pass the run of these topics.")
     elif args.dry_run:
@@ -144,8 +148,10 @@ def first_stage(
             write_run(path, (hit for _, hits in found for hit in hits), tag="bm25")
         group.barrier()
         run = read_run(path, topics)
-    if len(run) < len(topics) and group.rank == 0:
-        warn(f"{len(topics) - len(run):,} of {len(topics):,} queries have no hits and will have no ranking.")
+    if group.rank == 0:
+        if len(run) < len(topics):
+            warn(f"{len(topics) - len(run):,} of {len(topics):,} queries have no hits and will have no ranking.")
+        advise_remove_query(run, topics, args.corpus)
     return {query_id: run[query_id] for query_id in topics if query_id in run}
 
 

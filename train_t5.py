@@ -34,6 +34,7 @@ from inpars_lib.bm25.config import BM25Config
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
 from inpars_lib.evaluation import MEASURES, add_measure_flags, check_threshold, format_value
 from inpars_lib.files import exclusive, file_sha256, resolve_output
+from inpars_lib.first_stage import add_remove_query_flag, advise_remove_query
 from inpars_lib.processes import ProcessGroup
 from inpars_lib.resume import add_restart_flag
 from inpars_lib.training.checkpoints import RECORD, UNFINISHED, DataFile, TrainingFolder, check_inputs
@@ -98,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--holdout", help="held-out synthetic queries instead of --queries and --qrels")
     add("--index", help="BM25 index to retrieve hits for --holdout, if there is no --run")
     add_measure_flags(add)
+    add_remove_query_flag(add)
     add("--max_eval_queries", type=int, default=-1, help="use the first judged queries only (default: all)")
     add("--max_eval_docs_per_query", type=at_least(1), default=100, help="hits per query to rerank "
         "(default: %(default)s)")  # fmt: skip
@@ -151,6 +153,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
         parser.error("--per_device_train_batch_size must be even: a triple is a positive and a negative example")
     if bool(args.token_true) != bool(args.token_false):
         parser.error("--token_true and --token_false need each other")
+    if args.remove_query and not args.queries:
+        parser.error("--remove_query needs --queries")
     if args.restart and args.resume_from_checkpoint:
         parser.error("--restart deletes the checkpoints, so it excludes --resume_from_checkpoint CHECKPOINT")
     args.output_dir = resolve_output(args.output_dir)
@@ -163,7 +167,8 @@ def read_dev(args: argparse.Namespace, threshold: int) -> DevSet | None:
     if args.holdout:
         dev = read_held_out_queries(args.holdout, args.index, None, BM25Config(), k, args.run).first(n)
     elif args.queries:
-        dev = read_judged_queries(args.queries, args.qrels, args.run, n, k)
+        dev = read_judged_queries(args.queries, args.qrels, args.run, n, k, args.remove_query)
+        advise_remove_query(dev.run, dev.topics, args.corpus)
     else:
         return None
     check_threshold(dev.qrels, threshold, args.holdout or args.qrels, args.select_by, args.measures)

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from inpars_lib.cli import InputError, at_least, report, run_script, script_parser, warn
+from inpars_lib.first_stage import add_remove_query_flag
 from inpars_lib.formats.qrels import read_qrels
 from inpars_lib.formats.records import Qrel
 from inpars_lib.formats.runs import Run, read_run, trec_order
@@ -218,13 +219,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs: TREC, MS MARCO or ColBERT format")
     parser.add_argument("--qrels", required=True, help="judgements")
     add_measure_flags(parser.add_argument)
+    add_remove_query_flag(parser.add_argument)
     args = parser.parse_args(argv)
     qrels = list(read_qrels(args.qrels))
     check_threshold(qrels, args.relevance_threshold, args.qrels, measures=args.measures)
     judged = {qrel.query_id for qrel in qrels}
     evaluated = []
     for path in args.runs:
-        run = read_run(path)
+        run = read_run(path, remove_query=args.remove_query)
         found = len(run.keys() & judged)
         if not found:
             raise InputError(f"{path}: none of the {len(run):,} queries is judged in {args.qrels}. Pass another run.")

@@ -1,16 +1,18 @@
 """What a first stage is, and the runs of other systems: SPLADE, dense retrieval or anything else instead of BM25."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
-from inpars_lib.cli import InputError
+from inpars_lib.cli import InputError, report
 from inpars_lib.files import file_sha256
+from inpars_lib.formats.collection import read_collection
 from inpars_lib.formats.lines import count_lines
 from inpars_lib.formats.records import ScoredDoc, SyntheticQuery
-from inpars_lib.formats.runs import RankedList, read_run
+from inpars_lib.formats.runs import RankedList, Run, read_run
 
+OWN_RANKS = 10  # a document with the text of the query is among the first hits of any first stage
 BLOCK = 1024  # synthetic queries that a first stage takes at a time
 
 
@@ -28,6 +30,28 @@ class FirstStage(Protocol):
             k: Hits per query.
             bar: Show a progress bar.
         """
+
+
+def add_remove_query_flag(add: Callable[..., Any]) -> None:
+    """Add --remove_query with the `add_argument` of a parser or of a group."""
+    text = "drop hits whose document id is the query id, for collections whose documents are the queries, as BEIR "
+    add("--remove_query", action="store_true", help=text + "does for ArguAna and Quora")
+
+
+def advise_remove_query(run: Run, topics: Mapping[str, str], corpus: str) -> None:
+    """Print advice if a first hit has the id and the text of its query.
+
+    Args:
+        run: Hits by query id.
+        topics: Query text by query id.
+        corpus: The collection. It is read only if some hit has the id of its query.
+    """
+    own = {query_id for query_id, hits in run.items() for hit in hits[:OWN_RANKS] if hit.doc_id == query_id}
+    documents = read_collection(corpus, own) if own else ()
+    same = [doc.doc_id for doc in documents if doc.text.endswith(topics[doc.doc_id])]  # behind a title perhaps
+    if same:
+        problem = f"for {len(same):,} of {len(run):,} queries a hit has the query's id and text, {same[0]} for example"
+        report(f"{corpus}: {problem}. --remove_query drops these hits.")
 
 
 def search_in_blocks(

@@ -15,6 +15,7 @@ from inpars_lib.bm25.index import build_index
 from inpars_lib.bm25.search import open_index
 from inpars_lib.cli import InputError, at_least, run_script, script_parser
 from inpars_lib.files import atomic_write, check_paths, claimed, resolve_output
+from inpars_lib.first_stage import add_remove_query_flag
 from inpars_lib.formats.folders import beir_file, collection_files
 from inpars_lib.formats.runs import run_lines
 from inpars_lib.formats.topics import read_topics
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = "run to write, TREC format, or - for standard output"
     retrieve.add_argument("--output", type=resolve_output, required=True, help=output)
     retrieve.add_argument("--hits", type=at_least(1), default=1000, help="hits per query (default: %(default)s)")
+    add_remove_query_flag(retrieve.add_argument)
     add_search_flags(retrieve)
     args = parser.parse_args(argv)
     config = BM25Config(args.threads, args.k1, args.b, args.language)
@@ -48,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with claimed(inputs, {"--output": args.output}):
         topics = read_topics(args.topics)
         searcher = open_index(args.index, None, config)
+        search = searcher.search_without_query if args.remove_query else searcher.search
         with atomic_write(args.output) as file:
-            for _, hits in searcher.search(topics, args.hits):
+            for _, hits in search(topics, args.hits):
                 file.writelines(run_lines(hits, tag="bm25"))
                 total += len(hits)
                 without += not hits

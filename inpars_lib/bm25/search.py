@@ -17,7 +17,7 @@ from inpars_lib.bm25.lucene import analyzer_languages, lucene_errors, start_luce
 from inpars_lib.cli import InputError, report
 from inpars_lib.formats.lines import tsv_line
 from inpars_lib.formats.records import ScoredDoc
-from inpars_lib.formats.runs import RankedList, read_anserini_run
+from inpars_lib.formats.runs import RankedList, read_anserini_run, without_query
 
 BLOCK = 256  # queries that Lucene answers at a time, which is one step of the progress bar
 # The language in the name of a prebuilt index; `-en`: documents that were translated into English
@@ -72,6 +72,11 @@ class BM25Searcher:
                 for number, (query_id, _) in enumerate(block):
                     yield query_id, RankedList(query_id, *found.get(str(number), ([], [])))
                 progress.update(len(block))
+
+    def search_without_query(self, queries: Mapping[str, str], k: int) -> Iterator[tuple[str, Sequence[ScoredDoc]]]:
+        """Yield (query id, first `k` hits, best first), without documents that have the id of their query."""
+        for query_id, hits in self.search(queries, k + 1):
+            yield query_id, without_query(query_id, hits)[:k]
 
     def _search_block(self, texts: list[str], k: int, folder: str) -> dict[str, tuple[list[str], list[float]]]:
         """Return ids and scores of the hits by number of the query. Queries without a hit are absent."""

@@ -16,7 +16,7 @@ RUN_SCORE = ".9g"  # of the scores in a run: enough digits for every float32
 
 
 def read_run(
-    path: str, query_ids: Collection[str] | None = None, desc: str | None = None
+    path: str, query_ids: Collection[str] | None = None, desc: str | None = None, remove_query: bool = False
 ) -> dict[str, Sequence[ScoredDoc]]:
     """Return the hits of a run by query, best first: by score, ties by the rank in the file.
 
@@ -27,6 +27,7 @@ def read_run(
         path: The run.
         query_ids: Queries to keep, or None for all.
         desc: Label of a progress bar, or None for no bar.
+        remove_query: Drop hits whose document id is the query id.
 
     Raises:
         InputError: No line is usable, a query lists a document twice, or the meaning of a column is ambiguous.
@@ -74,7 +75,11 @@ def read_run(
         if len(set(doc_ids)) < len(doc_ids):
             raise InputError(f"{path}: query {query_id} lists a document twice. Keep one line per query and document.")
         order = sorted(range(len(doc_ids)), key=lambda i: (-scores[i], ranks[i]))
-        run[query_id] = RankedList(query_id, [doc_ids[i] for i in order], (scores[i] for i in order))
+        hits: Sequence[ScoredDoc] = RankedList(query_id, [doc_ids[i] for i in order], (scores[i] for i in order))
+        if remove_query:
+            hits = without_query(query_id, hits)
+        if hits:
+            run[query_id] = hits
     return run
 
 
@@ -123,6 +128,15 @@ class RankedList(Sequence[ScoredDoc]):
 
 
 Run = Mapping[str, Sequence[ScoredDoc]]
+
+
+def without_query(query_id: str, hits: Sequence[ScoredDoc]) -> Sequence[ScoredDoc]:
+    """Return the hits of a query without the document that has the query's id.
+
+    In ArguAna, for example, the queries are documents of the collection, and BEIR's evaluation drops these hits.
+    """
+    kept = [hit for hit in hits if hit.doc_id != query_id]
+    return RankedList(query_id, [hit.doc_id for hit in kept], (hit.score for hit in kept))
 
 
 def trec_order(hit: ScoredDoc) -> tuple[float, str]:

@@ -88,7 +88,9 @@ def read_held_out_queries(
     return DevSet(topics, found, [Qrel(query_id, row.doc_id, 1) for query_id, row in rows.items()])
 
 
-def read_judged_queries(queries: str, qrels: str, run: str, max_queries: int, k: int) -> DevSet:
+def read_judged_queries(
+    queries: str, qrels: str, run: str, max_queries: int, k: int, remove_query: bool = False
+) -> DevSet:
     """Read judged topics and the first `k` hits of each.
 
     Args:
@@ -97,6 +99,7 @@ def read_judged_queries(queries: str, qrels: str, run: str, max_queries: int, k:
         run: First-stage run.
         max_queries: Use the first judged queries only; a negative number for all.
         k: Hits per query.
+        remove_query: Drop hits whose document id is the query id.
 
     Raises:
         InputError: The files do not belong together.
@@ -107,7 +110,8 @@ def read_judged_queries(queries: str, qrels: str, run: str, max_queries: int, k:
     if not topics:
         raise InputError(f"{qrels}: no query of {queries} is judged here. Use topics and qrels of one collection.")
     dev = DevSet(topics, {}, judged).first(max_queries)
-    hits = {query_id: found[:k] for query_id, found in read_run(run, dev.topics).items()}
+    found = read_run(run, dev.topics, remove_query=remove_query)
+    hits = {query_id: of_query[:k] for query_id, of_query in found.items()}
     if not hits:
         raise InputError(
             f"{run}: no hits for any of the {len(dev.topics):,} judged queries of {queries}. This run belongs to other "
