@@ -300,19 +300,15 @@ def filter_queries(args: argparse.Namespace, log_path: str | None) -> None:
         raise InputError(f"{args.input}: every row was dropped ({reasons}). {action}")
 
     # 2. The outputs, which appear together
-    outputs = [(args.output, "w")]
-    if args.plot:
-        outputs.append((args.plot, "wb"))
-    if args.sample_html:
-        outputs.append((args.sample_html, "w"))
-    with write_together(*outputs) as files:
-        files[0].writelines(with_score(row.line_text, row.score) for row in kept)
-        if args.plot:
+    outputs = (args.output, "w"), (args.plot, "wb"), (args.sample_html, "w")
+    with write_together(*outputs) as [output, plot, page]:
+        output.writelines(with_score(row.line_text, row.score) for row in kept)
+        if plot:
             bins = Counter(outcome.bin_of(row.score) for row in kept)
-            plot_histogram(files[1], outcome.bins, bins, outcome.bin_width, kept[-1].score, args.scoring_function)
-        if args.sample_html:
+            plot_histogram(plot, outcome.bins, bins, outcome.bin_width, kept[-1].score, args.scoring_function)
+        if page:
             summary = f"{len(kept):,} rows of {args.input} were kept. The score is {args.scoring_function}."
-            outcome.sample.write(files[-1], {-row.minus_line for row in kept}, summary, examples)
+            outcome.sample.write(page, {-row.minus_line for row in kept}, summary, examples)
     if log_path and os.path.exists(log_path):
         os.remove(log_path)
 

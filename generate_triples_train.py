@@ -22,7 +22,7 @@ import hashlib
 import heapq
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 from inpars_lib import bm25
@@ -37,7 +37,8 @@ from inpars_lib.negatives import SampledHits, Sampling, sample_negatives
 from inpars_lib.resume import ResumeLog, add_restart_flag
 from inpars_lib.spool import ABSENT, SpooledQueries, SpooledTexts
 
-SIDECARS = (".negatives.jsonl", ".holdout.jsonl", ".holdout.run.txt")  # suffixes of files beside --output
+# Suffixes of files beside --output
+LOG, HELD_OUT, HELD_OUT_RUN = ".negatives.jsonl", ".holdout.jsonl", ".holdout.run.txt"
 MRR_DEPTH = 10
 EXPECTED_RECALL = 0.1  # a first stage that retrieves fewer source documents is suspicious
 
@@ -199,13 +200,11 @@ def write_rows(
     return f"{triples:,} triples; {unserved:,} queries without a usable hit"
 
 
-def write_held_out(held_out: SpooledQueries, run: QueryRun | None, files: Sequence[IO[str]]) -> None:
-    """Write the held-out queries and, with a run, their hits. The query id is the line in the new file."""
-    files[0].writelines(query.line_text + "\n" for query in held_out)
-    if run:
-        found = (run.hits.get(str(query.line), ()) for query in held_out)
-        hits = (hit._replace(query_id=str(line)) for line, of_query in enumerate(found) for hit in of_query)
-        files[1].writelines(run_lines(hits, tag="first-stage"))
+def held_out_run(held_out: SpooledQueries, run: QueryRun) -> Iterator[str]:
+    """Yield the lines of the run of the held-out queries. The query id is the line in the new file."""
+    for line, query in enumerate(held_out):
+        hits = run.hits.get(str(query.line), ())
+        yield from run_lines((hit._replace(query_id=str(line)) for hit in hits), tag="first-stage")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -218,7 +217,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--index": args.index,
     }
     outputs = {"--output": args.output, "--output_ids": args.output_ids}
-    with claimed(inputs, outputs, {f"the {suffix} file": args.output + suffix for suffix in SIDECARS}):
+    with claimed(
+        inputs, outputs, {f"the {suffix} file": args.output + suffix for suffix in (LOG, HELD_OUT, HELD_OUT_RUN)}
+    ):
         write_triples(args)
 
 
@@ -237,21 +238,25 @@ def write_triples(args: argparse.Namespace) -> None:
     config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
     first_stage = run or bm25.open_index(args.index, args.corpus, config)
     sampling = Sampling(args.max_hits, args.min_rank, args.n_samples, args.seed)
-    log = sample_negatives(queries, first_stage, sampling, f"{args.output}.negatives.jsonl", args.restart)
+    log = sample_negatives(queries, first_stage, sampling, args.output + LOG, args.restart)
     report_first_stage(args, queries, log, run)
 
     # 3. The texts of the negatives
     texts = read_wanted_texts(args, queries, log, folder)
 
     # 4. The triples, and the held-out queries that belong to them
-    held_out_path, held_out_run_path = f"{args.output}.holdout.jsonl", f"{args.output}.holdout.run.txt"
-    written = {held_out_path: bool(held_out), held_out_run_path: bool(held_out and run)}
-    paths = [args.output, args.output_ids, *(path for path, is_new in written.items() if is_new)]
-    stale = [path for path, is_new in written.items() if not is_new and os.path.exists(path)]
-    with write_together(*[(path, "w") for path in paths], stale=stale) as [output, output_ids, *held_out_files]:
+    held_out_path = args.output + HELD_OUT if held_out else None
+    held_out_run_path = args.output + HELD_OUT_RUN if held_out and run else None
+    outputs = args.output, args.output_ids, held_out_path, held_out_run_path
+    earlier = [args.output + suffix for suffix in (HELD_OUT, HELD_OUT_RUN)]
+    stale = [path for path in earlier if path not in outputs and os.path.exists(path)]
+    with write_together(*((path, "w") for path in outputs), stale=stale) as files:
+        output, output_ids, queries_file, run_file = files
         summary = write_rows(args, queries, log, texts, output, output_ids)
-        if held_out:
-            write_held_out(held_out, run, held_out_files)
+        if queries_file:
+            queries_file.writelines(query.line_text + "\n" for query in held_out)
+        if run_file:
+            run_file.writelines(held_out_run(held_out, run))
     log.delete()
     for path in stale:
         print(f"{path}: deleted, because it belonged to the triples that this run has replaced", file=sys.stderr)

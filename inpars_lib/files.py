@@ -143,23 +143,27 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def write_together(*outputs: tuple[str, str], stale: Sequence[str] = ()) -> Iterator[list[IO[Any]]]:
+def write_together(*outputs: tuple[str | None, str], stale: Sequence[str] = ()) -> Iterator[list[Any]]:
     """Open several files of one result, which appear when the block ends without an error.
 
     A kill leaves the old files, the new ones, or some missing, but never old and new ones side by side.
 
     Args:
-        outputs: Path and mode of each file, as `atomic_write` takes them. The first is the last to appear.
+        outputs: Path and mode of each file, as `atomic_write` takes them. The first is the last to appear. A path that
+            is None stands for a file that is not wanted.
         stale: Files that belong to the old ones and are deleted with them.
 
     Yields:
-        The open files, in the order of `outputs`.
+        The open files, in the order of `outputs`, None for each that is not wanted.
     """
     moves: dict[str, str] = {}  # target by unfinished file
     try:
         with ExitStack() as stack:
-            files = []
+            files: list[IO[Any] | None] = []
             for path, mode in outputs:
+                if path is None:
+                    files.append(None)
+                    continue
                 if resolve_output(path) == "-" or is_special(path):
                     files.append(stack.enter_context(open_output(path, path, mode)))
                     continue
