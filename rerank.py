@@ -11,35 +11,47 @@ Writes  OUTPUT, the reranked run (TREC); with --index also the first stage, OUTP
     torchrun --nproc_per_node=4 -- rerank.py ...        # on 4 GPUs: the same run, byte for byte
 
 Hits below the first --top_k keep their order, below the reranked ones. Scores are saved as they are computed, in
-OUTPUT.scores. After a kill, run the same command again to resume.
+OUTPUT.scores.jsonl. After a kill, run the same command again to resume.
 """
 
 import argparse
+import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from itertools import chain
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, between, run_script, script_parser, warn
-from inpars_lib.evaluation import MEASURES, add_measure_flags, check_threshold, comparison_table, evaluate_per_query
-from inpars_lib.files import atomic_write, exclusive, is_special
+from inpars_lib.evaluation import (
+    MEASURES,
+    MeasureValues,
+    add_measure_flags,
+    check_threshold,
+    comparison_table,
+    evaluate_per_query,
+)
+from inpars_lib.files import check_paths, exclusive, is_special, resolve_output, write_together
 from inpars_lib.first_stage import add_remove_query_flag, advise_remove_query
+from inpars_lib.formats.collection import collection_paths
 from inpars_lib.formats.qrels import read_qrels
-from inpars_lib.formats.records import ScoredDoc
-from inpars_lib.formats.runs import read_run, rerank_hits, write_run
+from inpars_lib.formats.records import Qrel
+from inpars_lib.formats.runs import Run, read_run, rerank_hits, run_lines
 from inpars_lib.formats.topics import read_topics
 from inpars_lib.interpolation import best_weight, interpolate, interpolation_curve
 from inpars_lib.plots import plot_gains
 from inpars_lib.processes import ProcessGroup
+from inpars_lib.rerankers.base import Reranker
 from inpars_lib.rerankers.scoring import (
-    PairBlocks,
-    ScoreStore,
+    PairBlock,
+    ScoredBlock,
     estimate_cost,
     files_fingerprint,
+    make_blocks,
+    read_scores,
     score_blocks,
-    scores_by_query,
 )
+from inpars_lib.resume import ResumeLog, add_restart_flag
 from inpars_lib.training.dev_set import DevSet, read_held_out_queries
 
 FIRST_STAGE_HITS = 1000  # BM25 hits per query with --index; those below --top_k keep their order
@@ -89,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--token_false", help="T5-like and causal models: target word for not relevant (default: the model's own)")
     add("--instruction", metavar="TEXT", help="causal models: task that the model reads before the query (default: "
         "Given a web search query, retrieve relevant passages that answer the query)")  # fmt: skip
+    add_restart_flag(add)
     bm25.add_search_flags(parser)
     return parser
 
@@ -103,7 +116,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--run or --index is required")
     if args.interpolation_weight is None and not (args.holdout and (args.holdout_run or args.index)):
         parser.error("--interpolation_weight auto needs --holdout, and --holdout_run or --index for its hits")
-    if is_special(args.output):
+    args.output = resolve_output(args.output)
+    if args.output == "-" or is_special(args.output):
         parser.error(f"--output {args.output}: scores are saved beside the run, so name a file")
     if [args.queries, args.run, args.qrels, args.holdout, args.holdout_run].count("-") > 1:
         parser.error("only one input can be `-`, standard input")
@@ -114,40 +128,87 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def search(args: argparse.Namespace, topics: Mapping[str, str], k: int) -> Iterator[tuple[str, Sequence[ScoredDoc]]]:
-    """Yield the BM25 hits of each query that has any."""
-    config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
-    searcher = bm25.open_index(args.index, args.corpus, config)
-    found = False
+def first_stage_path(args: argparse.Namespace) -> str | None:
+    """Return where the first stage is written, None if --run already is one."""
+    return None if args.run else f"{args.output}.bm25.txt"
+
+
+def log_path(args: argparse.Namespace) -> str:
+    """Return where scores are saved until the run is complete."""
+    return f"{args.output}.scores.jsonl"
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Check that no output is an input or another output."""
+    inputs = {
+        "--model": args.model,
+        "--queries": args.queries,
+        "--corpus": collection_paths(args.corpus),
+        "--run": args.run,
+        "--index": args.index,
+        "--qrels": args.qrels,
+        "--holdout": args.holdout,
+        "--holdout_run": args.holdout_run,
+    }
+    outputs = {
+        "--output": args.output,
+        "--plot": args.plot,
+        "first stage": first_stage_path(args),
+        "log of scores": log_path(args),
+        "lock": f"{args.output}.lock",
+    }
+    check_paths(inputs, outputs)
+
+
+def search_config(args: argparse.Namespace) -> bm25.BM25Config:
+    """Return how to search --index."""
+    return bm25.BM25Config(args.threads, args.k1, args.b, args.language)
+
+
+def judged_topics(args: argparse.Namespace, group: ProcessGroup) -> tuple[dict[str, str], list[Qrel]]:
+    """Return the topics to rerank and their judgements, if there are any."""
+    topics = read_topics(args.queries)
+    if not args.qrels:
+        return topics, []
+    qrels = [qrel for qrel in read_qrels(args.qrels) if qrel.query_id in topics]
+    if not qrels:
+        raise InputError(f"{args.qrels}: no query of {args.queries} is judged here. Use files of one collection.")
+    judged = {qrel.query_id for qrel in qrels}
+    if group.rank == 0:
+        check_threshold(qrels, args.relevance_threshold, args.qrels, measures=args.measures)
+    if args.judged_only:
+        topics = {query_id: text for query_id, text in topics.items() if query_id in judged}
+    elif len(judged) < len(topics) and group.rank == 0:
+        listed = f"{len(judged):,} of {len(topics):,} queries are judged"
+        print(f"{args.qrels}: {listed}; --judged_only reranks only these", file=sys.stderr)
+    return topics, qrels
+
+
+def search(args: argparse.Namespace, topics: Mapping[str, str]) -> Run:
+    """Return the BM25 hits of each query that has any."""
+    searcher = bm25.open_index(args.index, args.corpus, search_config(args))
     find = searcher.search_without_query if args.remove_query else searcher.search
-    for query_id, hits in find(topics, k):
-        if hits:
-            found = True
-            yield query_id, hits
-    if not found:
+    found = find(topics, max(args.top_k, FIRST_STAGE_HITS))
+    run = {query_id: hits for query_id, hits in found if hits}
+    if not run:
         raise InputError(
             f"{args.index}: none of the {len(topics):,} queries has a hit. Pass the index of the topics' collection."
         )
+    return run
 
 
-def first_stage(
-    args: argparse.Namespace, topics: Mapping[str, str], group: ProcessGroup
-) -> dict[str, Sequence[ScoredDoc]]:
+def first_stage(args: argparse.Namespace, topics: Mapping[str, str], group: ProcessGroup) -> Run:
     """Return the hits to rerank by query id, in the order of the topics."""
+    run: Run = {}
     if args.run:
         bar = "Reading the run" if group.rank == 0 else None
         run = read_run(args.run, topics, bar, args.remove_query)
         if not run:
             raise InputError(f"{args.run}: no hits for any query of {args.queries}. Pass the run of these topics.")
-    elif args.dry_run:
-        run = dict(search(args, topics, args.top_k))
     else:
-        path = f"{args.output}.bm25.txt"
         if group.rank == 0:
-            found = search(args, topics, max(args.top_k, FIRST_STAGE_HITS))
-            write_run(path, (hit for _, hits in found for hit in hits), tag="bm25")
-        group.barrier()
-        run = read_run(path, topics)
+            run = search(args, topics)
+        run = group.broadcast(run)
     if group.rank == 0:
         if len(run) < len(topics):
             warn(f"{len(topics) - len(run):,} of {len(topics):,} queries have no hits and will have no ranking.")
@@ -155,39 +216,8 @@ def first_stage(
     return {query_id: run[query_id] for query_id in topics if query_id in run}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Retrieve, score, interpolate, write the run, evaluate."""
-    args = parse_args(argv)
-    group = ProcessGroup.from_environment()
-    writes = group.rank == 0 and not args.dry_run
-    with exclusive(args.output) if writes else nullcontext():
-        rerank(args, group)
-    group.close()
-
-
-def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
-    """Do the work of `main` while no other process writes the output."""
-    # 1. The topics and their first stage
-    topics = read_topics(args.queries)
-    qrels = [qrel for qrel in read_qrels(args.qrels) if qrel.query_id in topics] if args.qrels else []
-    if args.qrels and not qrels:
-        raise InputError(f"{args.qrels}: no query of {args.queries} is judged here. Use files of one collection.")
-    judged = {qrel.query_id for qrel in qrels}
-    if qrels and group.rank == 0:
-        check_threshold(qrels, args.relevance_threshold, args.qrels, measures=args.measures)
-    if args.judged_only:
-        topics = {query_id: text for query_id, text in topics.items() if query_id in judged}
-    elif qrels and len(judged) < len(topics) and group.rank == 0:
-        listed = f"{len(judged):,} of {len(topics):,} queries are judged"
-        print(f"{args.qrels}: {listed}; --judged_only reranks only these", file=sys.stderr)
-    run = first_stage(args, topics, group)
-    held_out = DevSet()
-    if args.interpolation_weight is None:
-        config = bm25.BM25Config(args.threads, args.k1, args.b, args.language)
-        files = args.holdout, args.index, args.corpus
-        held_out = read_held_out_queries(*files, config, args.top_k, args.holdout_run)
-
-    # 2. The model's scores, of the held-out queries first
+def load(args: argparse.Namespace, group: ProcessGroup) -> Reranker:
+    """Return the model, in one precision for all processes."""
     from inpars_lib.rerankers.load import choose_dtype, default_device, load_reranker
 
     device = default_device(group.local_rank) if args.device in (None, "cuda") else args.device
@@ -195,69 +225,118 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
         args.model,
         max_length=args.max_length,
         device=device,
-        dtype=group.broadcast(choose_dtype(args.dtype, device)),  # one precision for the whole run
+        dtype=group.broadcast(choose_dtype(args.dtype, device)),
         targets=(args.token_true, args.token_false) if args.token_true else None,
         instruction=args.instruction,
     )
     reranker.batch_tokens = args.batch_tokens
-    blocks = PairBlocks({**held_out.topics, **topics}, {**held_out.run, **run}, args.top_k)
-    if args.dry_run:
-        print(estimate_cost(reranker, blocks, args.corpus))
-        return
-    settings = {
+    return reranker
+
+
+def score_settings(args: argparse.Namespace, reranker: Reranker, blocks: Sequence[PairBlock]) -> dict[str, object]:
+    """Return everything that the scores of the topics' pairs depend on."""
+    pairs = hashlib.sha256(" ".join(block.fingerprint() for block in blocks).encode())
+    return {
         "model": args.model,
-        "files": files_fingerprint(args.model, args.corpus),
-        "pairs": blocks.fingerprint(),
-        "max_length": args.max_length,
+        "state of the files of model and collection": files_fingerprint(args.model, args.corpus),
+        "set of queries and hits": pairs.hexdigest(),
+        "max_length": reranker.max_length,
         "dtype": str(reranker.model.dtype),
         "batch_tokens": args.batch_tokens,
-        "targets": [args.token_true, args.token_false],
-        **({"instruction": args.instruction} if args.instruction else {}),
+        "token_true": args.token_true,
+        "token_false": args.token_false,
+        "instruction": reranker.instruction,
     }
-    store = ScoreStore(args.output, settings)
-    if group.rank == 0:
-        store.open()
-    group.barrier()
-    score_blocks(reranker, blocks, args.corpus, store, group)
-    if group.rank > 0:
-        return
-    store.check_complete(len(blocks))
-    scored = (pair for i in range(len(blocks)) for pair in scores_by_query(blocks[i], store.read(i)))
 
-    # 3. The interpolation weight
-    weight = args.interpolation_weight
-    held_out_scores = dict(islice(scored, len(held_out.run)))
-    if weight is None:
-        curve = interpolation_curve(held_out.run, held_out_scores, held_out.qrels)
-        weight = best_weight(curve)
-        if len(set(curve.values())) == 1:
-            warn(f"{args.holdout}: nDCG@10 is equal for all weights. Weight 0, the first stage alone, is used.")
-        listed = ", ".join(f"{w:g}: {value:.4f}" for w, value in curve.items())
-        print(
-            f"nDCG@10 on {len(held_out.qrels):,} held-out synthetic queries by interpolation weight: {listed}",
-            file=sys.stderr,
+
+def choose_weight(held_out: DevSet, scores: Mapping[str, Sequence[float]], source: str) -> float:
+    """Return the interpolation weight that is best for the held-out queries, and print the curve."""
+    curve = interpolation_curve(held_out.run, scores, held_out.qrels)
+    if len(set(curve.values())) == 1:
+        warn(f"{source}: nDCG@10 is equal for all weights. Weight 0, the first stage alone, is used.")
+    listed = ", ".join(f"{weight:g}: {value:.4f}" for weight, value in curve.items())
+    queries = f"{len(held_out.qrels):,} held-out synthetic queries"
+    print(f"nDCG@10 on {queries} by interpolation weight: {listed}", file=sys.stderr)
+    return best_weight(curve)
+
+
+def write_outputs(
+    args: argparse.Namespace, run: Run, reranked: Run, before: MeasureValues, after: MeasureValues
+) -> None:
+    """Write the reranked run, the first stage of --index and the plot, which belong together."""
+    outputs = [(args.output, "w")]
+    first_stage = first_stage_path(args)
+    if first_stage:
+        outputs.append((first_stage, "w"))
+    if args.plot:
+        outputs.append((args.plot, "wb"))
+    with write_together(*outputs) as files:
+        files[0].writelines(run_lines(chain.from_iterable(reranked.values()), tag="inpars"))
+        if first_stage:
+            files[1].writelines(run_lines(chain.from_iterable(run.values()), tag="bm25"))
+        if args.plot:
+            plotted = "nDCG@10" if "nDCG@10" in before else args.measures[0]
+            plot_gains(files[-1], before[plotted], after[plotted], plotted)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Retrieve, score, interpolate, evaluate, write."""
+    args = parse_args(argv)
+    check_files(args)
+    group = ProcessGroup.from_environment()
+    writes = group.rank == 0 and not args.dry_run
+    with exclusive(args.output) if writes else nullcontext():
+        rerank(args, group)
+        group.close()
+
+
+def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
+    """Do the work of `main` while no other process writes the output."""
+    # 1. The topics and their first stage; held-out queries for the interpolation weight
+    topics, qrels = judged_topics(args, group)
+    run = first_stage(args, topics, group)
+    held_out = DevSet()
+    if args.interpolation_weight is None:
+        held_out = read_held_out_queries(
+            args.holdout, args.index, args.corpus, search_config(args), args.top_k, args.holdout_run
         )
 
-    # 4. The run
-    rankings = (rerank_hits(run[q], interpolate(run[q], scores, weight)) for q, scores in scored)
-    write_run(args.output, (hit for ranking in rankings for hit in ranking), tag="inpars")
-    store.delete()
+    # 2. The model's scores
+    reranker = load(args, group)
+    blocks = make_blocks(topics, run, args.top_k)
+    all_blocks = make_blocks(held_out.topics, held_out.run, args.top_k) + blocks
+    if args.dry_run:
+        print(estimate_cost(reranker, all_blocks, args.corpus))
+        return
+    log = ResumeLog(log_path(args), score_settings(args, reranker, blocks), ScoredBlock, group.rank)
+    if group.rank == 0:
+        log.prepare(args.restart)
+    group.barrier()
+    score_blocks(reranker, all_blocks, args.corpus, log, group)
+    if group.rank > 0:
+        return
+    scores = read_scores(all_blocks, log)
+
+    # 3. The reranked hits, interpolated with the first stage
+    weight = args.interpolation_weight
+    if weight is None:
+        weight = choose_weight(held_out, scores, args.holdout)
+    reranked = {q: rerank_hits(hits, interpolate(hits, scores[q], weight)) for q, hits in run.items()}
+
+    # 4. The measures of both rankings
+    before = evaluate_per_query(qrels, run, args.relevance_threshold, args.measures)
+    after = evaluate_per_query(qrels, reranked, args.relevance_threshold, args.measures)
+
+    # 5. The run, its first stage and the plot; the table
+    write_outputs(args, run, reranked, before, after)
     pairs = sum(min(len(hits), args.top_k) for hits in run.values())
     interpolated = "" if weight == 1 else f", interpolated with weight {weight:g} (first stage {1 - weight:g})"
     print(f"{args.output}: {len(run):,} queries, {pairs:,} documents reranked{interpolated}", file=sys.stderr)
-
-    # 5. The table
-    if args.qrels:
-        print(f"{len(judged):,} judged queries, first {args.top_k} hits reranked by {args.model}{interpolated}\n")
-        before, after = (
-            evaluate_per_query(qrels, ranking, args.relevance_threshold, args.measures)
-            for ranking in (run, read_run(args.output, judged))
-        )
-        print(comparison_table(before, after))
-        if args.plot:
-            plotted = "nDCG@10" if "nDCG@10" in before else args.measures[0]
-            with atomic_write(args.plot, "wb") as file:
-                plot_gains(file, before[plotted], after[plotted], plotted)
+    if qrels:
+        judged = len({qrel.query_id for qrel in qrels})
+        print(f"{judged:,} judged queries, first {args.top_k} hits reranked by {args.model}{interpolated}\n")
+        print(comparison_table(before, after), flush=True)
+    log.delete()  # last, so that a full disk costs no scores
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -195,7 +195,7 @@ class Ablation:
         self.texts |= read_texts(str(self.corpus), {hit.doc_id for hits in dev.run.values() for hit in hits})
         scores = self.score(reranker, dev)
         source = {qrel.query_id: qrel.doc_id for qrel in dev.qrels}
-        first = {q for q, hits in scores.items() if max(hits, key=lambda doc_id: hits[doc_id]) == source[q]}
+        first = {q for q, values in scores.items() if dev.run[q][values.index(max(values))].doc_id == source[q]}
         lines = triples.read_text().split("\n")[:-1]
         numbers = [line.split("\t")[0] for line in (self.folder / "ids.tsv").read_text().splitlines()]
         pairs = [line.split("\t") for line in lines]
@@ -206,10 +206,11 @@ class Ablation:
         triples.write_text("".join(f"{lines[i]}\n" for i in kept))
         return [rows[int(number)] for number in dict.fromkeys(numbers[i] for i in kept)]
 
-    def score(self, reranker: Any, dev: DevSet) -> dict[str, dict[str, float]]:
-        hits = [hit for found in dev.run.values() for hit in found[:TOP_K]]
-        values = reranker.score([(dev.topics[hit.query_id], self.texts[hit.doc_id]) for hit in hits]).tolist()
-        return dict(scores_by_query(hits, values))
+    def score(self, reranker: Any, dev: DevSet) -> Mapping[str, Sequence[float]]:
+        """Return the scores of each query's first TOP_K hits."""
+        run = {query_id: hits[:TOP_K] for query_id, hits in dev.run.items()}
+        pairs = [(dev.topics[query_id], self.texts[hit.doc_id]) for query_id, hits in run.items() for hit in hits]
+        return scores_by_query(run, reranker.score(pairs))
 
     def measure(self, row: Row, seed: int) -> dict[str, Any]:
         """Train and evaluate one row.
@@ -231,7 +232,7 @@ class Ablation:
         ndcg = [self.ndcg(dev, self.score(reranker, dev)) for dev in self.topics]
         return {"queries": len(rows), "minutes": minutes, "auto": best_weight(curve), "ndcg": ndcg}
 
-    def ndcg(self, dev: DevSet, scores: dict[str, dict[str, float]]) -> dict[str, list[float]]:
+    def ndcg(self, dev: DevSet, scores: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
         by_weight = {}
         for weight in INTERPOLATION_WEIGHTS:
             run = {q: rerank_hits(hits, interpolate(hits, scores[q], weight)) for q, hits in dev.run.items()}

@@ -95,7 +95,7 @@ class QueryRun:
         return {"run": file_sha256(self.path)}
 
     def search(self, queries: Mapping[str, str], k: int, bar: bool = True) -> Iterator[tuple[str, RankedList]]:
-        """Yield (query id, first `k` hits, best first) in the order of `queries`. An id's last word is the line."""
+        """Yield (query id, first `k` hits, best first) in the order of `queries`, whose ids are lines."""
         for query_id in queries:
-            hits = self.hits.get(query_id.split()[-1], ())[:k]
+            hits = self.hits.get(query_id, ())[:k]
             yield query_id, RankedList(query_id, [hit.doc_id for hit in hits], (hit.score for hit in hits))

@@ -16,32 +16,28 @@ def z_normalize(values: Sequence[float]) -> list[float]:
     return [(value - mean) / deviation if deviation else 0.0 for value in values]
 
 
-def interpolate(hits: Sequence[ScoredDoc], scores: Mapping[str, float], weight: float) -> dict[str, float]:
-    """Return the linear interpolation of reranker and first-stage scores of a query, by doc_id.
+def interpolate(hits: Sequence[ScoredDoc], scores: Sequence[float], weight: float) -> Sequence[float]:
+    """Return the linear interpolation of reranker and first-stage scores of a query's reranked hits.
 
-    Both are z-normalized over the reranked documents of the query. A weight of 1 returns the reranker's scores as
-    they are.
+    Both are z-normalized over the reranked hits. A weight of 1 returns the reranker's scores as they are.
 
     Args:
-        hits: First-stage hits.
-        scores: Reranker score by doc_id.
+        hits: First-stage hits, best first.
+        scores: Reranker scores of the first hits.
         weight: Weight of the reranker, 0 to 1.
     """
     if weight == 1.0:
-        return dict(scores)
-    both = [hit for hit in hits if hit.doc_id in scores]
-    new, old = z_normalize([scores[hit.doc_id] for hit in both]), z_normalize([hit.score for hit in both])
-    return {hit.doc_id: weight * a + (1 - weight) * b for hit, a, b in zip(both, new, old, strict=True)}
+        return scores
+    new, old = z_normalize(scores), z_normalize([hit.score for hit in hits[: len(scores)]])
+    return [weight * a + (1 - weight) * b for a, b in zip(new, old, strict=True)]
 
 
-def interpolation_curve(
-    run: Run, scores: Mapping[str, Mapping[str, float]], qrels: Sequence[Qrel]
-) -> dict[float, float]:
+def interpolation_curve(run: Run, scores: Mapping[str, Sequence[float]], qrels: Sequence[Qrel]) -> dict[float, float]:
     """Return nDCG@10 by interpolation weight.
 
     Args:
         run: First-stage hits by query id.
-        scores: Reranker score by query id and doc_id.
+        scores: Reranker scores of the first hits by query id.
         qrels: Judgements.
     """
     curve = {}

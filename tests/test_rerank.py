@@ -1,23 +1,26 @@
 """Stage 5: reranked runs, kills, several processes, interpolation."""
 
 import csv
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROOT, SUBJECTS, command_of, error_line, kill_after, ok, rows, run, save_t5, write_rows
 from training_helpers import QUICK, dev, dev_but, train
 
+from inpars_lib.cli import InputError
 from inpars_lib.files import exclusive
 from inpars_lib.formats.collection import write_texts
 from inpars_lib.formats.records import Topic
 from inpars_lib.formats.runs import read_run
 from inpars_lib.rerankers.load import load_reranker
-from inpars_lib.rerankers.scoring import ScoreStore
+from inpars_lib.resume import ResumeLog
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,8 @@ def long_run(separable: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 def blocks(output: Path) -> int:
     """Return the number of finished blocks of a run."""
-    return sum(path.stem.isdigit() for path in output.parent.glob(f"{output.name}.scores/*/*.json"))
+    logs = output.parent.glob(f"{output.name}.scores.jsonl*")
+    return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in logs)
 
 
 @pytest.mark.slow
@@ -127,49 +131,144 @@ def test_kills_do_not_change_a_run(long_run: list[object], tiny_t5: Path, tmp_pa
     assert percent >= int(100 * finished / 25) > 0
 
 
-@pytest.mark.slow
-def test_scores_of_another_model_are_discarded(
-    separable: Path, long_run: list[object], tiny_t5: Path, tmp_path: Path
+def leave_scores(args: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rerank until all scores are saved, and no further."""
+    with monkeypatch.context() as patch:
+        patch.setattr("rerank.write_outputs", Mock(side_effect=InputError("stopped")))
+        assert error_line(run("rerank.py", *args)) == "error: stopped"
+
+
+def test_other_settings_are_refused(
+    separable: Path, long_run: list[object], tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    output, log = tmp_path / "run.txt", tmp_path / "run.txt.scores.jsonl"
+    args = ["--model", tiny_t5, *long_run, "--output", output]
+    leave_scores(args, monkeypatch)
+    saved = log.read_bytes()
     other = save_t5(tmp_path / "other", (separable / "triples.tsv").read_text().splitlines()[:50])
-    for model, name in ((tiny_t5, "one.txt"), (other, "two.txt")):
-        ok(run("rerank.py", "--model", model, *long_run, "--output", tmp_path / name))
-    assert (tmp_path / "one.txt").read_bytes() != (tmp_path / "two.txt").read_bytes()
-    command = command_of("rerank.py", "--model", other, *long_run, "--output", tmp_path / "run.txt")
-    kill_after(command, lambda: blocks(tmp_path / "run.txt"), 5)
-    ok(run("rerank.py", "--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"))
-    assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "one.txt").read_bytes()
+    for flags, difference in (
+        (["--max_length", 63], "max_length 64, now 63"),
+        (["--batch_tokens", 999], "batch_tokens null, now 999"),
+        (["--token_true", "tides", "--token_false", "bees"], 'token_true null, now "tides"'),
+        (["--top_k", 3], "the set of queries and hits differs"),
+        (["--model", other], "the state of the files of model and collection differs"),
+    ):
+        refused = error_line(run("rerank.py", *args, *flags))
+        assert "run.txt.scores.jsonl: made with other settings" in refused
+        assert difference in refused
+        assert log.read_bytes() == saved
+    ok(run("rerank.py", "--model", other, *long_run, "--output", output, "--restart"))
+    assert not log.exists()
+    ok(run("rerank.py", "--model", other, *long_run, "--output", tmp_path / "two.txt"))
+    assert output.read_bytes() == (tmp_path / "two.txt").read_bytes()
+
+
+def test_what_decides_no_score_may_change_on_resume(
+    separable: Path, tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are saved for another interpolation weight, other judgements and other measures too."""
+    output = tmp_path / "run.txt"
+    args = ["--model", tiny_t5, *dev(separable), "--max_length", 64, "--output"]
+    leave_scores([*args, output], monkeypatch)
+    few = tmp_path / "few.txt"
+    few.write_text((separable / "qrels.txt").read_text()[:200])
+    held = [{"doc_id": f"p{i}-0", "doc_text": "x", "question": "what are tides", "log_probs": [-1]} for i in range(2)]
+    (tmp_path / "held.run").write_text("0 Q0 p0-0 1 1.0 x\n1 Q0 p1-0 1 1.0 x\n1 Q0 n1-0 2 0.5 x\n")
+    auto = ["--interpolation_weight", "auto", "--holdout_run", tmp_path / "held.run"]
+    auto += ["--holdout", write_rows(tmp_path / "held.jsonl", held)]
+    for flags in (["--interpolation_weight", 0.5], ["--qrels", few, "--measures", "AP"], auto):
+        log = (tmp_path / "run.txt.scores.jsonl").read_bytes()
+        done = ok(run("rerank.py", *args, output, *flags))
+        assert re.search(r"Reranking: +(100%|9[0-9]%)", done.stderr)
+        ok(run("rerank.py", *args, tmp_path / "whole.txt", *flags))
+        assert output.read_bytes() == (tmp_path / "whole.txt").read_bytes()
+        (tmp_path / "run.txt.scores.jsonl").write_bytes(log)
 
 
 def test_an_incomplete_set_of_scores_is_refused(
     long_run: list[object], tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One rank may have died, or written scores of other settings."""
-    write = ScoreStore.write
-    monkeypatch.setattr(ScoreStore, "write", lambda store, i, scores: i == 3 or write(store, i, scores))
+    """One rank may have died."""
+    written: list[object] = []
+    write = ResumeLog.write
+
+    def write_all_but_one(log: ResumeLog, row: object) -> None:
+        written.append(row)
+        if len(written) != 4:
+            write(log, row)
+
+    monkeypatch.setattr(ResumeLog, "write", write_all_but_one)
     args = ["--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"]
-    assert "run.txt.scores: 1 of 24 blocks are missing" in error_line(run("rerank.py", *args))
+    assert "run.txt.scores.jsonl: 1 of 24 blocks are missing" in error_line(run("rerank.py", *args))
     assert not (tmp_path / "run.txt").exists()
     assert blocks(tmp_path / "run.txt") == 23
-    # Other flags start over, and the finished scores stay for the flags that they belong to.
-    done = run("rerank.py", *args, "--batch_tokens", 999)
-    assert "has scores of other settings" in done.stderr
-    assert blocks(tmp_path / "run.txt") == 46
     monkeypatch.undo()
     assert "Reranking:  9" in ok(run("rerank.py", *args)).stderr  # it resumes at 96 %
-    assert blocks(tmp_path / "run.txt") == 23  # the scores of the other flags stay
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.txt"]
 
 
-def test_a_causal_reranker_with_an_instruction(separable: Path, tiny_qwen3: Path, tmp_path: Path) -> None:
+def test_a_block_with_too_few_scores_is_refused(
+    long_run: list[object], tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"]
+    leave_scores(args, monkeypatch)
+    log = tmp_path / "run.txt.scores.jsonl"
+    settings, first, *others = log.read_text().splitlines()
+    short = {**json.loads(first), "scores": json.loads(first)["scores"][:-1]}
+    log.write_text("\n".join([settings, json.dumps(short), *others, ""]))
+    assert "damaged, a block of 260 pairs has 259 scores. Add --restart" in error_line(run("rerank.py", *args))
+    ok(run("rerank.py", *args, "--restart"))
+
+
+def test_outputs_appear_together(
+    separable: Path, demo_data: Path, demo_index: Path, tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that fails leaves the old run, first stage and plot, and its scores for the next one."""
+    files = ["--queries", demo_data / "topics.tsv", "--corpus", demo_data / "collection.tsv", "--index", demo_index]
+    plot = ["--qrels", demo_data / "qrels.txt", "--plot", tmp_path / "gains.png"]
+    args = ["--model", tiny_t5, *files, *plot, "--max_length", 64, "--top_k", 5, "--output", tmp_path / "run.txt"]
+    old = {name: f"old {name}".encode() for name in ("run.txt", "run.txt.bm25.txt", "gains.png")}
+    for name, content in old.items():
+        (tmp_path / name).write_bytes(content)
+    with monkeypatch.context() as patch:
+        patch.setattr("rerank.plot_gains", Mock(side_effect=InputError("no plot")))
+        assert error_line(run("rerank.py", *args)) == "error: no plot"
+    assert {name: (tmp_path / name).read_bytes() for name in old} == old
+    with monkeypatch.context() as patch:
+        patch.setattr("rerank.comparison_table", Mock(side_effect=InputError("no table")))
+        assert error_line(run("rerank.py", *args)) == "error: no table"
+    assert "Reranking: 100%" in ok(run("rerank.py", *args)).stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(old)
+    assert len(read_run(str(tmp_path / "run.txt.bm25.txt"))) == len(read_run(str(tmp_path / "run.txt")))
+
+
+def test_outputs_that_are_inputs_are_refused(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    for name in ("run.txt", "topics.tsv", "qrels.txt", "collection.tsv"):
+        (tmp_path / name).write_bytes((separable / name).read_bytes())
+    (tmp_path / "link").symlink_to("run.txt")
+    files = ["--queries", "topics.tsv", "--run", "run.txt", "--corpus", "collection.tsv", "--qrels", "qrels.txt"]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for outputs, words in (
+        (["--output", "topics.tsv"], "--output and --queries"),
+        (["--output", "link"], "--output and --run"),
+        (["--output", "out", "--plot", "out"], "--plot and --output"),
+        (["--output", "out", "--plot", "collection.tsv"], "--plot and --corpus"),
+    ):
+        refused = run("rerank.py", "--model", tiny_t5, *files, *outputs, cwd=tmp_path)
+        assert words in error_line(refused)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_causal_reranker_with_an_instruction(
+    separable: Path, tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     args = ["--model", tiny_qwen3, *dev(separable), "--top_k", 4, "--max_length", 250]
     claim = ["--instruction", "Given a claim, retrieve documents that refute it"]
     output = tmp_path / "run.txt"
-    output.mkdir()  # the scores stay because the run cannot be written
-    assert "Is a directory" in error_line(run("rerank.py", *args, *claim, "--output", output))
-    output.rmdir()
-    done = ok(run("rerank.py", *args, "--output", tmp_path / "run.txt"))
+    leave_scores([*args, *claim, "--output", output], monkeypatch)
+    assert 'instruction "Given a claim' in error_line(run("rerank.py", *args, "--output", output))
+    done = ok(run("rerank.py", *args, "--output", output, "--restart"))
     assert "scored with Qwen3-Reranker's prompt, logit of 'yes' minus logit of 'no'" in done.stderr
-    assert "run.txt.scores: has scores of other settings" in done.stderr
     ok(run("rerank.py", *args, *claim, "--output", tmp_path / "claim.txt"))
     assert read_run(str(output))["0"] != read_run(str(tmp_path / "claim.txt"))["0"]
 

@@ -145,7 +145,7 @@ def test_the_papers_name_of_t5() -> None:
 
 def test_ties_in_a_ranking() -> None:
     hits = [ScoredDoc("q", doc_id, 10.0 - i) for i, doc_id in enumerate("abcde")]
-    ranked = rerank_hits(hits, {"a": -0.5, "b": -0.1, "c": -0.5000000001})
+    ranked = rerank_hits(hits, [-0.5, -0.1, -0.5000000001])
     # c and a tie in the digits of a run, and trec_eval puts the greater id first; d and e were not reranked.
     assert [(hit.doc_id, hit.score) for hit in ranked] == [
         ("b", -0.1),
@@ -342,21 +342,21 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
 
 def test_interpolated_scores() -> None:
     hits = [ScoredDoc("q", "a", 30.0), ScoredDoc("q", "b", 20.0), ScoredDoc("q", "c", 10.0), ScoredDoc("q", "d", 5.0)]
-    scores = {"a": -3.0, "b": -1.0, "c": -2.0}  # d was not reranked
+    scores = [-3.0, -1.0, -2.0]  # d was not reranked
     assert interpolate(hits, scores, 1.0) == scores
     step = (3 / 2) ** 0.5  # three values at equal distances, z-normalized
-    assert interpolate(hits, scores, 0.0) == pytest.approx({"a": step, "b": 0, "c": -step})
-    assert interpolate(hits, scores, 0.5) == pytest.approx({"a": 0, "b": step / 2, "c": -step / 2})
-    assert interpolate(hits[:1], {"a": -3.0}, 0.5) == {"a": 0.0}  # nothing to compare with
+    assert interpolate(hits, scores, 0.0) == pytest.approx([step, 0, -step])
+    assert interpolate(hits, scores, 0.5) == pytest.approx([0, step / 2, -step / 2])
+    assert interpolate(hits[:1], [-3.0], 0.5) == [0.0]  # nothing to compare with
 
 
 def test_the_weight_is_chosen_where_the_source_documents_come_first() -> None:
     run = {q: [ScoredDoc(q, "a", 3.0), ScoredDoc(q, "b", 2.0), ScoredDoc(q, "c", 1.0)] for q in ("1", "2")}
-    against = {q: {"a": -3.0, "b": -2.0, "c": -1.0} for q in run}
+    against = {q: [-3.0, -2.0, -1.0] for q in run}
     source = [Qrel("1", "a", 1), Qrel("2", "a", 1)]
     assert best_weight(interpolation_curve(run, against, source)) == 0.4  # up to here the first stage's order holds
     assert best_weight(interpolation_curve(run, against, [Qrel("1", "c", 1), Qrel("2", "c", 1)])) == 1.0
-    same = {q: {"a": 3.0, "b": 2.0, "c": 1.0} for q in run}
+    same = {q: [3.0, 2.0, 1.0] for q in run}
     assert best_weight(interpolation_curve(run, same, source)) == 0.0  # no weight matters: the first stage alone
 
 
@@ -565,7 +565,7 @@ def test_large_margins_are_no_ties() -> None:
     assert len(set(logits.log_softmax(-1)[:, 0].tolist())) < 10
     scores = torch.nn.functional.logsigmoid(logits[:, 0] - logits[:, 1]).tolist()
     hits = [ScoredDoc("q", str(i), 1.0) for i in range(10)]
-    ranked = rerank_hits(hits, {str(i): score for i, score in enumerate(scores)})
+    ranked = rerank_hits(hits, scores)
     assert [hit.doc_id for hit in ranked] == [str(i) for i in range(9, -1, -1)]
     assert len({f"{hit.score:.9g}" for hit in ranked}) == 10
 

@@ -135,8 +135,12 @@ def without_query(query_id: str, hits: Sequence[ScoredDoc]) -> Sequence[ScoredDo
 
     In ArguAna, for example, the queries are documents of the collection, and BEIR's evaluation drops these hits.
     """
-    kept = [hit for hit in hits if hit.doc_id != query_id]
-    return RankedList(query_id, [hit.doc_id for hit in kept], (hit.score for hit in kept))
+    return with_query_id(query_id, [hit for hit in hits if hit.doc_id != query_id])
+
+
+def with_query_id(query_id: str, hits: Sequence[ScoredDoc]) -> RankedList:
+    """Return the hits under another query id."""
+    return RankedList(query_id, [hit.doc_id for hit in hits], (hit.score for hit in hits))
 
 
 def trec_order(hit: ScoredDoc) -> tuple[float, str]:
@@ -144,7 +148,7 @@ def trec_order(hit: ScoredDoc) -> tuple[float, str]:
     return hit.score, hit.doc_id
 
 
-def rerank_hits(hits: Sequence[ScoredDoc], scores: Mapping[str, float]) -> list[ScoredDoc]:
+def rerank_hits(hits: Sequence[ScoredDoc], scores: Sequence[float]) -> RankedList:
     """Return the hits of a query in the order of their new scores, hits without one below in their old order.
 
     Scores are rounded to the digits that a run holds, and ties are broken by descending doc_id as in trec_eval, so that
@@ -152,14 +156,15 @@ def rerank_hits(hits: Sequence[ScoredDoc], scores: Mapping[str, float]) -> list[
 
     Args:
         hits: First-stage hits, best first.
-        scores: New score by doc_id.
+        scores: New scores of the first hits, at least one.
     """
-    reranked = [
-        hit._replace(score=float(format(scores[hit.doc_id], RUN_SCORE))) for hit in hits if hit.doc_id in scores
-    ]
+    first, rest = hits[: len(scores)], hits[len(scores) :]
+    rounded = (float(format(score, RUN_SCORE)) for score in scores)
+    reranked = [hit._replace(score=score) for hit, score in zip(first, rounded, strict=True)]
     reranked.sort(key=trec_order, reverse=True)
-    rest = [hit for hit in hits if hit.doc_id not in scores]
-    return reranked + [hit._replace(score=reranked[-1].score - 1 - i) for i, hit in enumerate(rest)]
+    lowest = reranked[-1].score
+    below = [hit._replace(score=lowest - i) for i, hit in enumerate(rest, 1)]
+    return with_query_id(first[0].query_id, reranked + below)
 
 
 def read_anserini_run(run: str, index: str) -> dict[str, tuple[list[str], list[float]]]:

@@ -94,6 +94,11 @@ class Reranker:
         """
         raise NotImplementedError
 
+    def added_tokens(self) -> int:
+        """Return the number of tokens that `build_input` adds to those of query and document."""
+        query, text = self.tokenize_queries([""])[0], self.tokenize([""])[0]
+        return len(self.build_input(query, text)[0]) - len(query) - len(text)
+
     def encode(self, query: str, text: str) -> tuple["numpy.ndarray", int]:
         """Return `build_input` of two strings."""
         return self.build_input(*self.tokenize_queries([query]), *self.tokenize([text]))

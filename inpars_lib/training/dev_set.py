@@ -6,12 +6,12 @@ from typing import NamedTuple
 from inpars_lib.bm25.config import BM25Config
 from inpars_lib.bm25.search import open_index
 from inpars_lib.cli import InputError, warn
-from inpars_lib.first_stage import QueryRun
+from inpars_lib.first_stage import FirstStage, QueryRun
 from inpars_lib.formats.collection import missing_documents, read_texts
 from inpars_lib.formats.qrels import read_qrels
 from inpars_lib.formats.queries import read_synthetic_queries
 from inpars_lib.formats.records import Qrel, ScoredDoc
-from inpars_lib.formats.runs import read_run
+from inpars_lib.formats.runs import read_run, with_query_id
 from inpars_lib.formats.topics import read_topics
 
 
@@ -71,21 +71,26 @@ def read_held_out_queries(
     Raises:
         InputError: No query has a hit, or the run is of other queries.
     """
-    rows = {f"holdout {row.line}": row for row in read_synthetic_queries(path) if row.question}
-    searcher = QueryRun(run, path) if run else open_index(index or "", corpus, config)
-    topics = {query_id: row.question for query_id, row in rows.items()}  # ids of topics never contain a space
-    found: dict[str, Sequence[ScoredDoc]] = {query_id: hits for query_id, hits in searcher.search(topics, k) if hits}
-    if run and not any(hit.doc_id == rows[query_id].doc_id for query_id in found for hit in found[query_id]):
+    rows = {str(row.line): row for row in read_synthetic_queries(path) if row.question}
+    questions = {line: row.question for line, row in rows.items()}
+    searcher: FirstStage = QueryRun(run, path) if run else open_index(index or "", corpus, config)
+    found = {line: hits for line, hits in searcher.search(questions, k) if hits}
+    if run and not any(hit.doc_id == rows[line].doc_id for line in found for hit in found[line]):
         raise InputError(
             f"{run}: no source document of {path} is among the first {k} hits of its query. Pass the run of these "
             "queries, retrieved from their own collection."
         )
     if not found:
         raise InputError(
-            f"{path}: none of the {len(topics):,} queries has a hit in {index}. Use the index of the same collection."
+            f"{path}: none of the {len(rows):,} queries has a hit in {index}. Use the index of the same collection."
         )
-    _warn_of_missing_hits(path, len(found), len(topics))
-    return DevSet(topics, found, [Qrel(query_id, row.doc_id, 1) for query_id, row in rows.items()])
+    _warn_of_missing_hits(path, len(found), len(rows))
+    ids = {line: f"holdout {line}" for line in rows}  # ids of topics never contain a space
+    return DevSet(
+        topics={ids[line]: question for line, question in questions.items()},
+        run={ids[line]: with_query_id(ids[line], hits) for line, hits in found.items()},
+        qrels=[Qrel(ids[line], row.doc_id, 1) for line, row in rows.items()],
+    )
 
 
 def read_judged_queries(

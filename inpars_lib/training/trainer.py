@@ -16,6 +16,7 @@ from inpars_lib.cli import InputError
 from inpars_lib.evaluation import MEASURES, evaluate_per_query, mean_values
 from inpars_lib.formats.runs import rerank_hits
 from inpars_lib.rerankers.base import Reranker
+from inpars_lib.rerankers.scoring import scores_by_query
 from inpars_lib.training.checkpoints import check_weights, checkpoint_folder, stopped_early, write_results
 from inpars_lib.training.dev_set import DevSet
 from inpars_lib.training.examples import LengthSortedSampler, TrainingExamples
@@ -165,14 +166,11 @@ class RerankerTrainer(Trainer):
         dev = self.dev
         assert dev is not None
         mine = list(dev.run)[self.args.process_index :: self.args.world_size]
-        hits = [hit for query_id in mine for hit in dev.run[query_id]]
-        pairs = [(dev.topics[hit.query_id], dev.texts[hit.doc_id]) for hit in hits]
+        shard = {query_id: dev.run[query_id] for query_id in mine}
+        pairs = [(dev.topics[query_id], dev.texts[hit.doc_id]) for query_id, hits in shard.items() for hit in hits]
         with self.accelerator.autocast():
-            values = self.reranker.score(pairs).tolist()
-        scores: dict[str, dict[str, float]] = {}
-        scored = [(hit.query_id, hit.doc_id, value) for hit, value in zip(hits, values, strict=True)]
-        for query_id, doc_id, value in gather_object(scored):
-            scores.setdefault(query_id, {})[doc_id] = value
+            values = self.reranker.score(pairs)
+        scores = dict(gather_object(list(scores_by_query(shard, values).items())))
         run = {query_id: rerank_hits(hits, scores[query_id]) for query_id, hits in dev.run.items()}
         per_query = evaluate_per_query(dev.qrels, run, self.config.relevance_threshold, self.config.measures)
         means = mean_values(per_query)
