@@ -17,32 +17,35 @@ generate_triples_train.py --holdout, whose source documents are relevant. BM25 r
 The config of the base model decides what is trained: T5, mT5 and Flan-T5 become monoT5, an encoder becomes a
 cross-encoder, and a causal model with Qwen3's tokens learns to answer yes or no as Qwen3-Reranker does. The defaults
 are the paper's (arXiv 2202.05144), with the learning rate of its released scripts. Any other flag is passed to
-transformers.TrainingArguments: --lr_scheduler_type linear, --gradient_checkpointing True, --optim adafactor, ...
+transformers.TrainingArguments: --lr_scheduler_type linear, --activation_checkpointing True, --optim adafactor, ...
 """
 
 import argparse
 import math
 import os
-import sys
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inpars_lib.bm25.config import BM25Config
-from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
+from inpars_lib.cli import InputError, at_least, between, report, run_script, script_parser, shorten, warn
 from inpars_lib.evaluation import MEASURES, add_measure_flags, check_threshold, format_value
 from inpars_lib.files import exclusive, file_sha256, resolve_output
 from inpars_lib.first_stage import add_remove_query_flag, advise_remove_query
 from inpars_lib.processes import ProcessGroup
 from inpars_lib.resume import add_restart_flag
-from inpars_lib.training.checkpoints import RECORD, UNFINISHED, DataFile, TrainingFolder, check_inputs
+from inpars_lib.training.checkpoints import RECORD, DataFile, TrainingFolder, check_inputs
 from inpars_lib.training.dev_set import DevSet, read_held_out_queries, read_judged_queries
 from inpars_lib.training.examples import TrainingExamples, TripleFile
 from inpars_lib.training.losses import LOSSES
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from inpars_lib.rerankers.base import Reranker
     from inpars_lib.training.trainer import RerankerTrainer
 
 DATA = ("triples_train", "holdout", "queries", "qrels", "run")  # flags of the files that a resumed training must repeat
@@ -51,6 +54,7 @@ FREE = {*DATA, "corpus", "index", "output_dir", "save_every_n_steps", "logging_s
         "resume_from_checkpoint"}  # fmt: skip
 
 FEW_STEPS = 50  # below, a warning
+BY_MEASURE = ("reduce_lr_on_plateau", "greedy")  # schedulers that need a measure to follow
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,16 +71,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--loss", choices=list(LOSSES), default="pointwise", help="pointwise: each example alone, as in the paper; "
         "pairwise: positive against negative; listwise: softmax over a positive and its n negatives in adjacent "
         "triples, as in RankT5 (default: %(default)s)")  # fmt: skip
-    add("--learning_rate", type=float, default=3e-4, help="peak; constant unless --lr_scheduler_type (default: 3e-4)")
-    add("--warmup_steps", "--warmup_ratio", type=at_least(0, float), default=0, help="steps of linear warm-up, or "
+    number = at_least(0, float)
+    add("--learning_rate", type=number, default=3e-4, help="peak; constant unless --lr_scheduler_type (default: 3e-4)")
+    add("--warmup_steps", "--warmup_ratio", type=number, default=0, help="steps of linear warm-up, or "
         "their share of all steps if below 1 (default: %(default)s)")  # fmt: skip
-    add("--weight_decay", type=float, default=5e-5, help="AdamW's, not for biases and norms (default: %(default)s)")
-    add("--epochs", type=at_least(0, float), default=1, help="passes over the triples (default: %(default)s)")
-    add("--max_steps", type=int, default=-1, help="steps in all, instead of --epochs")
+    add("--weight_decay", type=number, default=5e-5, help="AdamW's, not for biases and norms (default: %(default)s)")
+    add("--epochs", type=at_least(0.001, float), default=1, help="passes over the triples (default: %(default)s)")
+    add("--max_steps", type=at_least(1), help="steps in all, instead of --epochs")
     add("--max_length", type=at_least(1), default=512, help="tokens of the input; longer ones lose text (default: 512)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision in bfloat16 (default: on a CPU that is "
         "fast at it, with AVX512-BF16 or AMX)")  # fmt: skip
-    add("--seed", type=int, default=2, help="seed of order, dropout and new weights (default: %(default)s)")
+    add("--seed", type=between(0, 2**32 - 1, int), default=2, help="seed of order, dropout and new weights "
+        "(default: %(default)s)")  # fmt: skip
     add("--lora_rank", type=at_least(1), metavar="R", help="rank of LoRA's adapters, which are trained instead "
         "of all weights and merged at the end (needs the package peft)")  # fmt: skip
     add("--token_true", help="T5-like models: target word for relevant (default: true, or yes for mT5)")
@@ -115,50 +121,67 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
     """Parse the flags, check how they combine, and return them with those of transformers.TrainingArguments."""
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
-    trainer_flags: dict[str, Any] = {}
+    args.output_dir = resolve_output(args.output_dir)
+    trainer_flags: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup"}
     if others:
         from inpars_lib.training.trainer import parse_trainer_flags
 
         try:
-            trainer_flags = parse_trainer_flags(others)
+            trainer_flags |= parse_trainer_flags(others)
         except ValueError as error:
             parser.error(str(error))
-    judged, held_out = [args.queries, args.qrels], [args.holdout, args.index]
-    if any(held_out):
-        if any(judged) or not (args.holdout and args.corpus and bool(args.index) != bool(args.run)):
-            parser.error("--holdout needs --corpus and one of --index and --run, and excludes --queries and --qrels")
-    elif any([*judged, args.run]) and not (all([*judged, args.run]) and args.corpus):
-        parser.error("an evaluation needs all of --queries, --qrels, --run and --corpus")
-    for flag, given in (("--select_by", args.select_by), ("--measures", args.measures != MEASURES)):
-        if given and not any(judged + held_out):
-            parser.error(f"{flag} needs --queries, --qrels, --run and --corpus, or --holdout with its own flags")
-    if args.select_by and args.select_by not in args.measures:
-        parser.error(f"--select_by {args.select_by}: not one of --measures. Choose from {', '.join(args.measures)}")
-    if args.early_stopping_patience and not args.select_by:
-        parser.error("--early_stopping_patience needs --select_by")
-    if any(judged + held_out) and trainer_flags:
-        from inpars_lib.training.trainer import is_sharded
+    for problem in find_problems(args, trainer_flags):
+        parser.error(problem)
+    return args, trainer_flags
 
-        if is_sharded(trainer_flags):
-            parser.error("an evaluation needs the whole model on each GPU: omit --fsdp, and use ZeRO stage 1 or 2")
-    if trainer_flags.get("lr_scheduler_type") == "reduce_lr_on_plateau" and not args.select_by:
-        parser.error("--lr_scheduler_type reduce_lr_on_plateau needs --select_by")
-    if args.lora_rank and not find_spec("peft"):
-        parser.error("--lora_rank needs this package: pip install peft==0.21.2")
+
+def is_sharded(flags: dict[str, Any]) -> bool:
+    """Return whether flags of `TrainingArguments` shard the weights over GPUs: FSDP, or DeepSpeed's ZeRO stage 3."""
+    config = flags.get("deepspeed") or ""  # a file, or JSON
+    text = Path(config).read_text(encoding="utf-8") if os.path.isfile(config) else config
+    return bool(flags.get("fsdp") or re.search(r'"stage":\s*3', text))
+
+
+def find_problems(args: argparse.Namespace, trainer_flags: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with flags that do not fit each other or this machine."""
+    judged, held_out = args.queries or args.qrels, args.holdout or args.index
+    scheduler = trainer_flags["lr_scheduler_type"]
+    if held_out and (judged or not (args.holdout and args.corpus and bool(args.index) != bool(args.run))):
+        yield "--holdout needs --corpus and one of --index and --run, and excludes --queries and --qrels"
+    if not held_out and (judged or args.run) and not (args.queries and args.qrels and args.run and args.corpus):
+        yield "an evaluation needs all of --queries, --qrels, --run and --corpus"
+    for flag, given in (("--select_by", args.select_by), ("--measures", args.measures != MEASURES)):
+        if given and not (judged or held_out):
+            yield f"{flag} needs --queries, --qrels, --run and --corpus, or --holdout with its own flags"
+    if args.select_by and args.select_by not in args.measures:
+        yield f"--select_by {args.select_by}: not one of --measures. Choose from {', '.join(args.measures)}"
+    if args.early_stopping_patience and not args.select_by:
+        yield "--early_stopping_patience needs --select_by"
+    if (judged or held_out) and is_sharded(trainer_flags):
+        yield "an evaluation needs the whole model on each GPU: omit --fsdp, and use ZeRO stage 1 or 2"
+    if scheduler in BY_MEASURE and not args.select_by:
+        yield f"--lr_scheduler_type {' and '.join(BY_MEASURE)} need --select_by"
+    if scheduler in ("constant", *BY_MEASURE) and args.warmup_steps:
+        yield "this --lr_scheduler_type has no warm-up: omit --warmup_steps, or use constant_with_warmup"
+    for flag, given, package in (
+        ("--lora_rank", args.lora_rank, "peft==0.21.2"),
+        ("--use_liger_kernel", trainer_flags.get("use_liger_kernel"), "liger_kernel"),
+        (f"--report_to {args.report_to}", args.report_to != "none", args.report_to),
+    ):
+        if given and not find_spec(package.partition("=")[0]):
+            yield f"{flag} needs this package: pip install {package}"
     if args.lora_rank and trainer_flags.keys() & {"fsdp", "deepspeed"}:
-        parser.error("--lora_rank excludes --fsdp and --deepspeed: adapters are merged on one GPU")
-    if args.report_to != "none" and not find_spec(args.report_to):
-        parser.error(f"--report_to {args.report_to} needs this package: pip install {args.report_to}")
+        yield "--lora_rank excludes --fsdp and --deepspeed: adapters are merged on one GPU"
     if args.loss != "listwise" and args.per_device_train_batch_size % 2:
-        parser.error("--per_device_train_batch_size must be even: a triple is a positive and a negative example")
+        yield "--per_device_train_batch_size must be even: a triple is a positive and a negative example"
     if bool(args.token_true) != bool(args.token_false):
-        parser.error("--token_true and --token_false need each other")
+        yield "--token_true and --token_false need each other"
     if args.remove_query and not args.queries:
-        parser.error("--remove_query needs --queries")
+        yield "--remove_query needs --queries"
     if args.restart and args.resume_from_checkpoint:
-        parser.error("--restart deletes the checkpoints, so it excludes --resume_from_checkpoint CHECKPOINT")
-    args.output_dir = resolve_output(args.output_dir)
-    return args, {"lr_scheduler_type": "constant_with_warmup", **trainer_flags}
+        yield "--restart deletes the checkpoints, so it excludes --resume_from_checkpoint CHECKPOINT"
+    if args.output_dir == "-":
+        yield "--output_dir is a folder, not standard output"
 
 
 def read_dev(args: argparse.Namespace, threshold: int) -> DevSet | None:
@@ -184,21 +207,34 @@ def data_files(args: argparse.Namespace) -> dict[str, DataFile]:
     }
 
 
-def hyperparameters(
-    args: argparse.Namespace,
-    trainer_flags: dict[str, Any],
-    *,
-    bf16: bool,
-    steps: int,
-    items_per_batch: int,
-    processes: int,
-) -> dict[str, Any]:
-    """Return the arguments of transformers.TrainingArguments."""
+def use_bfloat16(wanted: bool | None, fp16: bool) -> bool:
+    """Return whether to train in bfloat16: as wanted, by default on a CPU that is fast at it.
+
+    Raises:
+        InputError: float16 is wanted on a CPU.
+    """
     import torch
 
-    return {
+    from inpars_lib.rerankers.load import has_fast_bfloat16
+
+    on_cpu = not torch.cuda.is_available()
+    if fp16 and on_cpu:
+        raise InputError("--fp16: needs a GPU. Omit the flag, or use --bf16.")
+    return on_cpu and has_fast_bfloat16("cpu") if wanted is None else wanted
+
+
+def training_arguments(
+    args: argparse.Namespace, trainer_flags: dict[str, Any], examples: TrainingExamples, bf16: bool, processes: int
+) -> "TrainingArguments":
+    """Return the hyperparameters as transformers takes them."""
+    import torch
+    from transformers import TrainingArguments
+
+    items_per_batch = examples.items_per_batch(args.per_device_train_batch_size)
+    steps_per_epoch = math.ceil(len(examples) / (items_per_batch * args.gradient_accumulation_steps))
+    hyperparameters = {
         "output_dir": args.output_dir,
-        "max_steps": steps,
+        "max_steps": args.max_steps or math.ceil(round(args.epochs * steps_per_epoch, 6)),
         "per_device_train_batch_size": items_per_batch,
         "gradient_accumulation_steps": args.gradient_accumulation_steps // processes,
         "learning_rate": args.learning_rate,
@@ -218,27 +254,49 @@ def hyperparameters(
         "remove_unused_columns": False,
         "report_to": args.report_to,
         "disable_tqdm": False,  # transformers would derive True from our log level
-        **trainer_flags,
     }
+    return TrainingArguments(**hyperparameters | trainer_flags)
+
+
+def load_base_model(args: argparse.Namespace, bf16: bool) -> "Reranker":
+    """Return the model to train, in float32 on the CPU."""
+    import torch
+    from transformers import set_seed
+
+    from inpars_lib.rerankers.load import load_reranker
+
+    set_seed(args.seed)  # before a new output layer is initialized
+    reranker = load_reranker(
+        args.base_model,
+        max_length=args.max_length,
+        device="cpu",
+        dtype="float32",
+        targets=(args.token_true, args.token_false) if args.token_true else None,
+        new_head=True,
+        instruction=args.instruction,
+    )
+    if bf16 and not torch.cuda.is_available():  # PyTorch's fused attention computes in float32 there
+        reranker.model.set_attn_implementation("eager")
+    return reranker
 
 
 def report_start(args: argparse.Namespace, trainer: "RerankerTrainer", checkpoint: str | None) -> None:
     """Print what is trained on what, and the measures of the first stage."""
-    examples, family = trainer.examples, type(trainer.reranker).__name__
-    data = f"{len(examples.triples):,} triples"
-    if args.loss == "listwise":
-        data += f" in {len(examples):,} groups of at most {examples.group_size} examples"
-    length = f"{trainer.config.examples_per_step} examples per step, {trainer.args.max_steps:,} steps"
-    if checkpoint:
-        length += f", resumed from {checkpoint}"
-    print(f"Training {family} from {args.base_model}: {data}, {length}", file=sys.stderr)
-    if args.loss == "listwise" and examples.group_size == 2:
+    examples, steps, per_step = trainer.examples, trainer.args.max_steps, trainer.config.examples_per_step
+    family = type(trainer.reranker).__name__
+    listwise = args.loss == "listwise"
+    groups = f" in {len(examples):,} groups of at most {examples.group_size} examples" if listwise else ""
+    resumed = f", resumed from {checkpoint}" if checkpoint else ""
+    report(
+        f"Training {family} from {args.base_model}: {len(examples.triples):,} triples{groups}, {per_step} examples "
+        f"per step, {steps:,} steps{resumed}"
+    )
+    if listwise and examples.group_size == 2:
         warn(f"{args.triples_train}: one negative per query, so --loss listwise equals pairwise. Sample more with "
              "generate_triples_train.py --n_samples, and keep the triples of a query adjacent.")  # fmt: skip
-    steps = trainer.args.max_steps
     if steps < FEW_STEPS:
-        warn(f"{steps} steps of {trainer.config.examples_per_step} examples are few: rerankers learn little before "
-             f"{FEW_STEPS} steps. Lower --gradient_accumulation_steps, or raise --epochs.")  # fmt: skip
+        warn(f"{steps} steps of {per_step} examples are few: rerankers learn little before {FEW_STEPS} steps. Lower "
+             "--gradient_accumulation_steps, or raise --epochs.")  # fmt: skip
     if args.warmup_steps >= steps:
         warn(f"--warmup_steps {args.warmup_steps:g}: the training has {steps:,} steps, so the learning rate does not "
              "reach --learning_rate.")  # fmt: skip
@@ -246,7 +304,7 @@ def report_start(args: argparse.Namespace, trainer: "RerankerTrainer", checkpoin
         warn("--fp16: activations of T5 can exceed the range of float16. Use --bf16.")
     if trainer.dev:
         measures = ", ".join(f"{name} {format_value(value)}" for name, value in trainer.first_stage.items())
-        print(f"first stage: {measures}", file=sys.stderr)
+        report(f"first stage: {measures}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -269,61 +327,38 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: ProcessGroup) -> None:
     """Read the data, train, save the model with its card."""
-    import torch
-    from transformers import TrainingArguments, set_seed
-
-    from inpars_lib.rerankers.load import has_fast_bfloat16, load_reranker
     from inpars_lib.training.model_card import model_card
     from inpars_lib.training.trainer import RerankerTrainer, TrainingConfig
 
     # 1. Where this run starts: base model, checkpoint or nowhere
-    on_cpu, fp16 = not torch.cuda.is_available(), bool(trainer_flags.get("fp16"))
-    if fp16 and on_cpu:
-        raise InputError("--fp16: needs a GPU. Omit the flag, or use --bf16.")
-    bf16 = on_cpu and has_fast_bfloat16("cpu") if args.bf16 is None else args.bf16
+    bf16 = use_bfloat16(args.bf16, bool(trainer_flags.get("fp16")))
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     settings |= {"measures": " ".join(args.measures), "bf16": bf16, **trainer_flags}
     folder = TrainingFolder(args.output_dir, settings, data_files(args))
     start = folder.find_start(args.restart, args.resume_from_checkpoint)
     if start.finished is not None:
         if group.rank == 0:
-            print(f"{args.output_dir}: training is finished, model of step {start.finished:,}", file=sys.stderr)
+            report(f"{args.output_dir}: training is finished, model of step {start.finished:,}")
         return
 
     # 2. The data
     threshold = 1 if args.holdout else args.relevance_threshold  # source documents of held-out queries have grade 1
     dev = read_dev(args, threshold)
     examples = TrainingExamples(TripleFile(args.triples_train), args.loss)
-    items_per_batch = examples.items_per_batch(args.per_device_train_batch_size)
-    steps_per_epoch = math.ceil(len(examples) / (items_per_batch * args.gradient_accumulation_steps))
-    steps = args.max_steps if args.max_steps > 0 else max(1, math.ceil(round(args.epochs * steps_per_epoch, 6)))
 
     # 3. The model
-    set_seed(args.seed)  # before a new output layer is initialized
-    reranker = load_reranker(
-        args.base_model,
-        max_length=args.max_length,
-        device="cpu",
-        dtype="float32",
-        targets=(args.token_true, args.token_false) if args.token_true else None,
-        new_head=True,
-        instruction=args.instruction,
-    )
-    if bf16 and on_cpu:  # PyTorch's fused attention computes in float32 there
-        reranker.model.set_attn_implementation("eager")
+    reranker = load_base_model(args, bf16)
 
     # 4. The recipe
-    recipe = hyperparameters(
-        args, trainer_flags, bf16=bf16, steps=steps, items_per_batch=items_per_batch, processes=group.size
-    )
-    try:
-        arguments = TrainingArguments(**recipe)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"transformers.TrainingArguments refuses these flags: {error}") from None
     examples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     evaluation = threshold, args.measures, args.select_by, args.early_stopping_patience
     config = TrainingConfig(args.loss, examples_per_step, args.seed, *evaluation, args.lora_rank)
-    trainer = RerankerTrainer(reranker, examples, config, arguments, dev)
+    try:
+        arguments = training_arguments(args, trainer_flags, examples, bf16, group.size)
+        trainer = RerankerTrainer(reranker, examples, config, arguments, dev)
+        trainer.check_flags()
+    except (ImportError, TypeError, ValueError) as error:
+        raise InputError(f"transformers refuses these flags: {shorten(error)}. Correct or omit them.") from None
 
     # 5. Training
     if group.rank == 0:
@@ -336,13 +371,11 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: Proces
         trainer.train(resume_from_checkpoint=start.checkpoint)
 
     # 6. The model and its card
-    unfinished = os.path.join(args.output_dir, UNFINISHED)
-    trainer.save_reranker(unfinished)
+    trainer.save_reranker(folder.unfinished)
     if group.rank == 0:
         trainer.write_results()
-        Path(unfinished, "README.md").write_text(model_card(folder.record, trainer), encoding="utf-8")
-        folder.publish(trainer.chosen_step)
-        print(f"{args.output_dir}: model of step {trainer.chosen_step:,}", file=sys.stderr)
+        folder.publish(trainer.chosen_step, model_card(folder.record, trainer))
+        report(f"{args.output_dir}: model of step {trainer.chosen_step:,}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -193,7 +194,7 @@ def test_other_measures(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
 
 
 def test_other_flags_are_passed_to_the_trainer(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
-    more = ["--optim", "adafactor", "--gradient_checkpointing", "True", "--save_total_limit=1"]
+    more = ["--optim", "adafactor", "--activation_checkpointing", "True", "--save_total_limit=1"]
     more += ["--max-grad-norm", 0.5, "--save_every_n_steps", 1]
     ok(train(separable, tiny_t5, tmp_path / "model", *QUICK, *more))
     [checkpoint] = (tmp_path / "model").glob("checkpoint-*")  # of two, as the flag asks
@@ -202,13 +203,15 @@ def test_other_flags_are_passed_to_the_trainer(separable: Path, tiny_t5: Path, t
     unknown = train(separable, tiny_t5, tmp_path / "none", *QUICK, "--learning_rat", 1)
     assert "--learning_rat is neither a flag of this script nor of" in error_line(unknown, 2)
     refused = train(separable, tiny_t5, tmp_path / "none", *QUICK, "--fsdp", "nonsense")
-    assert "transformers.TrainingArguments refuses these flags" in error_line(refused)
+    assert "transformers refuses these flags: Unknown `fsdp` option" in error_line(refused)
 
 
 @pytest.mark.parametrize(
     "flag", ["--num_train_epochs=3", "--num-train-epochs=3", "--label_smoothing_factor=0.1", "--save_steps=1",
              "--load_best_model_at_end=True", "--gradient_accumulation_steps=0", "--save_strategy=best",
-             "--eval_on_start", "--save_only_model=True", "--train_sampling_strategy=group_by_length"]
+             "--eval_on_start", "--do_eval", "--data_seed=3", "--auto_find_batch_size=True", "--bf16_full_eval=True",
+             "--dataloader-drop-last", "--hub_strategy=end", "--save_only_model=True",
+             "--train_sampling_strategy=group_by_length"]
 )  # fmt: skip
 def test_flags_that_would_be_ignored_are_refused(separable: Path, tiny_t5: Path, tmp_path: Path, flag: str) -> None:
     refused = error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK, flag), 2)
@@ -218,18 +221,42 @@ def test_flags_that_would_be_ignored_are_refused(separable: Path, tiny_t5: Path,
 
 def test_flags_that_cannot_work_here(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    output = tmp_path / "model"
+    ok(train(separable, tiny_t5, output, *QUICK))
+    before = (output / "model.safetensors").read_bytes()
     for flags, code, problem in (
         (["--fp16", "True"], 1, "--fp16: needs a GPU. Omit the flag, or use --bf16."),
         (["--deepspeed", tmp_path / "zero2.json"], 1, "refuses these flags: "),
-        (
-            ["--lr_scheduler_type", "reduce_lr_on_plateau"],
-            2,
-            "--lr_scheduler_type reduce_lr_on_plateau needs --select_by",
-        ),
+        (["--adam_beta1", 2], 1, "refuses these flags: Invalid beta parameter at index 0: 2.0. Correct or omit them."),
+        (["--optim", "adamw_bnb_8bit"], 1, "refuses these flags: You need to install `bitsandbytes`"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], 1, "refuses these flags: One of min_lr or min_lr_rate"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], 1, "refuses these flags: get_wsd_schedule() missing"),
+        (["--dataloader_num_workers", -1], 1, "refuses these flags: num_workers option should be"),
+        (["--use_liger_kernel", "True"], 2, "--use_liger_kernel needs this package: pip install liger_kernel"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], 2, "reduce_lr_on_plateau and greedy need --select_by"),
+        (["--lr_scheduler_type", "constant", "--warmup_steps", 1], 2, "this --lr_scheduler_type has no warm-up"),
     ):
-        assert problem in error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK, *flags), code)
+        assert problem in error_line(train(separable, tiny_t5, output, *QUICK, *flags, "--restart"), code)
+        assert (output / "model.safetensors").read_bytes() == before
     flags = ["--lr_scheduler_type", "reduce_lr_on_plateau", *dev(separable), "--select_by", "MRR@10", "--eval_steps", 1]
-    ok(train(separable, tiny_t5, tmp_path / "model", *QUICK, *flags))
+    ok(train(separable, tiny_t5, tmp_path / "plateau", *QUICK, *flags))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--learning_rate", "nan"), ("--learning_rate", -1), ("--weight_decay", -1), ("--seed", -1),
+                        ("--seed", 2**32), ("--max_steps", 0), ("--epochs", 0), ("--output_dir", "-"),
+                        ("--output_dir", "/dev/stdout")]
+)  # fmt: skip
+def test_values_that_cannot_be_meant(separable: Path, tiny_t5: Path, tmp_path: Path, flag: str, value: object) -> None:
+    refused = error_line(train(separable, tiny_t5, tmp_path / "model", flag, value), 2)
+    assert f"{flag}: expected a " in refused or "--output_dir is a folder, not standard output" in refused
+
+
+def test_out_of_memory_is_an_error(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    with patch("transformers.Trainer.training_step", side_effect=torch.OutOfMemoryError(message)):
+        failed = error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK))
+    assert "model: out of memory in step 1. Lower --per_device_train_batch_size and raise" in failed
 
 
 @pytest.mark.parametrize("base", ["tiny_t5", "tiny_encoder"])

@@ -196,6 +196,18 @@ def test_inputs_are_not_outputs(separable: Path, tiny_t5: Path, tmp_path: Path) 
     assert "training.json: --output_dir and --triples_train (" in refused
 
 
+def test_inputs_are_not_deleted(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    ok(train(separable, tiny_t5, tmp_path / "model", *QUICK))
+    mine = tmp_path / "model/checkpoint-2/mine/triples.tsv"
+    mine.parent.mkdir()
+    shutil.copy(separable / "triples.tsv", mine)
+    (tmp_path / "link.tsv").symlink_to(mine)
+    for path in (mine, tmp_path / "link.tsv"):
+        refused = train(separable, tiny_t5, tmp_path / "model", *QUICK, "--triples_train", path, "--restart")
+        assert f"{path}: --triples_train is in a folder of checkpoints (" in error_line(refused)
+    assert mine.exists()
+
+
 @pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", "results.csv", "checkpoint-7/x"])
 def test_files_of_the_user_stay(separable: Path, tiny_t5: Path, tmp_path: Path, name: str) -> None:
     mine = tmp_path / "model" / name

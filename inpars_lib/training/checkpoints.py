@@ -18,13 +18,14 @@ from inpars_lib.plots import plot_learning_curve
 from inpars_lib.resume import FORMAT_VERSION, check_settings, read_state
 
 RECORD = "training.json"
-UNFINISHED = "unfinished"  # folder of a saved model until it is complete
 RESULTS = ("results.csv", "learning_curve.png")
 # What a training may write into its folder. In a folder without a record, such files belong to somebody else.
 OWN_FILES = re.compile(
     r"checkpoint-\d+|README\.md|results\.csv|learning_curve\.png|(generation_|adapter_)?config\.json|training_args\.bin"
     r"|.+\.safetensors(\.index\.json)?|(tokenizer|special_tokens_map|added_tokens|vocab).*\.(json|txt)|chat_template\..+"
 )
+UNFINISHED = "unfinished"  # folder of a saved model until it is published
+DELETED = re.compile(rf"checkpoint-\d+|{UNFINISHED}")  # folders that --restart deletes
 OTHER_FOLDER = "Choose another --output_dir."
 
 
@@ -89,7 +90,7 @@ class Start(NamedTuple):
 
 
 def check_inputs(output_dir: str, base_model: str, data: Mapping[str, str | None]) -> None:
-    """Check that a training does not replace what it reads.
+    """Check that a training does not replace or delete what it reads.
 
     Args:
         output_dir: Folder of the training.
@@ -104,6 +105,10 @@ def check_inputs(output_dir: str, base_model: str, data: Mapping[str, str | None
     folder, base = Path(output_dir).resolve(), Path(base_model).resolve()
     if base.exists() and folder in (base, *base.parents):
         raise InputError(f"{base_model}: --base_model is in --output_dir ({output_dir}). {OTHER_FOLDER}")
+    for flag, path in data.items():
+        for parent in Path(path or "/").resolve().parents:
+            if parent.parent == folder and DELETED.fullmatch(parent.name):
+                raise InputError(f"{path}: {flag} is in a folder of checkpoints ({parent}). Move the file.")
 
 
 def checkpoint_folder(output_dir: str, step: int) -> str:
@@ -170,6 +175,7 @@ class TrainingFolder:
 
     def __init__(self, path: str, settings: Mapping[str, Any], data: Mapping[str, DataFile]) -> None:
         self.path, self.record_path = path, os.path.join(path, RECORD)
+        self.unfinished = os.path.join(path, UNFINISHED)
         self.record = TrainingRecord(FORMAT_VERSION, json.loads(json.dumps(settings, default=str)), dict(data))
 
     def _write(self, record: TrainingRecord) -> None:
@@ -234,19 +240,23 @@ class TrainingFolder:
             for name in ("config.json", *before.published, *RESULTS):
                 with suppress(FileNotFoundError):
                     os.remove(os.path.join(self.path, name))
-            for folder in (*checkpoint_folders(self.path), os.path.join(self.path, UNFINISHED)):
+            for folder in (*checkpoint_folders(self.path), self.unfinished):
                 shutil.rmtree(folder, ignore_errors=True)
         self.record.published = []
         self._write(self.record)
 
-    def publish(self, step: int) -> None:
-        """Move the complete model from UNFINISHED into the folder, config.json last: without it there is no model.
+    def publish(self, step: int, card: str) -> None:
+        """Move the saved model into the folder with its card, config.json last: without it there is no model.
+
+        Args:
+            step: Step of the model.
+            card: Text of README.md.
 
         Raises:
             InputError: A file of somebody else has the name of a file of the model.
         """
-        source = os.path.join(self.path, UNFINISHED)
-        names = sorted(os.listdir(source), key=lambda name: name == "config.json")
+        Path(self.unfinished, "README.md").write_text(card, encoding="utf-8")
+        names = sorted(os.listdir(self.unfinished), key=lambda name: name == "config.json")
         present = [name for name in names if os.path.exists(os.path.join(self.path, name))]
         if foreign := [name for name in present if name not in self.record.published]:
             raise InputError(
@@ -258,8 +268,8 @@ class TrainingFolder:
         self.record.published = names
         self._write(self.record)
         for name in names:
-            os.replace(os.path.join(source, name), os.path.join(self.path, name))
-        os.rmdir(source)
+            os.replace(os.path.join(self.unfinished, name), os.path.join(self.path, name))
+        os.rmdir(self.unfinished)
         self.record.finished = step
         self._write(self.record)
 

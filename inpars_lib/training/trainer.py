@@ -1,9 +1,9 @@
 """The Trainer that evaluates by reranking, and its flags."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,8 +14,8 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerStat
 
 from inpars_lib.cli import InputError
 from inpars_lib.evaluation import MEASURES, evaluate_per_query, mean_values
-from inpars_lib.formats.runs import rerank_hits
-from inpars_lib.rerankers.base import Reranker
+from inpars_lib.formats.runs import Run, rerank_hits
+from inpars_lib.rerankers.base import OUT_OF_MEMORY, Reranker
 from inpars_lib.rerankers.scoring import scores_by_query
 from inpars_lib.training.checkpoints import check_weights, checkpoint_folder, stopped_early, write_results
 from inpars_lib.training.dev_set import DevSet
@@ -23,24 +23,28 @@ from inpars_lib.training.examples import LengthSortedSampler, TrainingExamples
 from inpars_lib.training.lora import add_adapters
 from inpars_lib.training.losses import LOSSES
 
-PUBLISH = "publish the model after training: hf upload YOU/NAME MODEL --exclude 'checkpoint-*/*'"
-REFUSED_FLAGS = {  # of transformers.TrainingArguments
-    "save_strategy": "use --save_every_n_steps or --select_by",
-    "save_only_model": "a training cannot be resumed without its optimizer",
-    "train_sampling_strategy": "the examples of each step are sorted by length",
-    "group_by_length": "the examples of each step are sorted by length",
-    "eval_on_start": "the first stage is measured at the start",
-    "num_train_epochs": "use --epochs",
-    "save_steps": "use --save_every_n_steps",
-    "label_smoothing_factor": "the loss is --loss",
-    "load_best_model_at_end": "use --select_by",
-    "metric_for_best_model": "use --select_by",
-    "greater_is_better": "use --select_by",
-    "eval_strategy": "evaluation is on with --queries or --holdout",
-    "remove_unused_columns": "examples have no columns",
-    "push_to_hub": PUBLISH,
-    "hub_model_id": PUBLISH,
-    "hub_token": PUBLISH,
+# Flags of transformers.TrainingArguments that something else replaces, or that would do nothing or harm
+REFUSED_FLAGS = {
+    "use --epochs": "num_train_epochs",
+    "use --save_every_n_steps or --select_by": "save_strategy save_steps",
+    "use --select_by": "load_best_model_at_end metric_for_best_model greater_is_better",
+    "use --seed": "data_seed",
+    "use --loss": "label_smoothing_factor",
+    "use --per_device_train_batch_size": "auto_find_batch_size",
+    "start the processes with torchrun": "local_rank",
+    "use --report_to": "trackio_space_id trackio_bucket_id trackio_static_space_id",
+    "this script trains, and evaluates with --queries or --holdout": "do_train do_eval do_predict eval_strategy",
+    "the first stage is measured at the start": "eval_on_start",
+    "an evaluation reranks, in batches of similar lengths": "per_device_eval_batch_size prediction_loss_only "
+    "eval_accumulation_steps eval_do_concat_batches eval_use_gather_object batch_eval_metrics include_for_metrics "
+    "bf16_full_eval fp16_full_eval",
+    "a training cannot be resumed without its optimizer": "save_only_model",
+    "a resumed training goes on with the examples that it has not seen": "ignore_data_skip",
+    "the examples of each step are sorted by length": "train_sampling_strategy group_by_length length_column_name",
+    "all examples of an epoch are used": "dataloader_drop_last",
+    "examples have no columns": "remove_unused_columns label_names",
+    "publish the model after training: hf upload YOU/NAME MODEL --exclude 'checkpoint-*/*'": "push_to_hub hub_model_id "
+    "hub_token hub_strategy hub_private_repo hub_always_push hub_revision",
 }
 
 
@@ -104,10 +108,24 @@ class RerankerTrainer(Trainer):
             data_collator=self.collate,
             callbacks=[TrainingFlow(config, dev is not None)],
         )
-        self.first_stage: dict[str, float] = {}  # the measures of the dev set's run
-        if dev:
-            values = evaluate_per_query(dev.qrels, dev.run, config.relevance_threshold, config.measures)
-            self.first_stage = mean_values(values)
+        self.first_stage = self._measure(dev.run) if dev else {}
+
+    def _measure(self, run: Run) -> dict[str, float]:
+        """Return the mean of each measure over the dev set's queries."""
+        assert self.dev is not None
+        config = self.config
+        return mean_values(evaluate_per_query(self.dev.qrels, run, config.relevance_threshold, config.measures))
+
+    def check_flags(self) -> None:
+        """Create everything that flags of `TrainingArguments` can make fail, and forget it again.
+
+        Raises:
+            ValueError, TypeError, ImportError: A flag has a wrong value or needs a package.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # their optimizers need the wrapped model
+            self.create_optimizer_and_scheduler(self.args.max_steps)
+            self.optimizer = self.lr_scheduler = None
+        self.get_train_dataloader()
 
     def _get_train_sampler(self, *_: object, **__: object) -> Any:
         config = self.config
@@ -151,7 +169,16 @@ class RerankerTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the gradients of a batch and return its loss, which must be finite."""
-        loss = super().training_step(*args, **kwargs)
+        try:
+            loss = super().training_step(*args, **kwargs)
+        except RuntimeError as error:
+            if not OUT_OF_MEMORY.search(str(error)):
+                raise
+            raise InputError(
+                f"{self.args.output_dir}: out of memory in step {self.state.global_step + 1:,}. Lower "
+                "--per_device_train_batch_size and raise --gradient_accumulation_steps by the same factor, or add "
+                "--activation_checkpointing True; and add --restart."
+            ) from None
         self._check_finite("the loss", loss)
         return loss
 
@@ -172,9 +199,7 @@ class RerankerTrainer(Trainer):
             values = self.reranker.score(pairs)
         scores = dict(gather_object(list(scores_by_query(shard, values).items())))
         run = {query_id: rerank_hits(hits, scores[query_id]) for query_id, hits in dev.run.items()}
-        per_query = evaluate_per_query(dev.qrels, run, self.config.relevance_threshold, self.config.measures)
-        means = mean_values(per_query)
-        metrics = {f"eval_{name}": value for name, value in means.items() if not math.isnan(value)}
+        metrics = {f"eval_{name}": value for name, value in self._measure(run).items() if not math.isnan(value)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.write_results()
@@ -192,12 +217,18 @@ class RerankerTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and tokenizer, the latter without the truncation of the last text that it has read."""
+        with suppress(FileNotFoundError):  # a checkpoint that is written again is incomplete until its end
+            os.remove(os.path.join(str(output_dir), "trainer_state.json"))
         for name, weight in self.reranker.model.named_parameters():
             self._check_finite(name, weight)
         tokenizer = self.reranker.tokenizer.backend_tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
         super().save_model(output_dir, _internal_call)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # trainer_state.json, which follows, says that a checkpoint is complete
 
     def load_trained(self, checkpoint: str, weights: str) -> None:
         """Take a complete training's state from its last checkpoint and the weights from the chosen one."""
@@ -253,9 +284,9 @@ def parse_trainer_flags(flags: Sequence[str]) -> dict[str, Any]:
         ValueError: A flag is unknown, or is replaced by a flag of train_t5.py.
     """
     names = [flag.removeprefix("--").partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
-    for name in names:
-        if name in REFUSED_FLAGS:
-            raise ValueError(f"--{name} is not supported: {REFUSED_FLAGS[name]}")
+    for reason, refused in REFUSED_FLAGS.items():
+        for name in {*names} & {*refused.split()}:
+            raise ValueError(f"--{name} is not supported: {reason}")
     arguments: Any = TrainingArguments
     # Making TrainingArguments here would set up DeepSpeed and other state of the process.
     known, unknown = HfArgumentParser(arguments, allow_abbrev=False).parse_known_args(
@@ -264,14 +295,3 @@ def parse_trainer_flags(flags: Sequence[str]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"{unknown[0]} is neither a flag of this script nor of transformers.TrainingArguments")
     return {name: getattr(known, name) for name in names}
-
-
-def is_sharded(flags: Mapping[str, Any]) -> bool:
-    """Return whether flags of `TrainingArguments` shard the weights over GPUs: FSDP, or DeepSpeed's ZeRO stage 3."""
-    if flags.get("fsdp"):
-        return True
-    config = flags.get("deepspeed")
-    if isinstance(config, str) and os.path.isfile(config):
-        with open(config, encoding="utf-8") as file:
-            config = json.load(file)
-    return isinstance(config, dict) and config.get("zero_optimization", {}).get("stage") == 3
