@@ -107,8 +107,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--consistency_k and either --index or --run need each other")
     if [args.output, args.plot, args.sample_html].count("-") > 1:
         parser.error("only one of --output, --plot and --sample_html can be `-`, standard output")
-    if "-" in (args.input, args.output) and (args.model or args.run):
-        parser.error("--model and --run need files: - cannot be read twice and has no log beside it")
+    if ("-" in (args.input, args.output) or is_special(args.input)) and (args.model or args.run):
+        parser.error("--model and --run need files: - or a pipe cannot be read twice and has no log beside it")
     if args.model and is_special(args.output):
         parser.error(f"--output {args.output}: scores are saved beside the output, so name a file")
     return args

@@ -30,7 +30,7 @@ from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
 from inpars_lib.files import claimed, is_special, resolve_output, write_together
 from inpars_lib.first_stage import QueryRun
 from inpars_lib.formats.collection import collection_paths, conflicting_texts, read_collection
-from inpars_lib.formats.lines import tsv_line
+from inpars_lib.formats.fields import tsv_line
 from inpars_lib.formats.queries import read_synthetic_queries
 from inpars_lib.formats.runs import run_lines
 from inpars_lib.negatives import SampledHits, Sampling, sample_negatives

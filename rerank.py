@@ -284,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     check_files(args)
     group = ProcessGroup.from_environment()
+    group.check_inputs(args.queries, args.run, args.qrels, args.holdout, args.holdout_run)
     writes = group.rank == 0 and not args.dry_run
     with exclusive(args.output) if writes else nullcontext():
         rerank(args, group)

@@ -320,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     paths = {f"--{flag}": getattr(args, flag) for flag in (*DATA, "corpus", "index")}
     check_inputs(args.output_dir, args.base_model, paths)
+    group.check_inputs(*paths.values())
     with exclusive(os.path.join(args.output_dir, RECORD)) if group.rank == 0 else nullcontext():
         train(args, trainer_flags, group)
     group.close()

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from inpars_lib.cli import InputError, report
 from inpars_lib.files import file_sha256
 from inpars_lib.formats.collection import read_collection
-from inpars_lib.formats.lines import count_lines
+from inpars_lib.formats.lines import count_lines, require_file
 from inpars_lib.formats.records import ScoredDoc, SyntheticQuery
 from inpars_lib.formats.runs import RankedList, Run, read_run
 
@@ -78,8 +78,8 @@ class QueryRun:
     """
 
     def __init__(self, path: str, source: str) -> None:
-        if "-" in (path, source):
-            raise InputError("-: synthetic queries and their run are read twice. Name files.")
+        for file in (path, source):
+            require_file(file, "synthetic queries and their run are read twice")
         lines = count_lines(source)
         self.path, self.hits = path, read_run(path, desc="Reading the run")
         for query_id in self.hits:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+from inpars_lib.cli import InputError
+from inpars_lib.files import is_special
+
 T = TypeVar("T")
 
 
@@ -20,6 +23,16 @@ class ProcessGroup:
     def from_environment(cls) -> "ProcessGroup":
         """Return the group that torchrun describes in environment variables."""
         return cls(*(int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+
+    def check_inputs(self, *paths: str | None) -> None:
+        """Check that each process can read the inputs, which standard input and pipes do not allow.
+
+        Raises:
+            InputError: An input can be read only once, and there are several processes.
+        """
+        for path in paths:
+            if self.size > 1 and path and (path == "-" or is_special(path)):
+                raise InputError(f"{path}: standard input and pipes are not shared by several processes. Name a file.")
 
     def barrier(self) -> None:
         """Wait until every rank gets here."""

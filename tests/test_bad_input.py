@@ -8,14 +8,12 @@ import resource
 import shutil
 import struct
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Done, command_of, error_line, ok, run, write_rows
-
-from inpars_lib import formats
-from inpars_lib.cli import InputError
 
 GOOD = "d1\tthe study of tides explains the sea\nd2\tbread is baked at dawn\nd3\tbees make honey of flowers\n"
 LONG = 50_000_000
@@ -108,7 +106,7 @@ REFUSED = [  # name, command, replaced file, its content, part of the error
         QUERY.replace(b"[-1,", b"[-1" + b"0" * 5000 + b","),
         "no usable line",
     ),
-    ("triples of two columns", train, "triples", b"a\tb\n", "triples: no usable line found"),
+    ("triples of two columns", train, "triples", b"a\tb\n", "triples: this file seems to hold lines `id<tab>text`"),
 ]
 
 
@@ -220,13 +218,28 @@ def test_a_folder_that_cannot_be_written(files: dict[str, Path], tmp_path: Path,
         assert "Permission denied" in error_line(run(*words))
 
 
-@pytest.mark.parametrize("command", [index, keep, mine, rerank], ids=lambda command: command.__name__)
-def test_pipes_are_no_input(files: dict[str, Path], tmp_path: Path, command: Callable) -> None:
-    """A collection is read more than once, which a pipe such as <(zcat ...) cannot be."""
-    name = {keep: "queries", mine: "queries", rerank: "topics"}.get(command, "collection")
+@pytest.mark.parametrize(("command", "name"), [(index, "collection"), (train, "triples")])
+def test_a_pipe_that_is_read_twice_is_refused(
+    files: dict[str, Path], tmp_path: Path, command: Callable, name: str
+) -> None:
     files[name].unlink()
     os.mkfifo(files[name])
-    assert f"{name}: this is a pipe or a device" in error_line(run(*command(files, tmp_path)))
+    assert f"{name}: " in (said := error_line(run(*command(files, tmp_path))))
+    assert "read more than once, and standard input or a pipe cannot be" in said
+
+
+def test_a_pipe_that_is_read_once_is_input(files: dict[str, Path], tmp_path: Path) -> None:
+    """The shell's <(zcat queries.jsonl.gz) is a pipe."""
+    data = files["queries"].read_bytes()
+    files["queries"].unlink()
+    os.mkfifo(files["queries"])
+    writer = threading.Thread(target=files["queries"].write_bytes, args=[gzip.compress(data)])
+    writer.start()
+    ok(run(*keep(files, tmp_path)))
+    writer.join()
+    assert json.loads((tmp_path / "out").read_text())["doc_id"] == "d1"
+    run_of_queries = ["--scoring_function", "consistency", "--consistency_k", 1, "--run", files["run"]]
+    assert "cannot be read twice" in error_line(run(*keep(files, tmp_path), *run_of_queries), 2)
 
 
 def test_standard_input_and_output(files: dict[str, Path], tmp_path: Path, capfdbinary: pytest.CaptureFixture) -> None:
@@ -265,10 +278,11 @@ def test_no_dash_for_files_that_are_used_twice(files: dict[str, Path], tmp_path:
     assert not list(tmp_path.glob("-*"))
 
 
-def test_several_processes_do_not_share_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="-: standard input is closed, or shared by several processes"):
-        formats.read_topics("-")
+def test_several_processes_do_not_share_standard_input(files: dict[str, Path], tmp_path: Path) -> None:
+    words = rerank(files, tmp_path)
+    words[words.index("--queries") + 1] = "-"
+    said = error_line(run(*words, WORLD_SIZE="2"))
+    assert "-: standard input and pipes are not shared by several processes" in said
 
 
 def test_a_log_of_answers_is_not_compressed(files: dict[str, Path], tmp_path: Path) -> None:

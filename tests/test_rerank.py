@@ -410,7 +410,7 @@ def test_runs_of_held_out_queries(
             "1 Q0 ug7v899j 1 1.0 x\n1 Q0 p1-1 2 0.5 x\n",
             "1 of the 2 documents",
         ),  # the query ids are equal by chance
-        ("run.txt", "1\ta\n", "no usable line found"),
+        ("run.txt", "1\ta\n", "run.txt: this file seems to hold lines `id<TAB>text`"),
         ("qrels.txt", "q1 0 a 1\n", "is judged here"),
         ("topics.tsv", "1\tone\n1\ttwo\n", "query id 1"),
         ("collection.tsv", "x\tother\n", "are not in this collection"),

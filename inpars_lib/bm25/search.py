@@ -15,7 +15,7 @@ from inpars_lib.bm25.config import BM25Config, IndexSettings, read_index_setting
 from inpars_lib.bm25.index import build_index, check_language, count_documents
 from inpars_lib.bm25.lucene import analyzer_languages, lucene_errors, start_lucene
 from inpars_lib.cli import InputError, report
-from inpars_lib.formats.lines import tsv_line
+from inpars_lib.formats.fields import tsv_line
 from inpars_lib.formats.records import ScoredDoc
 from inpars_lib.formats.runs import RankedList, read_anserini_run, without_query
 

@@ -22,8 +22,8 @@ from inpars_lib.formats.collection import (
     read_texts,
     write_texts,
 )
+from inpars_lib.formats.fields import tsv_line
 from inpars_lib.formats.folders import collection_files
-from inpars_lib.formats.lines import tsv_line
 from inpars_lib.formats.qrels import read_qrels
 from inpars_lib.formats.queries import read_synthetic_queries
 from inpars_lib.formats.records import Doc, Qrel, ScoredDoc, SyntheticQuery, Topic

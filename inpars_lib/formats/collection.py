@@ -1,19 +1,32 @@
-"""Collections: TSV, JSONL or a folder of such files, or `ir_datasets:NAME`."""
+"""Collections: TSV, JSON or a folder of such files, or `ir_datasets:NAME`."""
 
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 from itertools import chain
 
 from inpars_lib.cli import InputError
 from inpars_lib.files import atomic_write
-from inpars_lib.formats.fields import TEXT_FORM, parse_id, parse_text, single_line
-from inpars_lib.formats.folders import collection_files
+from inpars_lib.formats.fields import (
+    DOC_ID,
+    DOC_TEXT,
+    judge_columns,
+    parse_id,
+    parse_text,
+    single_line,
+    tsv_line,
+)
+from inpars_lib.formats.folders import OTHER_FILES, collection_files
 from inpars_lib.formats.ir_dataset import download_errors, ir_dataset
-from inpars_lib.formats.lines import read_blocks, read_records, tsv_line
+from inpars_lib.formats.lines import Block, Blocks, Form, read_blocks, read_records
 from inpars_lib.formats.records import Doc, Topic
+from inpars_lib.formats.roles import check_role
 
-OBJECT = ord("{")
+FORM = "`doc_id<TAB>text`, or a JSON object with an id (`id`, ...) and a text (`contents`, ...)"
+REFUSED = ("qrels", "run", "topics", "queries")
+TOPIC_WORDS = 12  # texts of topics are shorter, on average
+UNDECIDED = (b"{", b'"', b"")  # beginnings of lines whose id is known only after parsing
 
 
 def collection_paths(path: str | None) -> list[str]:
@@ -36,28 +49,37 @@ def collection_fingerprint(path: str) -> str:
     return digest.hexdigest()
 
 
-def _read_docs(path: str, wanted: Collection[str] | None, desc: str | None) -> Iterator[Doc]:
-    """Yield the documents of a collection. Some that are not wanted are skipped early, before they are decoded."""
-    scheme, _, name = path.partition(":")
-    if scheme != "ir_datasets":
+def _judge(block: Block) -> Form[Doc]:
+    """Return how to read a file of documents."""
+    lines = block.head()
+    check_role(block.path, lines, REFUSED)
+    words = sum(len(line.split()) - 1 for line in lines)
+    if OTHER_FILES.search(os.path.basename(block.path)) and words < TOPIC_WORDS * len(lines):
+        action = "Name the collection with --corpus, or rename the file if this is one"
+        raise InputError(f"{block.path}: by its name and its short texts, this file holds no documents. {action}.")
+    columns, header = judge_columns(lines, DOC_ID, DOC_TEXT)
+    return Form(partial(parse_text, ids=DOC_ID, texts=DOC_TEXT, columns=columns), header)
 
-        def select(lines: list[bytes]) -> list[tuple[int, bytes]]:
-            return [
-                (i, line)
-                for i, line in enumerate(lines)
-                if (columns := line.partition(b"\t"))[0].decode(errors="replace") in ids
-                or not columns[1]
-                or line[0] == OBJECT
-            ]
 
-        ids = wanted or ()
-        blocks = read_blocks(collection_files(path), desc)
-        for _, doc in read_records(blocks, parse_text, TEXT_FORM, path, None if wanted is None else select):
-            yield doc
-        return
+def _without_others(blocks: Blocks, wanted: Collection[str]) -> Blocks:
+    """Yield the blocks without the lines of documents that are not wanted, which takes less time than to parse them."""
+    for block in blocks:
+        if block.is_first:  # tells how to read the file
+            yield block
+            continue
+        lines = [
+            (number, line)
+            for number, line in block.lines
+            if line.partition(b"\t")[0].decode(errors="replace") in wanted or line[:1] in UNDECIDED or b"\t" not in line
+        ]
+        yield block._replace(lines=lines, omitted=len(block.lines) - len(lines))
+
+
+def _ir_documents(path: str, desc: str | None) -> Iterator[Doc]:
+    """Yield the documents of `ir_datasets:NAME`."""
     from tqdm import tqdm
 
-    dataset = ir_dataset(name, "docs")
+    dataset = ir_dataset(path, "docs")
     with download_errors(path):
         docs, total = iter(dataset.docs_iter()), dataset.docs_count()
         first = next(docs, None)  # downloads the data set
@@ -66,6 +88,18 @@ def _read_docs(path: str, wanted: Collection[str] | None, desc: str | None) -> I
             yield Doc(parse_id(doc.doc_id), single_line(doc.default_text()))
         except ValueError as error:
             raise InputError(f"{path}: {error}. Choose another data set.") from None
+
+
+def _read_docs(path: str, wanted: Collection[str] | None, desc: str | None) -> Iterator[Doc]:
+    """Yield the documents of a collection. Some that are not wanted are skipped early."""
+    if path.startswith("ir_datasets:"):
+        yield from _ir_documents(path, desc)
+        return
+    blocks = read_blocks(collection_files(path), desc)
+    if wanted is not None:
+        blocks = _without_others(blocks, wanted)
+    for _, doc in read_records(blocks, _judge, FORM, path):
+        yield doc
 
 
 def conflicting_texts(path: str, doc_id: str) -> InputError:

@@ -1,22 +1,31 @@
-"""Parsers of one line or field: ids, texts, JSON objects, columns, numbers. A ValueError says what is wrong."""
+"""Names of fields and columns, and parsers of their values. A ValueError says what is wrong."""
 
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from inpars_lib.formats.records import Doc
 
 Number = TypeVar("Number", int, float)
-TEXT_FORM = "`id<TAB>text`, or a JSON object with an id (`id`, ...) and a text (`contents`, ...)"
-# The first of these that a JSON object has. In MS MARCO v2, `docid` is the document of the passage `pid`.
-ID_FIELDS = ("_id", "id", "doc_id", "pid", "docid", "query_id", "qid")
-_ID_FIELD_SET = frozenset(ID_FIELDS)
-TEXT_FIELDS = ("contents", "text", "body", "passage", "segment", "query")
+
+# Names of fields, by what they hold. A reader takes the first name that a row has.
+DOC_ID = ("_id", "id", "doc_id", "docno", "pid", "docid", "passage_id", "corpus-id", "corpus_id")
+QUERY_ID = ("query_id", "qid", "query-id", "_id", "id", "topic_id", "number")
+DOC_TEXT = ("contents", "content", "text", "body", "passage", "segment")
+QUERY_TEXT = ("query", "question", "text", "title", "contents", "content", "body")
+BEFORE_TEXT = ("title", "headings")  # put before the text, except before `contents`, which Anserini has put together
+QUESTION, SOURCE_TEXT = ("question", "query"), ("doc_text", "text")  # of synthetic queries
+GRADE = ("score", "relevance", "rel", "label", "grade")
+TRIPLE = ("query", "positive", "negative")
+KNOWN = {*DOC_ID, *QUERY_ID, *DOC_TEXT, *QUERY_TEXT, *BEFORE_TEXT, *GRADE, *TRIPLE}
+KNOWN |= {"pos", "neg", "q0", "iter", "iteration", "rank", "tag", "run", "url", "metadata"}
+
 _NEWLINES = re.compile("[\t\n\r\v\f\x00\x1c-\x1e\x85\u2028\u2029]+")
+_QUOTED_CELL = re.compile(r'(?<![^\t])"((?:[^"]++|"")*+)"(?![^\t])')
 
 
 def single_line(text: str) -> str:
@@ -51,6 +60,20 @@ def parse_id(value: Any) -> str:
     return record_id
 
 
+def parse_number(word: str, kind: type[Number]) -> Number:
+    """Return a finite number."""
+    try:
+        value = kind(word)
+    except ValueError:
+        raise ValueError(f"{word!r} is not a {'whole ' if kind is int else ''}number") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{word!r} is not a finite number")
+    return value
+
+
+# -------------------------------------------------------------------------------------------------------- JSON objects
+
+
 def json_object(line: str) -> dict[str, Any]:
     """Return the JSON object of a line."""
     try:
@@ -67,41 +90,129 @@ def json_object(line: str) -> dict[str, Any]:
     return row
 
 
-def string_field(row: Mapping[str, Any], field: str) -> str:
-    """Return a field of a row, empty if absent. Halves of surrogate pairs become question marks."""
-    value = row.get(field, "")
-    if not isinstance(value, str):
-        raise ValueError(f"{field!r} is not a string")
-    return value if is_unicode(value) else value.encode(errors="replace").decode()
+def first_field(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the first of `names` that a row has."""
+    for name in names:
+        if name in row:
+            return name
+    raise ValueError(f"none of the fields {', '.join(names)}; the row has {', '.join(map(repr, row)) or 'no field'}")
 
 
-def parse_text(line: str, id_fields: Sequence[str] = ID_FIELDS, text_fields: Sequence[str] = TEXT_FIELDS) -> Doc:
-    """Return id and text of a line of a collection or of topics, in any spelling that `formats.py` lists.
+def text_field(row: Mapping[str, Any], name: str) -> str:
+    """Return a text. A number is its digits; null, NaN and an absent field are empty.
 
-    The id is the first of `id_fields` that a JSON object has, the text the first of `text_fields`.
+    Halves of surrogate pairs become question marks.
     """
-    if not line.startswith("{"):
-        record_id, tab, text = line.partition("\t")
-        if not tab:
-            raise ValueError("no tab between id and text")
-        if record_id.lower() in _ID_FIELD_SET and text.strip().lower() in TEXT_FIELDS:
-            raise ValueError("a header line")
-        return Doc(parse_id(record_id), single_line(text))
+    value = row.get(name)
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{name!r} is not a string")
+    text = str(value)
+    return text if is_unicode(text) else text.encode(errors="replace").decode()
+
+
+def parse_object(line: str, ids: Sequence[str], texts: Sequence[str]) -> Doc:
+    """Return id and text of a JSON object."""
     row = json_object(line)
-    id_field = next((name for name in id_fields if name in row), None)
-    text_field = next((name for name in text_fields if name in row), None)
-    if id_field is None or text_field is None:
-        missing = id_fields if id_field is None else text_fields
-        raise ValueError(f"none of the fields {', '.join(missing)}")
-    text = string_field(row, text_field)
-    if text_field == "text":
-        text = f"{string_field(row, 'title')} {text}"
-    return Doc(parse_id(row[id_field]), single_line(text))
+    record_id, name = row[first_field(row, ids)], first_field(row, texts)
+    text = text_field(row, name)
+    if name not in ("contents", "query", "question"):
+        parts = [*(text_field(row, before) for before in BEFORE_TEXT if before != name), text]
+        text = " ".join(filter(None, parts))
+    return Doc(parse_id(record_id), single_line(text))
 
 
-def parse_topic(line: str) -> Doc:
-    """Return id and text of a line of topics, which may also name a document."""
-    return parse_text(line, ("query_id", "qid", *ID_FIELDS), ("query", *TEXT_FIELDS))
+# --------------------------------------------------------------------------------------------------------- TSV columns
+
+
+class Columns(NamedTuple):
+    """What the columns of a TSV file of texts are.
+
+    Attributes:
+        text: Numbers of the columns of the text, in their order in the text. Empty if the text is all after the id.
+        width: Number of columns, 0 for any.
+        quoted: Whether the cells of a column are in quotation marks.
+    """
+
+    text: tuple[int, ...] = ()
+    width: int = 0
+    quoted: bool = False
+
+
+def unquote(line: str, all_cells: bool) -> str:
+    """Return a TSV line without CSV's quoting of cells.
+
+    A cell in quotation marks is CSV if quotation marks inside are doubled, if it has a tab, or if all cells of a column
+    have them. Otherwise they belong to the text.
+    """
+
+    def undo(cell: re.Match[str]) -> str:
+        text: str = cell[1]
+        if not all_cells and '""' not in text and "\t" not in text:
+            return cell[0]
+        return text.replace('""', '"').replace("\t", " ")
+
+    return _QUOTED_CELL.sub(undo, line) if '"' in line else line
+
+
+def tsv_line(*columns: str) -> str:
+    """Return a line of a TSV file, newline included. Tabs and newlines inside a column become spaces.
+
+    A text that reads as a cell of CSV is quoted as one, so that `unquote` gives it back.
+    """
+    cells = []
+    for column in columns:
+        text = single_line(column)
+        if _QUOTED_CELL.fullmatch(text):
+            text = '"' + text.replace('"', '""') + '"'
+        cells.append(text)
+    return "\t".join(cells) + "\n"
+
+
+def is_header(cells: Sequence[str], first: Iterable[str]) -> bool:
+    """Return whether the cells of a first line are names of columns, the first one of `first`."""
+    return len(cells) > 1 and cells[0].lower() in first and all(cell.lower() in KNOWN for cell in cells)
+
+
+def has_quoted_column(rows: Sequence[Sequence[str]]) -> bool:
+    """Return whether the cells of some column are all in quotation marks."""
+    width = min(map(len, rows), default=0)
+    return any(all(len(row[i]) > 1 and row[i][0] == row[i][-1] == '"' for row in rows) for i in range(width))
+
+
+def judge_columns(lines: Sequence[str], ids: Sequence[str], texts: Sequence[str]) -> tuple[Columns, int]:
+    """Return what the columns of a TSV file are, and the number of header lines, from the first lines.
+
+    Three columns in all lines are id, text and title.
+    """
+    rows = [line.split("\t") for line in lines]
+    header = [name.strip().lower() for name in unquote(lines[0], all_cells=True).split("\t")] if lines else []
+    if is_header(header, ids):
+        places = {name: i for i, name in enumerate(header)}
+        parts = [places[name] for name in BEFORE_TEXT if name in places]
+        parts.append(places[first_field(places, texts)])
+        order = tuple(dict.fromkeys(parts)) if "contents" not in places else (places["contents"],)
+        return Columns(order, len(header), has_quoted_column(rows[1:])), 1
+    quoted = has_quoted_column(rows)
+    if rows and texts is DOC_TEXT and all(len(row) == 3 for row in rows):
+        return Columns((2, 1), 3, quoted), 0
+    return Columns(quoted=quoted), 0
+
+
+def parse_text(line: str, ids: Sequence[str], texts: Sequence[str], columns: Columns) -> Doc:
+    """Return id and text of a line: a JSON object or TSV."""
+    if line.startswith("{"):
+        return parse_object(line, ids, texts)
+    record_id, tab, text = unquote(line, columns.quoted).partition("\t")
+    if not tab:
+        raise ValueError("no tab between id and text")
+    if columns.text:
+        cells = [record_id, *text.split("\t")]
+        if len(cells) > columns.width:
+            raise ValueError(f"expected {columns.width} columns, found {len(cells)}")
+        text = " ".join(cells[i] for i in columns.text if i < len(cells))
+    return Doc(parse_id(record_id), single_line(text))
 
 
 def split_columns(line: str, counts: tuple[int, ...]) -> list[str]:
@@ -110,14 +221,3 @@ def split_columns(line: str, counts: tuple[int, ...]) -> list[str]:
     if len(columns) not in counts:
         raise ValueError(f"expected {' or '.join(map(str, counts))} columns, found {len(columns)}")
     return columns
-
-
-def parse_number(word: str, kind: type[Number]) -> Number:
-    """Return a finite number."""
-    try:
-        value = kind(word)
-    except ValueError:
-        raise ValueError(f"{word!r} is not a {'whole ' if kind is int else ''}number") from None
-    if not math.isfinite(value):
-        raise ValueError(f"{word!r} is not a finite number")
-    return value

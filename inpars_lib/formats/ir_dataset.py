@@ -7,8 +7,8 @@ from typing import Any
 from inpars_lib.cli import InputError, shorten
 
 
-def ir_dataset(name: str, part: str) -> Any:
-    """Return a data set of the package ir_datasets, which downloads the data set when its records are read.
+def ir_dataset(path: str, part: str) -> Any:
+    """Return the data set of `ir_datasets:NAME`, which is downloaded when its records are read.
 
     Raises:
         InputError: The package is not installed, does not know the data set, or the data set lacks this part.
@@ -16,16 +16,14 @@ def ir_dataset(name: str, part: str) -> Any:
     try:
         import ir_datasets
     except ImportError:
-        raise InputError(
-            f"ir_datasets:{name}: the package ir_datasets is not installed. Run pip install ir_datasets."
-        ) from None
+        raise InputError(f"{path}: the package ir_datasets is not installed. Run pip install ir_datasets.") from None
     listed = "The names are listed at https://ir-datasets.com."
     try:
-        dataset = ir_datasets.load(name)
+        dataset = ir_datasets.load(path.removeprefix("ir_datasets:"))
     except KeyError:
-        raise InputError(f"ir_datasets:{name}: ir_datasets knows no data set of this name. {listed}") from None
+        raise InputError(f"{path}: ir_datasets knows no data set of this name. {listed}") from None
     if not getattr(dataset, f"has_{part}")():
-        raise InputError(f"ir_datasets:{name}: this data set has no {part}. Choose one that has. {listed}")
+        raise InputError(f"{path}: this data set has no {part}. Choose one that has. {listed}")
     return dataset
 
 

@@ -1,15 +1,32 @@
-"""Synthetic queries: JSONL `doc_id`, `doc_text`, `question`, `log_probs`, as in the published InPars sets."""
+"""Synthetic queries: JSONL `doc_id`, `doc_text`, `question`, `log_probs`, as in the published InPars sets.
 
-from collections.abc import Callable, Iterator
+The InPars toolkit and InPars-v2 call the question `query`, and the document's text `text`.
+"""
+
+from collections.abc import Iterator
 
 import msgspec
 
-from inpars_lib.formats.fields import json_object, parse_id, single_line, string_field
-from inpars_lib.formats.lines import read_blocks, read_records
+from inpars_lib.files import json_line
+from inpars_lib.formats.fields import (
+    DOC_ID,
+    QUESTION,
+    SOURCE_TEXT,
+    first_field,
+    json_object,
+    parse_id,
+    single_line,
+    text_field,
+)
+from inpars_lib.formats.lines import Block, Form, read_blocks, read_records
 from inpars_lib.formats.records import SyntheticQuery
+from inpars_lib.formats.roles import check_role
 
+FORM = "a JSON object with `doc_id`, `doc_text`, `question`, `log_probs`"
+REFUSED = ("qrels", "run", "topics", "texts", "ids", "ranks")
 LARGEST = 1e300  # bound of log-probabilities, whose sum must be finite
 NOT_FINITE = "'log_probs' contains something other than finite numbers"
+Fields = tuple[str, str, str, list[float] | None, str, str | None]  # of a `SyntheticQuery`, without its line
 
 
 class SyntheticRow(msgspec.Struct):
@@ -22,57 +39,53 @@ class SyntheticRow(msgspec.Struct):
     request: str | None = None
 
 
+decode_row = msgspec.json.Decoder(SyntheticRow).decode
+
+
 def _decode_any_row(line: str) -> SyntheticRow:
-    """Return a row that msgspec refuses, or raise a ValueError that says what is wrong."""
+    """Return a row that is not in our own spelling, or raise a ValueError that says what is wrong."""
     row = json_object(line)
-    if "doc_id" not in row or "question" not in row:
-        raise ValueError("no field 'doc_id' or no field 'question'")
+    doc_id, question = row[first_field(row, DOC_ID)], text_field(row, first_field(row, QUESTION))
+    doc_text = next((text_field(row, name) for name in SOURCE_TEXT if name in row), "")
     log_probs = row.get("log_probs")
     if log_probs is not None:
         if not isinstance(log_probs, list):
             raise ValueError("'log_probs' is not a list")
         if not all(type(x) in (int, float) and abs(x) < LARGEST for x in log_probs):  # False for NaN
             raise ValueError(NOT_FINITE)
-    return SyntheticRow(row["doc_id"], string_field(row, "question"), string_field(row, "doc_text"), log_probs)
+    request = row.get("request")
+    return SyntheticRow(doc_id, question, doc_text, log_probs, request if isinstance(request, str) else None)
 
 
-def read_synthetic_queries(
-    path: str, desc: str | None = None, skip: Callable[[SyntheticRow], bool] | None = None
-) -> Iterator[SyntheticQuery]:
-    """Yield the rows of synthetic queries, our own or a published set.
+def _parse(line: str) -> Fields:
+    try:
+        row = decode_row(line)
+        if not row.doc_text and '"text"' in line:
+            row = _decode_any_row(line)
+    except (msgspec.MsgspecError, RecursionError):
+        row = _decode_any_row(line)
+    if row.log_probs and not -LARGEST < min(row.log_probs) <= max(row.log_probs) < LARGEST:
+        raise ValueError(NOT_FINITE)
+    clean = str.strip if line.isascii() and "\\" not in line else single_line  # JSON escapes tabs and newlines
+    row_text = json_line(json_object(line)).rstrip("\n") if "\n" in line else line
+    question = " ".join(row.question.split())
+    return parse_id(row.doc_id), clean(row.doc_text), question, row.log_probs, row_text, row.request
+
+
+def _judge(block: Block) -> Form[Fields]:
+    check_role(block.path, block.head(), REFUSED)
+    return Form(_parse)
+
+
+def read_synthetic_queries(path: str, desc: str | None = None) -> Iterator[SyntheticQuery]:
+    """Yield the rows of synthetic queries: our own, of a published set or of the InPars toolkit.
 
     Args:
         path: The file.
         desc: Label of a progress bar, or None for no bar.
-        skip: Quick test for well-formed rows that are not wanted.
 
     Raises:
         InputError: No line is usable.
     """
-
-    def parse(line: str) -> tuple[str, str, str, list[float] | None, str]:
-        try:
-            row = decode(line)
-        except (msgspec.MsgspecError, RecursionError):
-            row = _decode_any_row(line)
-        if row.log_probs and not -LARGEST < min(row.log_probs) <= max(row.log_probs) < LARGEST:
-            raise ValueError(NOT_FINITE)
-        clean = str.strip if line.isascii() and "\\" not in line else single_line  # JSON escapes tabs and newlines
-        return parse_id(row.doc_id), clean(row.doc_text), " ".join(row.question.split()), row.log_probs, line
-
-    def select(lines: list[bytes]) -> list[tuple[int, bytes]]:
-        assert skip
-        selected = []
-        for i, line in enumerate(lines):
-            try:
-                if skip(decode(line)):
-                    continue
-            except (msgspec.MsgspecError, RecursionError):
-                pass
-            selected.append((i, line))
-        return selected
-
-    decode = msgspec.json.Decoder(SyntheticRow).decode
-    form = "a JSON object with `doc_id`, `doc_text`, `question`, `log_probs`"
-    for number, fields in read_records(read_blocks([path], desc), parse, form, path, select if skip else None):
+    for number, fields in read_records(read_blocks([path], desc), _judge, FORM, path):
         yield SyntheticQuery(number - 1, *fields)

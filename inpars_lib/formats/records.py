@@ -43,6 +43,7 @@ class SyntheticQuery(NamedTuple):
         question: The query on one line, empty if the language model gave none.
         log_probs: Natural logarithm of each query token's probability, None if the row has none.
         line_text: The line as it is in the file, a JSON object.
+        request: Name of the request, of several for a document; None without one.
     """
 
     line: int
@@ -51,6 +52,7 @@ class SyntheticQuery(NamedTuple):
     question: str
     log_probs: list[float] | None
     line_text: str
+    request: str | None = None
 
 
 class Triple(NamedTuple):

@@ -4,15 +4,109 @@ import array
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import overload
+from functools import partial
+from typing import NamedTuple, overload
 
 from inpars_lib.cli import InputError
 from inpars_lib.files import atomic_write
-from inpars_lib.formats.fields import parse_number, split_columns
-from inpars_lib.formats.lines import read_blocks, read_records
+from inpars_lib.formats.fields import QUERY_ID, is_header, parse_number, split_columns
+from inpars_lib.formats.lines import Block, Form, LineError, read_blocks, read_records
 from inpars_lib.formats.records import ScoredDoc
+from inpars_lib.formats.roles import check_role
 
+FORM = "TREC's `query_id Q0 doc_id rank score tag`, `query_id doc_id rank score` or `query_id doc_id rank`"
+REFUSED = ("qrels", "topics", "texts", "queries")
+WIDTHS = 3, 4, 6  # columns of MS MARCO, ColBERT and TREC
+LARGEST_RANK = 10**9
 RUN_SCORE = ".9g"  # of the scores in a run: enough digits for every float32
+TO_TREC = "Convert the run to TREC format."
+
+
+class _Hit(NamedTuple):
+    query_id: str
+    doc_id: str
+    rank: float
+    score: float
+    width: int  # columns of the line
+
+
+class _Hits:
+    """The hits of one query in the order of the file. Takes 24 bytes a hit beside the ids."""
+
+    def __init__(self) -> None:
+        self.doc_ids: list[str] = []
+        self.ranks, self.scores = array.array("d"), array.array("d")
+
+    def add(self, doc_id: str, rank: float, score: float) -> None:
+        """Add a hit."""
+        self.doc_ids.append(doc_id)
+        self.ranks.append(rank)
+        self.scores.append(score)
+
+    def is_ranked(self) -> bool:
+        """Return whether the ranks are distinct and start at 0 or 1."""
+        return min(self.ranks) in (0, 1) and len(set(self.ranks)) == len(self.ranks)
+
+    def scores_fall(self) -> bool:
+        """Return whether no hit has a higher score than a hit of a better rank."""
+        by_rank = [score for _, score in sorted(zip(self.ranks, self.scores, strict=True))]
+        return by_rank == sorted(self.scores, reverse=True)
+
+    def best_first(self, query_id: str) -> "RankedList":
+        """Return the hits by descending score, ties by rank, then by the order of the file."""
+        order = sorted(range(len(self.doc_ids)), key=lambda i: (-self.scores[i], self.ranks[i]))
+        return RankedList(query_id, [self.doc_ids[i] for i in order], (self.scores[i] for i in order))
+
+
+def _number(word: str, name: str) -> float:
+    """Return a score or a rank. To skip the line of an odd number would change the measures."""
+    try:
+        return parse_number(word, float)
+    except ValueError as error:
+        raise LineError(f"the {name} {error}. {TO_TREC.rstrip('.')}") from None
+
+
+def _rank(word: str) -> float:
+    rank = _number(word, "rank")
+    if not rank.is_integer() or abs(rank) > LARGEST_RANK:
+        raise LineError(f"{word!r} is not a rank. {TO_TREC.rstrip('.')}")
+    return rank
+
+
+def _parse(line: str, width: int) -> _Hit:
+    """Return a hit. TREC's rank only breaks ties, so it may be anything: trec_eval ignores it."""
+    columns = split_columns(line, (width,))
+    if width == 6:
+        rank = 0.0
+        with suppress(ValueError):
+            rank = parse_number(columns[3], float)
+        return _Hit(columns[0], columns[2], rank, _number(columns[4], "score"), width)
+    rank = _rank(columns[2])
+    return _Hit(columns[0], columns[1], rank, -rank if width == 3 else _number(columns[3], "score"), width)
+
+
+def _width(lines: Iterable[str]) -> int:
+    """Return the number of columns of the first line that can be of a run."""
+    return next((len(line.split()) for line in lines if len(line.split()) in WIDTHS and line[0] != "#"), WIDTHS[-1])
+
+
+def _judge(block: Block) -> Form[_Hit]:
+    """Return how to read a run, whose lines have as many columns as the first one."""
+    lines = block.head()
+    check_role(block.path, lines, REFUSED)
+    header = bool(lines) and is_header(lines[0].split(), QUERY_ID)
+    return Form(partial(_parse, width=_width(lines[header:])), int(header))
+
+
+def _check_third_column(path: str, width: int, query_id: str, hits: _Hits) -> None:
+    """Check that the third column of three or four is the rank."""
+    if width == 4 and not (hits.is_ranked() and hits.scores_fall()):
+        four = "are not clearly `query_id doc_id rank score`"
+        raise InputError(f"{path}: the four columns of query {query_id} {four}. {TO_TREC}")
+    falls = len(hits.ranks) > 1 and list(hits.ranks) == sorted(hits.ranks, reverse=True)
+    if width == 3 and (min(hits.ranks) < 1 or len(set(hits.ranks)) < len(hits.ranks) or falls):
+        # Tevatron writes scores there, which fall or repeat.
+        raise InputError(f"{path}: the third column of query {query_id} is not a rank. {TO_TREC}")
 
 
 def read_run(
@@ -32,60 +126,27 @@ def read_run(
     Raises:
         InputError: No line is usable, a query lists a document twice, or the meaning of a column is ambiguous.
     """
-    widths: tuple[int, ...] = 3, 4, 6  # columns that a line may have: as many as the first
-
-    def parse(line: str) -> tuple[str, str, float, int]:
-        nonlocal widths
-        columns = split_columns(line, widths)
-        after_q0 = len(columns) == 6  # TREC's Q0 shifts the other columns by one
-        rank = parse_number(columns[2 + after_q0], int)
-        score = -float(rank) if len(columns) == 3 else parse_number(columns[3 + after_q0], float)
-        widths = (len(columns),)
-        return columns[0], columns[1 + after_q0], score, rank
-
-    found: dict[str, tuple[list[str], array.array[float], array.array[int]]] = {}
+    found: dict[str, _Hits] = {}
     interned: dict[str, str] = {}  # one string object per document, however many queries retrieve the document
-    form = "TREC's `query_id Q0 doc_id rank score tag`, `query_id doc_id rank score` or `query_id doc_id rank`"
-    for _, (query_id, doc_id, score, rank) in read_records(read_blocks([path], desc), parse, form, path):
-        if query_ids is None or query_id in query_ids:
-            if query_id not in found:
-                found[query_id] = [], array.array("d"), array.array("q")
-            doc_ids, scores, ranks = found[query_id]
-            doc_ids.append(interned.setdefault(doc_id, doc_id))
-            scores.append(score)
-            ranks.append(rank)
+    width = WIDTHS[-1]
+    for _, hit in read_records(read_blocks([path], desc), _judge, FORM, path):
+        width = hit.width
+        if query_ids is None or hit.query_id in query_ids:
+            if hit.query_id not in found:
+                found[hit.query_id] = _Hits()
+            found[hit.query_id].add(interned.setdefault(hit.doc_id, hit.doc_id), hit.rank, hit.score)
     run: dict[str, Sequence[ScoredDoc]] = {}
     for query_id in list(found):
-        doc_ids, scores, ranks = found.pop(query_id)
-        if widths == (4,):
-            falling = [score for _, score in sorted(zip(ranks, scores, strict=True))] == sorted(scores, reverse=True)
-            ambiguous = interned.keys() <= {"0", "Q0"} or (len(scores) > 1 and _could_be_ranks(scores))
-            if ambiguous or not (falling and _could_be_ranks(ranks)):
-                raise InputError(
-                    f"{path}: the four columns of query {query_id} are not clearly `query_id doc_id rank score`. "
-                    "Convert the run to TREC format."
-                )
-        elif all(score == -rank for score, rank in zip(scores, ranks, strict=True)) and (
-            min(ranks) < 1 or len(set(ranks)) < len(ranks) or (len(ranks) > 1 and list(ranks) == sorted(ranks)[::-1])
-        ):
-            # A third column that falls or repeats holds scores, as Tevatron writes them.
-            raise InputError(
-                f"{path}: the third column of query {query_id} is not a rank. Convert the run to TREC format."
-            )
-        if len(set(doc_ids)) < len(doc_ids):
+        hits = found.pop(query_id)
+        _check_third_column(path, width, query_id, hits)
+        if len(set(hits.doc_ids)) < len(hits.doc_ids):
             raise InputError(f"{path}: query {query_id} lists a document twice. Keep one line per query and document.")
-        order = sorted(range(len(doc_ids)), key=lambda i: (-scores[i], ranks[i]))
-        hits: Sequence[ScoredDoc] = RankedList(query_id, [doc_ids[i] for i in order], (scores[i] for i in order))
+        ranked: Sequence[ScoredDoc] = hits.best_first(query_id)
         if remove_query:
-            hits = without_query(query_id, hits)
-        if hits:
-            run[query_id] = hits
+            ranked = without_query(query_id, ranked)
+        if ranked:
+            run[query_id] = ranked
     return run
-
-
-def _could_be_ranks(values: Sequence[float]) -> bool:
-    """Return whether the values are distinct whole numbers from 0 or 1 on."""
-    return min(values) in (0, 1) and len(set(values)) == len(values) and all(value % 1 == 0 for value in values)
 
 
 def run_lines(hits: Iterable[ScoredDoc], tag: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ import msgspec
 
 from inpars_lib.cli import InputError, redact, shorten, warn
 from inpars_lib.files import SUFFIX, atomic_write, is_special, json_line, lock
-from inpars_lib.formats.lines import read_blocks, read_records
+from inpars_lib.formats.lines import Form, read_blocks, read_records
 from inpars_lib.formats.queries import read_synthetic_queries
 from inpars_lib.llm.protocol import ApiState
 from inpars_lib.llm.usage import NO_TOKENS, Usage
@@ -99,7 +99,7 @@ def read_rows(path: str, kind: type[Row], desc: str | None = None) -> Iterator[t
             raise ValueError(shorten(error)) from None
 
     if os.path.exists(path) and os.path.getsize(path):
-        for _, row in read_records(read_blocks([path], desc), parse, "a row of this script", path):
+        for _, row in read_records(read_blocks([path], desc), lambda _: Form(parse), "a row of this script", path):
             yield request_key(row.doc_id, row.request), row
 
 

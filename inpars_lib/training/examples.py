@@ -11,9 +11,10 @@ from itertools import accumulate, groupby, pairwise
 from typing import IO, Any
 
 from inpars_lib.cli import InputError
-from inpars_lib.files import decompressed
-from inpars_lib.formats.lines import read_blocks, read_records
+from inpars_lib.formats.fields import TRIPLE, has_quoted_column, is_header, unquote
+from inpars_lib.formats.lines import Block, Form, open_text, read_blocks, read_records, require_file
 from inpars_lib.formats.records import Triple
+from inpars_lib.formats.roles import check_role
 from inpars_lib.training.losses import LOSSES_OF_TRIPLES
 
 
@@ -27,13 +28,11 @@ class TripleFile(Sequence[Triple]):
     """
 
     def __init__(self, path: str) -> None:
-        if path == "-":
-            raise InputError("-: triples are read more than once. Write them to a file first.")
+        require_file(path, "triples are read more than once")
         form = "`query<TAB>positive<TAB>negative`"
-        numbers = [number for number, _ in read_records(read_blocks([path]), self._parse, form, path)]
-        raw = open(path, "rb")
-        self._file: IO[bytes] = raw
-        with decompressed(raw, path) as file:
+        numbers = [number for number, _ in read_records(read_blocks([path]), self._judge, form, path)]
+        self._file: IO[bytes] = open(path, "rb")
+        with open_text(path) as (raw, file):
             if file is not raw:
                 self._file = tempfile.TemporaryFile()
                 shutil.copyfileobj(file, self._file)
@@ -43,9 +42,17 @@ class TripleFile(Sequence[Triple]):
             ends.append(ends[-1] + len(line))
         self._spans = array.array("q", (ends[i] for number in numbers for i in (number - 1, number)))
 
-    @staticmethod
-    def _parse(line: str) -> Triple:
-        columns = [column.strip() for column in line.split("\t")]
+    def _judge(self, block: Block) -> Form[Triple]:
+        """Return how to read the file: with a header or without, with cells quoted as in CSV or not."""
+        lines = block.head()
+        check_role(block.path, lines, ("qrels", "run", "ranks", "ids", "texts", "queries"))
+        rows = [line.split("\t") for line in lines]
+        header = bool(rows) and is_header(rows[0], TRIPLE)
+        self._quoted = has_quoted_column(rows[header:])
+        return Form(self._parse, int(header))
+
+    def _parse(self, line: str) -> Triple:
+        columns = [column.strip() for column in unquote(line, self._quoted).split("\t")]
         if len(columns) != 3 or not all(columns):
             raise ValueError("expected three texts separated by tabs")
         return Triple(*columns)
@@ -57,7 +64,8 @@ class TripleFile(Sequence[Triple]):
         if not 0 <= i < len(self):
             raise IndexError(i)
         start, end = self._spans[2 * i : 2 * i + 2]
-        return self._parse(os.pread(self._file.fileno(), end - start, start).decode().removeprefix("\ufeff"))
+        line = os.pread(self._file.fileno(), end - start, start).decode()
+        return self._parse(line.removeprefix("\ufeff").rstrip("\r\n"))
 
 
 def group_starts(triples: Sequence[Triple]) -> Sequence[int]:
