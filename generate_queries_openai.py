@@ -110,7 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("cost and resuming").add_argument
     add("--dry_run", type=at_least(1), metavar="N", help="send N documents, print queries, project tokens and hours")
-    add("--max_total_tokens", type=at_least(1), help="stop before prompt and completion tokens of all runs exceed this")
+    add("--max_total_tokens", type=at_least(1), help="stop sending when prompt and completion tokens of all runs "
+        "reach this; requests in flight then are still answered, up to --concurrency of them")  # fmt: skip
     add("--batch", action="store_true", help="use OpenAI's Batch API: half the price, within a day")
     add("--batch_size", type=at_least(1), default=50_000, help="limit of requests per batch (default: %(default)s)")
     add("--batch_poll", type=at_least(0, float), default=30.0, help="seconds between two status requests "
@@ -301,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                           args.max_total_tokens, bool(args.api or store.request), args.batch_size,
                           args.batch_poll)  # fmt: skip
     read_docs = partial(read_requests, args.collection)
+    answered = read_docs(wanted & store.done)
     client = GenerationClient(config, api, template, store)
     runner = BatchRunner(config, api, template, batches, store, wanted, read_docs)
     started, stopped = time.monotonic(), None
@@ -309,14 +311,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             runner.cancel()
         elif args.batch and not args.dry_run:
             if left and not store.request:  # one answer shows the API and the parameters that the model takes
-                client.run(read_docs(left), len(wanted), len(left), only_first=True)
+                client.run(read_docs(left), answered, len(wanted), len(left), only_first=True)
             runner.run()
         elif left:
-            client.run(read_docs(left), len(wanted), len(left))
+            client.run(read_docs(left), answered, len(wanted), len(left))
     except (InputError, KeyboardInterrupt) as error:
         stopped = error
 
     # 5. What came of it
+    if stopped and client.trouble:
+        report(f"last failure: {client.trouble}")
     if not args.dry_run:
         print_summary(store, wanted, args.output)
     elif not stopped:

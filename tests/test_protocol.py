@@ -11,7 +11,7 @@ from inpars_lib.llm.access import Access, check_url, find_secrets, public_url, r
 from inpars_lib.llm.errors import Action, classify_error, refused_parameter, retired_model_error
 from inpars_lib.llm.log_probs import align
 from inpars_lib.llm.protocol import AnswerError, ModelApi, ModelConfig, NoLogProbs
-from inpars_lib.llm.server import Server
+from inpars_lib.llm.server import FIRST_GAP, Server, duration
 from inpars_lib.llm.usage import Usage, read_usage
 
 DOC = Doc("d", "doc")
@@ -261,49 +261,75 @@ def test_a_message_about_chat_switches_the_api_once() -> None:
 # ---------------------------------------------------------------------------------------------- concurrency of a server
 
 
-def test_the_limit_falls_after_overload_and_rises_with_answers() -> None:
+def test_the_limit_falls_after_failures_and_rises_with_answers() -> None:
     server = Server("http://127.0.0.1:9/v1", Access(), 10, 1.0)
-    server.on_overload(now=5.0, sent_at=1.0)
-    server.on_overload(now=5.1, sent_at=2.0)  # in flight together with the first: counts once
-    assert server.limit == pytest.approx(7)
-    server.on_overload(now=6.0, sent_at=5.5)
-    assert server.limit == pytest.approx(4.9)
+    server.on_failure(now=5.0, sent_at=1.0)
+    server.on_failure(now=5.1, sent_at=2.0)  # in flight together with the first: counts once
+    assert (server.limit, server.failures) == (pytest.approx(7), 1)
+    server.on_failure(now=6.0, sent_at=5.5)
+    assert (server.limit, server.failures) == (pytest.approx(4.9), 2)
     for _ in range(20):
         server.on_answer()
-    assert server.limit == pytest.approx(6.9)
+    assert (server.limit, server.failures) == (pytest.approx(6.9), 0)
     for _ in range(100):
         server.on_answer()
     assert server.limit == 10
     for _ in range(20):
-        server.on_overload(now=server.lowered_at + 1, sent_at=server.lowered_at)
+        server.on_failure(now=server.lowered_at + 1, sent_at=server.lowered_at)
     assert server.limit == 1
 
 
-def test_waits_grow_without_a_retry_after() -> None:
+def test_pauses_grow_without_a_retry_after() -> None:
     server = Server("http://127.0.0.1:9/v1", Access(), 2, 1.0)
-    server.on_rate_limit(100.0, wait=3.0)
+    server.on_rate_limit(100.0, 99.0, wait=3.0)
     assert (server.free_capacity(102.9), server.free_capacity(103.0)) == (0.0, 1.0)
-    waits = []
-    for _ in range(10):
-        now = server.resume_at
-        server.on_rate_limit(now, wait=None)
-        waits.append(server.resume_at - now)
-    assert waits[:3] == [1.0, 2.0, 4.0]
-    assert waits[-1] == 60.0
     server.on_answer()
-    server.on_rate_limit(1000.0, wait=None)
-    assert server.resume_at == 1000.5
+    waits = []
+    for _ in range(16):
+        now = server.resume_at
+        server.on_rate_limit(now, now, wait=None)
+        server.on_rate_limit(now, now - 1, wait=None)  # a burst counts once
+        waits.append(server.resume_at - now)
+    assert waits[:3] == [pytest.approx(FIRST_GAP * 2**i) for i in range(3)]
+    assert waits[-1] == 60.0
 
 
-def test_an_unreachable_server_gets_one_request_at_a_time() -> None:
+def test_the_gap_between_requests_follows_a_rate_limiter() -> None:
+    """Each answer shortens the gap, each refusal for too many requests lengthens it."""
     server = Server("http://127.0.0.1:9/v1", Access(), 8, 1.0)
-    server.on_connection_failure(10.0)
-    assert server.free_capacity(10.1) == 0.0
-    assert server.free_capacity(10.25) == 1.0
+    now, last, accepted, refused = 0.0, -1.0, 0, 0
+    while now < 100:  # at most one request in 0.25 s
+        server.on_send(now)
+        server.in_flight = 0
+        if now - last < 0.25:
+            refused += 1
+            server.on_rate_limit(now, now, None)
+        else:
+            accepted, last = accepted + 1, now
+            server.on_answer()
+        now = max(now + 0.001, server.resume_at)
+    assert accepted > 400 / 1.5
+    assert refused < accepted / 4
+    for _ in range(500):
+        server.on_answer()
+    assert server.gap == 0
+
+
+def test_a_server_that_is_down_gets_one_request_at_a_time() -> None:
+    server = Server("http://127.0.0.1:9/v1", Access(), 8, 1.0)
+    for now in (10.0, 11.0, 12.0):
+        assert server.free_capacity(now) == 1.0
+        server.on_failure(now, sent_at=now)
+    assert server.free_capacity(12.4) == 0.0
+    assert server.free_capacity(12.5) == 1.0
     server.in_flight = 1
-    assert server.free_capacity(10.25) == 0.0
-    server.on_contact()
-    assert server.free_capacity(10.25) > 0.0
+    assert server.free_capacity(12.5) == 0.0
+    server.on_answer()
+    assert server.free_capacity(12.5) > 0.0
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0.5, 45, 600, 7200)] == ["0.5 s", "45 s", "10 minutes", "2 hours"]
 
 
 def test_addresses_are_shown_without_secrets() -> None:

@@ -52,6 +52,7 @@ class Verdict(NamedTuple):
         wait: Seconds that the server asks to wait.
         parameter: The refused parameter, if the action is ADAPT.
         too_long: The document exceeds the model's context, so other documents are not affected.
+        too_fast: The failure may come from a rate limiter.
     """
 
     action: Action
@@ -59,6 +60,7 @@ class Verdict(NamedTuple):
     wait: float | None = None
     parameter: str | None = None
     too_long: bool = False
+    too_fast: bool = False
 
 
 def classify_error(
@@ -98,7 +100,8 @@ def classify_error(
     if status == 429:
         return Verdict(Action.BACK_OFF, f"too many requests (429 {said})", requested_wait(headers))
     if status in (408, 409) or (status >= 500 and status != 501):
-        return Verdict(Action.RETRY, f"the server failed ({status} {said})", requested_wait(headers))
+        reason = f"the server failed ({status} {said})"
+        return Verdict(Action.RETRY, reason, requested_wait(headers), too_fast=status == 503)
     if status in (400, 413, 422):
         too_long = bool(re.search(r"(?i)context|too (long|large|many)|max\w* .*length|exceed", said))
         parameter = None if too_long else refused_parameter(request, body)

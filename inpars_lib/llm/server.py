@@ -1,13 +1,16 @@
 """OpenAI-compatible servers: settings, clients and concurrency limits."""
 
+import re
 from dataclasses import dataclass
 
 from inpars_lib.cli import InputError, report, shorten, warn
 from inpars_lib.llm.access import Access, public_url
 
 FIRST_WAIT = 0.5  # seconds before the second try; doubles with each further failure
+FIRST_GAP = 0.02  # seconds between two requests after the first that came too fast
 SHORTEST_WAIT = 0.25  # seconds after status 429, even if the server asks for none
 LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
+DOWN = 3  # failures without an answer in between after which a server gets one request at a time
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class ClientConfig:
         timeout: Seconds for one answer.
         patience: Seconds without an answer after which the run stops.
         sleep_time: Seconds to sleep after each answer.
-        max_total_tokens: Stop before the tokens of all runs exceed this number.
+        max_total_tokens: Stop when the tokens of all runs reach this number.
         api_settled: The user has named the API, so no other is tried.
         batch_size: Requests per batch.
         batch_poll: Seconds between two status requests of a batch.
@@ -40,9 +43,15 @@ class ClientConfig:
 
 
 class Server:
-    """A server and its concurrency limit: lower after each overload, then higher again.
+    """A server with a limit of requests in flight and a gap between two requests. Both follow its answers.
 
-    Additive increase, multiplicative decrease, as in TCP (Jacobson, 1988).
+    The limit: additive increase, multiplicative decrease, as in TCP (Jacobson, 1988). The gap grows with each refusal
+    for too many requests and shrinks with each answer, so the rate stays near what a rate limiter allows.
+
+    Attributes:
+        failures: Failures without an answer in between. Those of requests in flight together count once.
+        reached: The server has responded to a request, however it did.
+        trouble: The reason of the last failure or refusal, empty after an answer.
     """
 
     def __init__(self, url: str | None, access: Access, max_limit: int, timeout: float) -> None:
@@ -57,49 +66,92 @@ class Server:
             raise InputError(f"{public_url(url)}: {shorten(error)}. Check --base_url and the proxy settings.") from None
         self.name = public_url(url)
         self.max_limit = self.limit = float(max_limit)
-        self.in_flight = 0
-        self.connection_failures = 0  # in a row
-        self.rate_limits = 0  # answers with status 429 in a row
+        self.in_flight = self.failures = 0
+        self.reached = False
+        self.trouble = ""
+        self.gap = self.pause = 0.0  # seconds; `pause` follows the last refusal for too many requests
         self.resume_at = self.lowered_at = 0.0
+        self.told: set[str] = set()  # kinds of trouble that were reported
 
     def free_capacity(self, now: float) -> float:
-        """Return the free share of the limit, 0 to 1. An unreachable server gets one request at a time."""
-        if now < self.resume_at or self.in_flight >= (1 if self.connection_failures else int(self.limit)):
+        """Return the free share of the limit, 0 to 1. A server that is down gets one request at a time."""
+        if now < self.resume_at or self.in_flight >= (1 if self.failures >= DOWN else int(self.limit)):
             return 0.0
         return 1 - self.in_flight / self.limit
 
-    def on_contact(self) -> None:
-        """Note that the server is reachable."""
-        if self.connection_failures > 1:
-            report(f"{self.name} is back")
-        self.connection_failures = 0
+    def on_send(self, now: float) -> None:
+        """Count a request, and keep the gap before the next one."""
+        self.in_flight += 1
+        self.resume_at = max(self.resume_at, now + self.gap)
 
     def on_answer(self) -> None:
-        """Raise the limit."""
-        self.rate_limits = 0
+        """Raise the limit and shrink the gap."""
+        if self.failures >= DOWN:
+            report(f"{self.name} is back")
+            self.told.clear()
+        self.reached, self.failures, self.trouble = True, 0, ""
         self.limit = min(self.max_limit, self.limit + 0.1)
+        if self.pause:
+            self.gap = max(self.gap * 1.3, self.pause / 2)
+            self.pause = 0.0
+        else:
+            self.gap = self.gap * 0.96 if self.gap > FIRST_GAP / 20 else 0.0
 
-    def on_overload(self, now: float, sent_at: float) -> None:
-        """Lower the limit, once for all requests that were in flight together."""
-        if sent_at >= self.lowered_at:
-            self.limit = max(1.0, self.limit * 0.7)
-            self.lowered_at = now
+    def on_failure(self, now: float, sent_at: float, wait: float | None = None, too_fast: bool = False) -> None:
+        """Lower the limit, and pause a server that is down twice as long as the last time.
 
-    def on_rate_limit(self, now: float, wait: float | None) -> None:
-        """Pause the server after status 429, for the seconds that it asks for or twice as long as the last time."""
-        self.rate_limits += 1
-        seconds = backoff(self.rate_limits) if wait is None else max(wait, SHORTEST_WAIT)
+        Args:
+            now: The time.
+            sent_at: When the failed request was sent.
+            wait: Seconds that the server asks to wait, or None.
+            too_fast: The failure may come from a rate limiter, as status 503 does.
+        """
+        if self._lower_limit(now, sent_at):
+            self.failures += 1
+            if self.failures >= DOWN:
+                self.wait(now, backoff(self.failures - DOWN + 1))
+            elif too_fast:
+                self._lengthen_pause()
+        self.wait(now, wait or self.pause)
+
+    def on_rate_limit(self, now: float, sent_at: float, wait: float | None) -> None:
+        """Pause for the seconds that the server asks for, or else twice as long as the last time."""
+        if self._lower_limit(now, sent_at):
+            self._lengthen_pause()
+        self.wait(now, self.pause if wait is None else max(wait, SHORTEST_WAIT))
+
+    def wait(self, now: float, seconds: float) -> None:
+        """Send nothing for some seconds."""
         self.resume_at = max(self.resume_at, now + seconds)
-        if wait and wait > LONGEST_WAIT:
-            warn(f"{self.name} asks to wait {wait:.0f} s.")
 
-    def on_connection_failure(self, now: float) -> None:
-        """Pause the server after a failed connection, twice as long as the last time."""
-        self.connection_failures += 1
+    def _lower_limit(self, now: float, sent_at: float) -> bool:
+        """Lower the limit once for all requests that were in flight together. Return whether this was the first."""
+        if sent_at < self.lowered_at:
+            return False
         self.limit = max(1.0, self.limit * 0.7)
-        self.resume_at = now + backoff(self.connection_failures) / 2
+        self.lowered_at = now
+        return True
+
+    def _lengthen_pause(self) -> None:
+        self.pause = min(LONGEST_WAIT, max(FIRST_GAP, self.gap, 2 * self.pause))
+
+    def tell(self, reason: str, stops_at: str) -> None:
+        """Report a failure if it is the first of its kind since the server was down."""
+        self.trouble = reason
+        kind = re.sub(r"(?<!\()\b[\w-]*\d[\w-]*", "", reason)  # without request ids and times, with the status
+        if kind not in self.told:
+            self.told.add(kind)
+            warn(f"{self.name}: {reason}. Trying again; the run stops at {stops_at} if no answer comes (--patience).")
 
 
 def backoff(failures: int) -> float:
     """Return the seconds to wait after this many failures in a row."""
     return min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(failures - 1, 10))
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that people would use."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} s"
