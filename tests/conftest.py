@@ -317,7 +317,7 @@ def tiny_qwen3(separable: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     import torch
     from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    folder = tmp_path_factory.mktemp("qwen3")
+    folder = tmp_path_factory.mktemp("qwen3-reranker")
     texts = (separable / "triples.tsv").read_text().splitlines()
     texts += ["yes no why? why.\n <Instruct>: <Query>: <Document>: Judge whether the Document meets"] * 100
     markers = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]

@@ -341,7 +341,7 @@ def test_a_causal_reranker_filters(tmp_path: Path, tiny_qwen3: Path) -> None:
     scores = []
     for more in ([], claim):
         done = ok(run(SCRIPT, *args, *more))
-        assert "scored with Qwen3-Reranker's prompt" in done.stderr
+        assert "scored with the prompt of qwen3-reranker" in done.stderr
         scores.append([row["score"] for row in rows(tmp_path / "out.jsonl")])
     assert scores[0] != scores[1]
     assert "--instruction needs both" in error_line(run(SCRIPT, *args[:4], *claim), 2)

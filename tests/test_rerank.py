@@ -268,7 +268,7 @@ def test_a_causal_reranker_with_an_instruction(
     leave_scores([*args, *claim, "--output", output], monkeypatch)
     assert 'instruction "Given a claim' in error_line(run("rerank.py", *args, "--output", output))
     done = ok(run("rerank.py", *args, "--output", output, "--restart"))
-    assert "scored with Qwen3-Reranker's prompt, logit of 'yes' minus logit of 'no'" in done.stderr
+    assert "scored with the prompt of qwen3-reranker, logit of 'yes' minus logit of 'no'" in done.stderr
     ok(run("rerank.py", *args, *claim, "--output", tmp_path / "claim.txt"))
     assert read_run(str(output))["0"] != read_run(str(tmp_path / "claim.txt"))["0"]
 

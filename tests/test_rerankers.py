@@ -555,7 +555,7 @@ def test_causal_models_that_are_refused(tiny_qwen3: Path, tiny_t5: Path, tmp_pat
     transformers.AutoModelForCausalLM.from_pretrained(tiny_qwen3).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"has no token '<\|im_start\|>'"):
-        load_reranker(str(tmp_path))
+        load_reranker(str(tmp_path), targets=("true", "false"), instruction="Find.")
 
 
 def test_large_margins_are_no_ties() -> None:

@@ -36,7 +36,11 @@ class CrossEncoder(Reranker):
         ids = numpy.array(pair.input_ids, dtype=numpy.int32)
         self._prefix, self._separator = ids[: first[0]], ids[first[-1] + 1 : second[0]]
         self._suffix = ids[second[-1] + 1 :]
-        limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
+        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+        padding = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
+        if padding is not None:  # RoBERTa counts positions from there
+            positions -= padding + 1
+        limit = min(tokenizer.model_max_length, positions)
         self._check_max_length(len(self._prefix) + len(self._separator) + len(self._suffix), limit)
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in OUTPUT_LAYERS and name.count(".") < 2:
