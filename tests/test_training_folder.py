@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import command_of, error_line, ok
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from training_helpers import QUICK, dev, dev_but, forget_the_model, train, train_flags
 
@@ -170,6 +171,62 @@ def test_damaged_state_is_an_error(separable: Path, tiny_t5: Path, tmp_path: Pat
     assert Path(name).name in refused
 
 
+def test_a_record_names_no_files_elsewhere(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    """What a record calls published is deleted by --restart, so it must be in its folder."""
+    output, mine = tmp_path / "model", tmp_path / "mine.txt"
+    ok(train(separable, tiny_t5, output, *QUICK))
+    record = json.loads((output / "training.json").read_text())
+    mine.write_text("mine")
+    for name in (str(mine), "../mine.txt"):
+        (output / "training.json").write_text(json.dumps(record | {"published": [name]}))
+        refused = error_line(train(separable, tiny_t5, output, *QUICK, "--restart"))
+        assert "training.json: damaged, or not a file of this script" in refused
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "cut"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_damaged_checkpoint_is_an_error(separable: Path, tiny_t5: Path, tmp_path: Path, name: str, how: str) -> None:
+    output = tmp_path / "model"
+    args = [*QUICK, "--save_every_n_steps", 1]
+    ok(train(separable, tiny_t5, output, *args))
+    before = contents(output)
+    forget_the_model(output)
+    shutil.rmtree(output / "checkpoint-2")
+    damaged = output / "checkpoint-1" / name
+    content = damaged.read_bytes()
+    damaged.unlink()
+    if how != "missing":
+        damaged.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+    refused = error_line(train(separable, tiny_t5, output, *args))
+    assert "checkpoint-1: " in refused
+    assert "missing" in refused or "damaged, or of another model (" in refused or "find a valid checkpoint" in refused
+    assert refused.endswith("Delete this checkpoint, and run the same command again to resume from the one before.")
+    shutil.rmtree(output / "checkpoint-1")
+    ok(train(separable, tiny_t5, output, *args))
+    assert contents(output) == before
+
+
+def test_a_full_disk_is_an_error(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    args = [*QUICK, "--save_every_n_steps", 1]
+    for error in (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+                  RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")):  # fmt: skip
+        with patch("transformers.Trainer._save_optimizer_and_scheduler", side_effect=error):
+            failed = error_line(train(separable, tiny_t5, output, *args))
+        assert f"{output}: cannot save the model ({error}). Check the free disk space, and run the same" in failed
+    ok(train(separable, tiny_t5, output, *args))
+
+
+def test_a_model_that_was_deleted_is_published_again(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    ok(train(separable, tiny_t5, output, *QUICK))
+    before = contents(output)
+    (output / "model.safetensors").unlink()
+    ok(train(separable, tiny_t5, output, *QUICK))
+    assert contents(output) == before
+
+
 def test_the_base_model_stays(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_t5, base)
@@ -208,7 +265,9 @@ def test_inputs_are_not_deleted(separable: Path, tiny_t5: Path, tmp_path: Path) 
     assert mine.exists()
 
 
-@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", "results.csv", "checkpoint-7/x"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "config.json", "model.safetensors", "results.csv", "checkpoint-7/x", "unfinished/x"]
+)
 def test_files_of_the_user_stay(separable: Path, tiny_t5: Path, tmp_path: Path, name: str) -> None:
     mine = tmp_path / "model" / name
     mine.parent.mkdir(parents=True)

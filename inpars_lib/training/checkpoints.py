@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -19,9 +19,10 @@ from inpars_lib.resume import FORMAT_VERSION, check_settings, read_state
 
 RECORD = "training.json"
 RESULTS = ("results.csv", "learning_curve.png")
+FileName = Annotated[str, msgspec.Meta(pattern="^[^/]+$")]  # without a folder: these files are deleted
 # What a training may write into its folder. In a folder without a record, such files belong to somebody else.
 OWN_FILES = re.compile(
-    r"checkpoint-\d+|README\.md|results\.csv|learning_curve\.png|(generation_|adapter_)?config\.json|training_args\.bin"
+    r"checkpoint-\d+|unfinished|README\.md|results\.csv|learning_curve\.png|(generation_|adapter_)?config\.json|training_args\.bin"
     r"|.+\.safetensors(\.index\.json)?|(tokenizer|special_tokens_map|added_tokens|vocab).*\.(json|txt)|chat_template\..+"
 )
 UNFINISHED = "unfinished"  # folder of a saved model until it is published
@@ -66,7 +67,7 @@ class TrainingRecord(msgspec.Struct):
     format_version: int
     settings: dict[str, Any]
     data: dict[str, DataFile]
-    published: list[str] = []
+    published: list[FileName] = []
     finished: int | None = None
 
     def decisive(self) -> dict[str, Any]:
@@ -208,7 +209,9 @@ class TrainingFolder:
         else:
             check_settings(self.record_path, before.decisive(), self.record.decisive())
             self.record.published = before.published
-            if before.finished is not None:
+            if before.finished is not None and all(
+                os.path.exists(os.path.join(self.path, n)) for n in before.published
+            ):
                 return Start(finished=before.finished)
         for folder in [checkpoint] if checkpoint else checkpoint_folders(self.path):
             if state := read_checkpoint(folder):

@@ -2,17 +2,19 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from inpars_lib.cli import InputError
+from inpars_lib.cli import InputError, shorten
 from inpars_lib.evaluation import MEASURES, evaluate_per_query, mean_values
 from inpars_lib.formats.runs import Run, rerank_hits
 from inpars_lib.rerankers.base import OUT_OF_MEMORY, Reranker
@@ -23,6 +25,7 @@ from inpars_lib.training.examples import LengthSortedSampler, TrainingExamples
 from inpars_lib.training.lora import add_adapters
 from inpars_lib.training.losses import LOSSES
 
+OTHER_CHECKPOINT = "Delete this checkpoint, and run the same command again to resume from the one before."
 # Flags of transformers.TrainingArguments that something else replaces, or that would do nothing or harm
 REFUSED_FLAGS = {
     "use --epochs": "num_train_epochs",
@@ -226,6 +229,26 @@ class RerankerTrainer(Trainer):
         tokenizer.no_padding()
         super().save_model(output_dir, _internal_call)
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with saving(str(self.args.output_dir)):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they have other files
+            for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):  # transformers would start them anew
+                if not any(Path(checkpoint).glob(pattern)):
+                    raise InputError(f"{checkpoint}: {pattern} is missing. {OTHER_CHECKPOINT}")
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # trainer_state.json, which follows, says that a checkpoint is complete
@@ -239,12 +262,33 @@ class RerankerTrainer(Trainer):
         """Save the trained model as other tools load it, adapters merged."""
         if self.config.lora_rank:
             self.model = self.model.merge_and_unload()  # type: ignore[union-attr, operator]
-        self.save_model(folder)
+        with saving(folder):
+            self.save_model(folder)
 
     def write_results(self) -> None:
         """Write results.csv and learning_curve.png into the output folder, in the main process only."""
         if self.is_world_process_zero():
             write_results(str(self.args.output_dir), self.state.log_history, self.first_stage)
+
+
+@contextmanager
+def loading(checkpoint: str | None) -> Iterator[None]:
+    """Turn any error of a checkpoint's files into one for the user."""
+    try:
+        yield
+    except Exception as error:  # each library has exceptions of its own
+        problem = f"damaged, or of another model ({shorten(error) or type(error).__name__})"
+        raise InputError(f"{checkpoint}: {problem}. {OTHER_CHECKPOINT}") from None
+
+
+@contextmanager
+def saving(folder: str) -> Iterator[None]:
+    """Turn errors of a full disk, which torch and safetensors report in their own way, into one for the user."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        action = "Check the free disk space, and run the same command again to resume."
+        raise InputError(f"{folder}: cannot save the model ({shorten(error)}). {action}") from None
 
 
 def count_items(batch: Mapping[str, Any]) -> int:
