@@ -7,7 +7,7 @@ A failure of the server (5xx, timeout, broken connection) fails no document at f
 3. Before a failure of a last try counts, a document that was answered before is requested again, as a probe. If the
    server answers it, the failure is a strike against the document. If not, the server is at fault, and all wait.
 
-A document is given up after STRIKES strikes. Answers to others since its first failure are the first one.
+A document is given up after STRIKES strikes: an outage may end between a last try and its probe.
 """
 
 import heapq
@@ -27,8 +27,7 @@ class Job:
     Attributes:
         is_probe: The document was answered before; the request shows whether the server answers at all.
         failures: Failures of the server for this request.
-        strikes: Times that this request failed while the server answered others.
-        answers: Answers of the run at the first failure.
+        strikes: Last tries that failed although the server answered the probe that followed.
         reason: Reason of the last failure.
         answer: The answer that was useless, if there was one.
         ready_at: Time of the next try.
@@ -36,7 +35,7 @@ class Job:
 
     def __init__(self, doc: Doc, number: int, is_probe: bool = False) -> None:
         self.doc, self.key, self.is_probe = doc, RequestKey(doc.doc_id, number), is_probe
-        self.failures = self.strikes = self.answers = 0
+        self.failures = self.strikes = 0
         self.reason = ""
         self.answer: str | None = None
         self.ready_at = 0.0
@@ -60,7 +59,6 @@ class JobQueue:
         self.in_doubt: list[Job] = []  # failed in their last try, perhaps because of the server
         self.known: tuple[Doc, int] | None = None
         self.last_tries = False
-        self.answers = 0
 
     def push(self, *jobs: Job) -> None:
         """Queue requests by the time of their next try."""
@@ -79,8 +77,6 @@ class JobQueue:
         """Queue a request again after a failure of the server, or put it aside."""
         job.failures += 1
         job.reason, job.answer = reason, answer
-        if job.failures == 1:
-            job.answers = self.answers
         job.ready_at = now + backoff(job.failures) * random.uniform(0.75, 1.25)
         if job.is_probe:  # the server is at fault
             self.push(*self.in_doubt)
@@ -94,7 +90,6 @@ class JobQueue:
 
     def on_answer(self, job: Job) -> list[Job]:
         """Note an answer. Return the requests that are to be given up because the server answers others."""
-        self.answers += 1
         if not job.is_probe:
             self.known = (job.doc, job.key.number)
             return []
@@ -111,8 +106,6 @@ class JobQueue:
         if self.in_doubt and self.known:
             self.push(Job(*self.known, is_probe=True))
             return True
-        for job in self.put_aside:
-            job.strikes = int(self.answers > job.answers)
         self.push(*self.put_aside, *self.in_doubt)
         self.put_aside.clear()
         self.in_doubt.clear()
