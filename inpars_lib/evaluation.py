@@ -1,4 +1,4 @@
-"""Measures, significance, interpolation of scores, tables and plots.
+"""Measures, significance and tables of runs.
 
     python -m inpars_lib.evaluation --qrels qrels.txt bm25.txt reranked.txt
 
@@ -10,8 +10,6 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from difflib import get_close_matches
 from typing import Any
 
 from inpars_lib.cli import InputError, at_least, report, run_script, script_parser, warn
@@ -21,34 +19,36 @@ from inpars_lib.formats.records import Qrel
 from inpars_lib.formats.runs import Run, read_run, trec_order
 
 MEASURES = ("nDCG@10", "nDCG@20", "MRR@10", "MAP", "P@20", "R@1000")
-# Means over queries that ir-measures computes without another program. IPrec is missing: its recall level is rounded.
-FAMILIES = ("nDCG", "RR", "AP", "P", "R", "Success", "Rprec", "Bpref", "infAP", "Judged", "SetP", "SetR", "SetF",
-            "SetAP", "Compat")  # fmt: skip
+SUPPORTED = (
+    "nDCG, RR (MRR), AP (MAP), P, R, Success, Rprec, Bpref, infAP, Judged, SetP, SetR, SetF, SetAP and Compat; with a "
+    "cutoff, which P, R and Success need, `rel` or `judged_only`, such as nDCG@10 or P(rel=2)@20"
+)
 MEASURE = re.compile(r"\w+(\((rel=[1-9]\d{0,5})?,?(judged_only=True)?\))?(@[1-9]\d{0,5})?", re.ASCII)
 COLUMNS = f"{'change':>9}{'p':>8}{'won':>6}{'tied':>6}{'lost':>6}"  # of tables that compare runs
 MeasureValues = dict[str, dict[str, float]]  # {measure: {query id: value}}
 
 
+def read_measure(name: str) -> Any:
+    """Return the measure of ir-measures with a name, or None if it is no mean over queries or needs another program."""
+    from ir_measures import MeanAgg, compat, judged, msmarco, parse_measure, pytrec_eval
+
+    if not MEASURE.fullmatch(name):  # trec_eval ends the process at P@0
+        return None
+    try:
+        measure = parse_measure(name)
+        provided = any(provider.supports(measure) for provider in (pytrec_eval, judged, msmarco, compat))
+    except (ValueError, NameError, AssertionError):  # what ir-measures raises
+        return None
+    return measure if provided and isinstance(measure.aggregator(), MeanAgg) else None
+
+
 def parse_measures(words: str) -> tuple[str, ...]:
     """Return the names of measures, which whitespace separates (an argparse type)."""
-    from ir_measures import compat, judged, msmarco, parse_measure, pytrec_eval
-    from ir_measures.measures import registry
-
     names: dict[Any, str] = {}
-    families = {name.lower(): name for name, family in reversed(registry.items()) if family.NAME in FAMILIES}
     for word in words.split() or [""]:
-        supported = False
-        with suppress(ValueError, NameError, AssertionError):  # what ir-measures raises
-            measure = parse_measure(word if MEASURE.fullmatch(word) else "")
-            provided = any(provider.supports(measure) for provider in (pytrec_eval, judged, msmarco, compat))
-            supported = provided and measure.NAME in FAMILIES
-        if not supported:
-            near = get_close_matches(re.split(r"[@(]", word)[0].lower().rstrip("_.0123456789"), families)
-            closest = ", ".join(families[name] for name in near) or "none"
-            raise argparse.ArgumentTypeError(
-                f"{word!r} is not a supported measure. Closest: {closest}. Supported: {', '.join(FAMILIES)}; with a "
-                "cutoff, which P, R and Success need, `rel` or `judged_only`, such as nDCG@10 or P(rel=2)@20"
-            )
+        measure = read_measure(word)
+        if measure is None:
+            raise argparse.ArgumentTypeError(f"{word!r} is not a supported measure. Supported: {SUPPORTED}")
         if measure in names:
             raise argparse.ArgumentTypeError(f"{names[measure]} and {word} are the same measure. Keep one")
         names[measure] = word

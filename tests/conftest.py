@@ -25,6 +25,7 @@ from stand_in import StandIn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and its processes, ignore it
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub; the one about hubs serves its own
 
 from inpars_lib import bm25  # noqa: E402
