@@ -27,14 +27,15 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from inpars_lib import bm25
 from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
 from inpars_lib.files import claimed, is_special, json_line, resolve_output, write_together
-from inpars_lib.first_stage import FirstStage, QueryRun, search_in_blocks
+from inpars_lib.first_stage import FirstStage, QueryRun, search_in_blocks, source_rank
 from inpars_lib.formats.collection import collection_paths
 from inpars_lib.formats.fields import json_object
 from inpars_lib.formats.queries import read_synthetic_queries
@@ -42,6 +43,9 @@ from inpars_lib.formats.records import SyntheticQuery
 from inpars_lib.plots import plot_histogram
 from inpars_lib.query_browser import QuerySample, prompt_lines
 from inpars_lib.resume import ResumeLog, add_restart_flag
+
+if TYPE_CHECKING:
+    from inpars_lib.rerankers.scoring import QueryScorer
 
 PROMPTS = [str(path) for path in sorted(Path(__file__).with_name("prompts").glob("*.txt"))]
 LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
@@ -51,6 +55,7 @@ LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
 }
 # Scoring functions and the bin widths of their histograms
 BIN_WIDTHS = {"mean_log_probs": 0.05, "sum_log_probs": 1.0, "mean_probs": 0.02, "monot5": 0.1, "consistency": 0.05}
+BLOCK = 1024  # rows in memory at a time
 ROUNDING = 0.01  # of a log-probability, which is at most 0
 NO_LOG_PROBS = "without log-probabilities"
 ADVICE = "Rows without log-probabilities can be scored with --scoring_function monot5 --model NAME."
@@ -99,33 +104,58 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags and check how they combine."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if (args.scoring_function == "monot5") != bool(args.model) or (args.instruction and not args.model):
-        parser.error("--scoring_function monot5 and --model need each other, and --instruction needs both")
+    if (args.scoring_function == "monot5") != bool(args.model):
+        parser.error("--scoring_function monot5 and --model need each other")
+    if args.instruction and not args.model:
+        parser.error("--instruction needs --model")
     if args.scoring_function == "consistency" and not args.consistency_k:
         parser.error("--scoring_function consistency needs --consistency_k")
-    if bool(args.consistency_k) != bool(args.index or args.run) or (args.index and args.run):
+    if args.index and args.run:
+        parser.error("--index and --run exclude each other")
+    if bool(args.consistency_k) != bool(args.index or args.run):
         parser.error("--consistency_k and either --index or --run need each other")
     if [args.output, args.plot, args.sample_html].count("-") > 1:
         parser.error("only one of --output, --plot and --sample_html can be `-`, standard output")
-    if ("-" in (args.input, args.output) or is_special(args.input)) and (args.model or args.run):
+    streamed = "-" in (args.input, args.output) or is_special(args.input)
+    if streamed and (args.model or args.run):
         parser.error("--model and --run need files: - or a pipe cannot be read twice and has no log beside it")
     if args.model and is_special(args.output):
         parser.error(f"--output {args.output}: scores are saved beside the output, so name a file")
     return args
 
 
-class Outcome:
-    """What became of the rows: how many were dropped and why, their scores, and a sample for the page.
+class Candidate(NamedTuple):
+    """A scored row. The best row is the largest tuple: ties are broken by mean log-probability, then by a hash.
 
     Attributes:
+        score: The score.
+        mean_log_prob: Mean of the log-probabilities, -inf without any.
+        doc_hash: Hash of the doc_id, which favours no ids.
+        minus_line: Minus the line of the input, from 0.
+        line_text: The line as it is in the file.
+    """
+
+    score: float
+    mean_log_prob: float
+    doc_hash: int
+    minus_line: int
+    line_text: str
+
+
+class Outcome:
+    """What became of the rows: the best, how many were dropped and why, and a sample for the page.
+
+    Attributes:
+        best: Heap of the best rows.
         scored: Number of rows with a score.
         dropped: Number of rows without one by reason.
         bins: Number of scored rows by bin of the histogram.
         sample: Sample of all rows.
     """
 
-    def __init__(self, bin_width: float) -> None:
-        self.bin_width, self.scored = bin_width, 0
+    def __init__(self, top_k: int, bin_width: float) -> None:
+        self.top_k, self.bin_width, self.scored = top_k, bin_width, 0
+        self.best: list[Candidate] = []
         self.dropped: Counter[str] = Counter()
         self.bins: Counter[int] = Counter()
         self.sample = QuerySample()
@@ -136,10 +166,17 @@ class Outcome:
         self.sample.add(query, None, reason)
 
     def add_scored(self, query: SyntheticQuery, score: float) -> None:
-        """Count a row with a score."""
+        """Count a row with a score, and keep it if it is one of the best so far."""
         self.scored += 1
         self.bins[self.bin_of(score)] += 1
         self.sample.add(query, score, None)
+        mean = sum(query.log_probs) / len(query.log_probs) if query.log_probs else -math.inf
+        doc_hash = -zlib.crc32(query.doc_id.encode(errors="replace"))
+        candidate = Candidate(score, mean, doc_hash, -query.line, query.line_text)
+        if len(self.best) < self.top_k:
+            heapq.heappush(self.best, candidate)
+        else:
+            heapq.heappushpop(self.best, candidate)
 
     def bin_of(self, score: float) -> int:
         """Return the bin of a score in the histogram."""
@@ -167,16 +204,16 @@ def drop_reason(query: SyntheticQuery, args: argparse.Namespace) -> str | None:
     return None
 
 
-def usable_queries(
-    rows: Iterable[SyntheticQuery], args: argparse.Namespace, outcome: Outcome
-) -> Iterator[SyntheticQuery]:
-    """Yield the rows that can be scored."""
-    for row in rows:
-        reason = drop_reason(row, args)
+def drop_unusable(block: Sequence[SyntheticQuery], args: argparse.Namespace, outcome: Outcome) -> list[SyntheticQuery]:
+    """Return the rows of a block that can be scored, and count the others."""
+    usable = []
+    for query in block:
+        reason = drop_reason(query, args)
         if reason:
-            outcome.add_dropped(row, reason)
+            outcome.add_dropped(query, reason)
         else:
-            yield row
+            usable.append(query)
+    return usable
 
 
 def open_first_stage(args: argparse.Namespace) -> FirstStage:
@@ -191,77 +228,57 @@ def open_first_stage(args: argparse.Namespace) -> FirstStage:
     return run
 
 
-def consistent_queries(
-    queries: Iterator[SyntheticQuery], args: argparse.Namespace, outcome: Outcome
-) -> Iterator[tuple[SyntheticQuery, int]]:
-    """Yield each query whose source document is among its first --consistency_k hits, with its rank."""
-    missed = f"whose source document is not among the first {args.consistency_k} hits"
-    for query, hits in search_in_blocks(open_first_stage(args), queries, args.consistency_k):
-        rank = next((rank for rank, hit in enumerate(hits, 1) if hit.doc_id == query.doc_id), None)
+def source_ranks(
+    queries: Sequence[SyntheticQuery], first_stage: FirstStage, args: argparse.Namespace, outcome: Outcome
+) -> dict[int, int]:
+    """Return the rank of the source document by line of the query. Count the queries whose first hits lack it."""
+    ranks = {}
+    for query, hits in search_in_blocks(first_stage, queries, args.consistency_k):
+        rank = source_rank(query, hits)
         if rank:
-            yield query, rank
+            ranks[query.line] = rank
+        elif args.run and not hits:
+            outcome.add_dropped(query, f"without hits in {args.run}")
         else:
-            outcome.add_dropped(query, missed if hits or args.index else f"without hits in {args.run}")
+            reason = f"whose source document is not among the first {args.consistency_k} hits"
+            outcome.add_dropped(query, reason)
+    return ranks
 
 
-def reranker_scores(
-    queries: Iterator[SyntheticQuery], args: argparse.Namespace, log_path: str
-) -> Iterator[tuple[SyntheticQuery, float]]:
-    """Yield each query with the reranker's score of its source document."""
-    from inpars_lib.rerankers import scoring
+def open_scorer(args: argparse.Namespace, log_path: str) -> "QueryScorer":
+    """Return the reranker of --model, with the scores of an earlier run."""
     from inpars_lib.rerankers.load import load_reranker
+    from inpars_lib.rerankers.scoring import QueryScorer, ScoredBlock, files_fingerprint
 
     reranker = load_reranker(args.model, instruction=args.instruction)
     settings = {
         "model": args.model,
         "instruction": args.instruction,
         "dtype": str(reranker.model.dtype),
-        "state of the model's files": scoring.files_fingerprint(args.model),
+        "state of the model's files": files_fingerprint(args.model),
     }
-    log = ResumeLog(log_path, settings, scoring.ScoredBlock)
+    log = ResumeLog(log_path, settings, ScoredBlock)
     log.prepare(args.restart)
-    yield from scoring.score_queries(reranker, queries, args.input, log)
+    return QueryScorer(reranker, args.input, log)
 
 
-def scored_queries(args: argparse.Namespace, outcome: Outcome, log_path: str) -> Iterator[tuple[SyntheticQuery, float]]:
-    """Yield each query that passes the filters with its score."""
-    rows = read_synthetic_queries(args.input, None if args.model else "Scoring")  # a reranker has a bar of its own
-    usable = usable_queries(rows, args, outcome)
-    ranked = consistent_queries(usable, args, outcome) if args.consistency_k else ((query, 1) for query in usable)
-    if args.scoring_function == "consistency":
-        yield from ((query, 1 / rank) for query, rank in ranked)
-    elif args.model:
-        yield from reranker_scores((query for query, _ in ranked), args, log_path)
-    else:
-        score = LOG_PROB_SCORES[args.scoring_function]
-        yield from ((query, score(query.log_probs or [])) for query, _ in ranked)
+def score_queries(
+    queries: Sequence[SyntheticQuery], ranks: Mapping[int, int], scorer: "QueryScorer | None", scoring_function: str
+) -> Sequence[float]:
+    """Return the score of each query.
 
-
-class Candidate(NamedTuple):
-    """A scored row. The best row is the largest tuple: ties are broken by mean log-probability, then by a hash.
-
-    Attributes:
-        score: The score.
-        mean_log_prob: Mean of the log-probabilities, -inf without any.
-        doc_hash: Hash of the doc_id, which favours no ids.
-        minus_line: Minus the line of the input, from 0.
-        line_text: The line as it is in the file.
+    Args:
+        queries: The queries.
+        ranks: Rank of the source document by line of the query, for `consistency`.
+        scorer: The reranker, for `monot5`.
+        scoring_function: Name of the scoring function.
     """
-
-    score: float
-    mean_log_prob: float
-    doc_hash: int
-    minus_line: int
-    line_text: str
-
-
-def candidates(scored: Iterable[tuple[SyntheticQuery, float]], outcome: Outcome) -> Iterator[Candidate]:
-    """Yield every row with a score, and count it."""
-    for query, score in scored:
-        outcome.add_scored(query, score)
-        mean = sum(query.log_probs) / len(query.log_probs) if query.log_probs else -math.inf
-        doc_hash = -zlib.crc32(query.doc_id.encode(errors="replace"))
-        yield Candidate(score, mean, doc_hash, -query.line, query.line_text)
+    if scoring_function == "consistency":
+        return [1 / ranks[query.line] for query in queries]
+    if scorer:
+        return scorer.score(queries)
+    function = LOG_PROB_SCORES[scoring_function]
+    return [function(query.log_probs or []) for query in queries]
 
 
 def with_score(line: str, score: float) -> str:
@@ -290,16 +307,36 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def filter_queries(args: argparse.Namespace, log_path: str | None) -> None:
     """Do the work of `main` while no other process writes the outputs."""
-    # 1. The queries with the highest scores
     examples = prompt_lines(args.prompt_template) if args.sample_html else ()
-    outcome = Outcome(BIN_WIDTHS[args.scoring_function])
-    kept = heapq.nlargest(args.top_k, candidates(scored_queries(args, outcome, log_path), outcome))
+    first_stage = open_first_stage(args) if args.consistency_k else None
+    scorer = open_scorer(args, log_path) if log_path else None
+    outcome = Outcome(args.top_k, BIN_WIDTHS[args.scoring_function])
+    rows = read_synthetic_queries(args.input, None if scorer else "Scoring")  # a scorer has a bar of its own
+
+    while block := list(islice(rows, BLOCK)):
+        # 1. Drop the rows that cannot be scored
+        usable = drop_unusable(block, args, outcome)
+
+        # 2. Drop the queries whose source document the first stage does not retrieve
+        if first_stage:
+            ranks = source_ranks(usable, first_stage, args, outcome)
+            queries = [query for query in usable if query.line in ranks]
+        else:
+            ranks, queries = {}, usable
+
+        # 3. Score the queries, of which the outcome keeps the best
+        scores = score_queries(queries, ranks, scorer, args.scoring_function)
+        for query, score in zip(queries, scores, strict=True):
+            outcome.add_scored(query, score)
+    if scorer:
+        scorer.close()
+    kept = sorted(outcome.best, reverse=True)
     if not kept:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in outcome.dropped.items())
         action = ADVICE if outcome.dropped[NO_LOG_PROBS] else "Relax the filters."
         raise InputError(f"{args.input}: every row was dropped ({reasons}). {action}")
 
-    # 2. The outputs, which appear together
+    # 4. Write the outputs, which appear together
     outputs = (args.output, "w"), (args.plot, "wb"), (args.sample_html, "w")
     with write_together(*outputs) as [output, plot, page]:
         output.writelines(with_score(row.line_text, row.score) for row in kept)
@@ -312,7 +349,7 @@ def filter_queries(args: argparse.Namespace, log_path: str | None) -> None:
     if log_path and os.path.exists(log_path):
         os.remove(log_path)
 
-    # 3. What became of the rows
+    # 5. Say what became of the rows
     for reason, count in outcome.dropped.most_common():
         print(f"dropped {count:,} rows {reason}.{f' {ADVICE}' if reason == NO_LOG_PROBS else ''}", file=sys.stderr)
     total = outcome.scored + outcome.dropped.total()

@@ -66,6 +66,11 @@ def search_in_blocks(
             yield query, hits
 
 
+def source_rank(query: SyntheticQuery, hits: Sequence[ScoredDoc]) -> int | None:
+    """Return the rank of the source document among the hits, from 1, or None if it is not there."""
+    return next((rank for rank, hit in enumerate(hits, 1) if hit.doc_id == query.doc_id), None)
+
+
 class QueryRun:
     """First-stage run of synthetic queries, searched like an index. Its query ids are lines of their file, from 0.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from inpars_lib.cli import InputError
-from inpars_lib.first_stage import FirstStage, search_in_blocks
+from inpars_lib.first_stage import FirstStage, search_in_blocks, source_rank
 from inpars_lib.formats.records import ScoredDoc, SyntheticQuery
 from inpars_lib.resume import ResumeLog
 from inpars_lib.spool import SpooledQueries
@@ -98,8 +98,8 @@ def sample_hits(hits: Sequence[ScoredDoc], query: SyntheticQuery, sampling: Samp
 
     Hits with the source document's score, duplicates of its text for example, are a last resort.
     """
-    source_rank = next((rank for rank, hit in enumerate(hits, 1) if hit.doc_id == query.doc_id), None)
-    source_score = hits[source_rank - 1].score if source_rank else math.inf
+    rank = source_rank(query, hits)
+    source_score = hits[rank - 1].score if rank else math.inf
     generator = random.Random(f"{sampling.seed} {query.line}")
     left, n = list(range(sampling.min_rank - 1, len(hits))), sampling.n_samples
     fewest = len(left) - n - SPARE_SAMPLES
@@ -111,4 +111,4 @@ def sample_hits(hits: Sequence[ScoredDoc], query: SyntheticQuery, sampling: Samp
             others.append(hit.doc_id)
         elif hit.doc_id != query.doc_id:
             ties.append(hit.doc_id)
-    return SampledHits(query.line, [*others, *ties][:n], source_rank)
+    return SampledHits(query.line, [*others, *ties][:n], rank)

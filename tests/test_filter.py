@@ -308,9 +308,9 @@ def test_scores_of_other_rows_or_settings_are_not_used(
     # A changed row: the block before it is used again, its own is not.
     changed = [*data[:1250], {**data[1250], "question": "what are changed tides"}, *data[1251:]]
     said = unfinished(scoring_args(tmp_path, changed, tiny_t5), output)
-    assert "out.jsonl.scores.jsonl: has scores of other rows. Scoring resumes at line 1,196." in said
+    assert "out.jsonl.scores.jsonl: has scores of other rows. Scoring resumes at line 1,025." in said
     assert blocks(log) == 3
-    assert "at line 1,196" in unfinished(scoring_args(tmp_path, many[:1350], tiny_t5), output)  # more rows
+    assert "at line 1,025" in unfinished(scoring_args(tmp_path, many[:1350], tiny_t5), output)  # more rows
     # Another model: refused, until --restart throws the scores away.
     other = save_t5(tmp_path / "other", (separable / "triples.tsv").read_text().splitlines()[:50])
     args = scoring_args(tmp_path, data, other)
@@ -344,7 +344,7 @@ def test_a_causal_reranker_filters(tmp_path: Path, tiny_qwen3: Path) -> None:
         assert "scored with the prompt of qwen3-reranker" in done.stderr
         scores.append([row["score"] for row in rows(tmp_path / "out.jsonl")])
     assert scores[0] != scores[1]
-    assert "--instruction needs both" in error_line(run(SCRIPT, *args[:4], *claim), 2)
+    assert "--instruction needs --model" in error_line(run(SCRIPT, *args[:4], *claim), 2)
     special = [*args[:3], "/dev/null", *args[4:]]
     assert "scores are saved beside the output, so name a file" in error_line(run(SCRIPT, *special), 2)
 
@@ -395,8 +395,16 @@ def test_a_run_of_other_queries_is_refused(tmp_path: Path, query_id: str) -> Non
     assert f"dense.txt: the query id {query_id} is no line of {path}, whose lines count from 0 to 3." in refused
 
 
-@pytest.mark.parametrize("flags", [["--run", "r"], ["--consistency_k", 2], ["--run", "r", "--index", "i"]])
-def test_flags_of_the_first_stage_need_each_other(tmp_path: Path, flags: list[object]) -> None:
-    more = ["--consistency_k", 2] if len(flags) == 4 else []
-    done = run(SCRIPT, "--input", "in", "--output", tmp_path / "out", *flags, *more)
-    assert "--consistency_k and either --index or --run need each other" in error_line(done, 2)
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--run r", "--consistency_k and either --index or --run need each other"),
+        ("--consistency_k 2", "--consistency_k and either --index or --run need each other"),
+        ("--consistency_k 2 --run r --index i", "--index and --run exclude each other"),
+        ("--scoring_function consistency", "--scoring_function consistency needs --consistency_k"),
+        ("--instruction Find.", "--instruction needs --model"),
+    ],
+)
+def test_flags_that_need_or_exclude_each_other(tmp_path: Path, flags: str, problem: str) -> None:
+    done = run(SCRIPT, "--input", "in", "--output", tmp_path / "out", *flags.split())
+    assert problem in error_line(done, 2)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
@@ -24,10 +24,10 @@ from inpars_lib.resume import ResumeLog
 
 if TYPE_CHECKING:
     import numpy
+    from tqdm import tqdm
 
     from inpars_lib.rerankers.base import Reranker
 
-BLOCK_QUERIES = 1024  # synthetic queries scored at a time
 BLOCK_PAIRS = 256  # pairs scored at a time, of whole queries: enough to batch pairs of similar length
 TOKENIZER_BATCH = 1024  # documents tokenized at a time
 
@@ -251,41 +251,51 @@ def _doc_ids(blocks: Iterable[PairBlock]) -> Iterator[str]:
     return (hit.doc_id for block in blocks for hit in block.hits())
 
 
-def score_queries(
-    reranker: "Reranker", queries: Iterator[SyntheticQuery], source: str, log: ResumeLog[ScoredBlock]
-) -> Iterator[tuple[SyntheticQuery, float]]:
-    """Yield each synthetic query with the score of its source document, with a progress bar over the input's lines.
-
-    Scores are computed in blocks. A block of the log is used again if its queries and documents are the same.
+class QueryScorer:
+    """Scores of synthetic queries for their source documents, in blocks, with a log and a progress bar.
 
     Args:
         reranker: The reranker.
-        queries: The queries to score, in the order of the input.
-        source: The input, which also has rows that are not scored.
+        source: The file of the queries, which also has rows that are not scored. The bar counts its lines.
         log: Log of finished blocks. The caller deletes the log when the output is complete.
     """
-    from tqdm import tqdm
 
-    saved = SavedScores(log)
-    reused, bar, lines = 0, None, count_lines(source)
-    while block := list(islice(queries, BLOCK_QUERIES)):
-        pairs = [(query.question, query.doc_text) for query in block]
+    def __init__(self, reranker: "Reranker", source: str, log: ResumeLog[ScoredBlock]) -> None:
+        self.reranker, self.log, self.lines = reranker, log, count_lines(source)
+        self._saved = SavedScores(log)
+        self._reused = 0
+        self._bar: tqdm[NoReturn] | None = None
+
+    def score(self, queries: Sequence[SyntheticQuery]) -> Sequence[float]:
+        """Return the score of each query of a block, from the log if the block's queries and documents are there."""
+        if not queries:
+            return []
+        pairs = [(query.question, query.doc_text) for query in queries]
         fingerprint = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
-        scores = saved.get(fingerprint, len(block))
-        if scores is not None:
-            reused += 1
-        else:
-            if bar is None:  # the first block that no earlier run has finished
-                bar = tqdm(desc="Scoring", total=lines, initial=block[0].line, unit=" rows")
-                if reused < len(saved):
-                    warn(f"{log.path}: has scores of other rows. Scoring resumes at line {block[0].line + 1:,}.")
-            scores = array.array("f", reranker.score(pairs, bar.update))
-            log.write(ScoredBlock(fingerprint, scores.tolist()))
-            bar.update(block[-1].line + 1 - bar.n)  # and the rows between them that are not scored
-        yield from zip(block, scores, strict=True)
-    if bar is not None:
-        bar.update(lines - bar.n)
-        bar.close()
+        saved = self._saved.get(fingerprint, len(pairs))
+        if saved is not None:
+            self._reused += 1
+            return saved
+        if self._bar is None:
+            self._bar = self._start_bar(queries[0].line)
+        scores = array.array("f", self.reranker.score(pairs, self._bar.update))
+        self.log.write(ScoredBlock(fingerprint, scores.tolist()))
+        self._bar.update(queries[-1].line + 1 - self._bar.n)  # and the rows between them that are not scored
+        return scores
+
+    def _start_bar(self, line: int) -> "tqdm[NoReturn]":
+        """Return a bar that starts at the first line that no earlier run has scored."""
+        from tqdm import tqdm
+
+        if self._reused < len(self._saved):
+            warn(f"{self.log.path}: has scores of other rows. Scoring resumes at line {line + 1:,}.")
+        return tqdm(desc="Scoring", total=self.lines, initial=line, unit=" rows")
+
+    def close(self) -> None:
+        """Finish the bar."""
+        if self._bar is not None:
+            self._bar.update(self.lines - self._bar.n)
+            self._bar.close()
 
 
 def estimate_cost(reranker: "Reranker", blocks: Sequence[PairBlock], corpus: str) -> str:
