@@ -8,12 +8,15 @@ import ast
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -94,13 +97,48 @@ def run_process(script: str, *args: object, cwd: Path = ROOT, **variables: str |
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def kill_after(command: list[str], count: Callable[[], int], finished: int) -> None:
-    """Run a command and kill it with SIGKILL when `count` has reached a number of finished blocks."""
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and count() < finished:
-        pass
+# What takes seconds to import. A server imports these modules once, and each of its forks runs one script.
+PRELOADED = ["conftest", "inpars_lib.plots", "inpars_lib.rerankers.causal", "inpars_lib.rerankers.cross_encoder",
+             "inpars_lib.rerankers.mono_t5", "inpars_lib.training.trainer"]  # fmt: skip
+
+
+def run_and_exit(script: str, args: Sequence[object], variables: dict[str, str | None]) -> None:
+    """Run a script, the whole work of a fork."""
+    done = run(script, *args, **variables)
+    sys.__stderr__.write(done.stderr)
+    sys.exit(done.returncode)
+
+
+def fork(script: str, *args: object, **variables: str | None) -> multiprocessing.Process:
+    """Start a script in a process of its own, without the seconds that its imports take."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=run_and_exit, args=(script, args, variables))
+    with environment(Path.cwd(), {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}):  # of the server
+        process.start()
+    return process
+
+
+def kill_after(script: str, *args: object, count: Callable[[], int]) -> None:
+    """Run a script in a process of its own and kill it with SIGKILL when the `count` of finished things has grown."""
+    before = count()
+    process = fork(script, *args)
+    while process.is_alive() and count() == before:
+        time.sleep(0.001)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def run_two_ranks(script: str, *args: object) -> None:
+    """Run a script in two processes with the variables that torchrun sets."""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # a port that is free
+        port = server.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [fork(script, *args, RANK=rank, LOCAL_RANK=rank, OMP_NUM_THREADS="1", **group) for rank in "01"]
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
 def ok(done: Done) -> Done:

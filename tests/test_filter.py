@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import command_of, error_line, kill_after, ok, rows, run, save_t5, write_rows
+from conftest import error_line, kill_after, ok, rows, run, save_t5, write_rows
 
 from inpars_lib.files import exclusive
 from inpars_lib.formats.records import SyntheticQuery
@@ -274,7 +274,7 @@ def test_kills_do_not_change_the_kept_queries(tmp_path: Path, many: list[dict], 
     args = scoring_args(tmp_path, many, tiny_t5)
     log = tmp_path / "out.jsonl.scores.jsonl"
     for _ in range(min(3, int(os.environ.get("KILLS", 2)))):
-        kill_after(command_of(SCRIPT, *args), lambda: blocks(log), blocks(log) + 1)
+        kill_after(SCRIPT, *args, count=lambda: blocks(log))
         assert not (tmp_path / "out.jsonl").exists()
     with log.open("a") as file:
         file.write('{"pairs": "torn')

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, SUBJECTS, command_of, error_line, kill_after, ok, rows, run, save_t5, write_rows
+from conftest import ROOT, SUBJECTS, error_line, kill_after, ok, rows, run, save_t5, write_rows
 from training_helpers import QUICK, dev, dev_but, train
 
 from inpars_lib.cli import InputError
@@ -121,7 +121,7 @@ def test_kills_do_not_change_a_run(long_run: list[object], tiny_t5: Path, tmp_pa
     output = tmp_path / "run.txt"
     args = ["--model", tiny_t5, *long_run, "--output", tmp_path / "run.txt"]
     for _ in range(int(os.environ.get("KILLS", 2))):
-        kill_after(command_of("rerank.py", *args), lambda: blocks(output), blocks(output) + 1)
+        kill_after("rerank.py", *args, count=lambda: blocks(output))
         assert not (tmp_path / "run.txt").exists()
     finished = blocks(output)
     done = ok(run("rerank.py", *args))

@@ -4,15 +4,12 @@ import csv
 import hashlib
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ROOT, error_line, ok, run
+from conftest import error_line, ok, run, run_two_ranks
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from training_helpers import QUICK, dev, dev_but, train
@@ -328,11 +325,7 @@ def test_two_processes_train_like_one(separable: Path, grouped: Path, tiny_t5: P
     triples = grouped if loss == "listwise" else separable / "triples.tsv"
     args = ["--base_model", tiny_t5, "--triples_train", triples, "--loss", loss, "--max_length", 64, "--max_steps", 4]
     args += ["--gradient_accumulation_steps", 4, "--eval_steps", 4, "--logging_steps", 1, *dev(separable)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    command = [*torchrun, ROOT / "train_t5.py", *args, "--output_dir", tmp_path / "two"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_two_ranks("train_t5.py", *args, "--output_dir", tmp_path / "two")
     ok(run("train_t5.py", *args, "--output_dir", tmp_path / "one"))
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     before = load_file(tiny_t5 / "model.safetensors")
