@@ -13,6 +13,13 @@ from generation import EVERY, errors, fails_for, generate, start, written
 from stand_in import FAULTS, StandIn, completion, document_of, error
 
 
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the waits between tries begin with milliseconds, and end with a tenth of a second."""
+    monkeypatch.setattr("inpars_lib.llm.server.FIRST_WAIT", 0.002)
+    monkeypatch.setattr("inpars_lib.llm.server.LONGEST_WAIT", 0.1)
+
+
 @pytest.mark.parametrize("api", ["completions", "chat"])
 def test_an_engine_without_log_probs(collection: Path, openai_server: StandIn, api: str) -> None:
     openai_server.api = api
@@ -31,23 +38,23 @@ def test_an_engine_without_log_probs(collection: Path, openai_server: StandIn, a
 
 
 def test_the_concurrency_limit_falls_and_recovers(collection: Path, openai_server: StandIn) -> None:
-    """The server accepts 3 requests at a time until it has answered 100, then any number."""
-    collection.write_text("".join(f"d{i}\tnumber{i} word\n" for i in range(300)))
+    """The server accepts 3 requests at a time until it has answered 50, then any number."""
+    collection.write_text("".join(f"d{i}\tnumber{i} word\n" for i in range(200)))
     openai_server.latency = 0.05  # long beside what a slow machine needs for a request
     openai_server.headers = {"Retry-After": "0.02"}
     answered, refused, later = [], [], []
 
     def respond(request: dict) -> tuple[int, object]:
         now = openai_server.under_way
-        if len(answered) < 100 and now > 3:
+        if len(answered) < 50 and now > 3:
             refused.append(now)
             return error(429, "slow down", "rate_limit_exceeded")
-        (answered if len(answered) < 100 else later).append(now)
+        (answered if len(answered) < 50 else later).append(now)
         return openai_server.answer(request)
 
     openai_server.respond = respond
     ok(generate(collection, openai_server.url, "--concurrency", 16))
-    assert len(written(collection)) == 300
+    assert len(written(collection)) == 200
     assert 0 < len(refused) < 100  # it began with 16 at a time, and came down
     assert max(later) > 9
 
@@ -119,16 +126,16 @@ def test_transient_failures_are_retried(collection: Path, openai_server: StandIn
     [
         ("refused", "maximum context length is 10 tokens", 1),
         ("empty", "the answer is empty", 1),
-        ("hang", "no answer in 0.5 s, 5 times", 7),
+        ("hang", "no answer in 0.3 s, 5 times", 7),
         ("500", "the server failed (500 The server had an error), 5 times", 7),
     ],
 )
 def test_a_failing_document_does_not_affect_the_others(
-    collection: Path, openai_server: StandIn, fault: str, reason: str, requests: int
+    collection: Path, openai_server: StandIn, short_waits: None, fault: str, reason: str, requests: int
 ) -> None:
     openai_server.fault = fails_for(7, fault)
     openai_server.headers = {"Retry-After": "0.1"}
-    done = ok(generate(collection, openai_server.url, "--timeout", 0.5))
+    done = ok(generate(collection, openai_server.url, "--timeout", 0.3))
     assert set(written(collection)) == EVERY - {"d7"}
     assert set(errors(collection)) == {"d7"}
     assert reason in errors(collection)["d7"]
@@ -166,10 +173,9 @@ def test_an_answer_without_a_question_is_kept_with_its_error(collection: Path, o
 
 @pytest.mark.parametrize("down", [range(21, 121), range(197, 237)], ids=["in the middle", "at the end"])
 def test_an_outage_fails_no_document(
-    large: Path, openai_server: StandIn, monkeypatch: pytest.MonkeyPatch, down: range
+    large: Path, openai_server: StandIn, short_waits: None, monkeypatch: pytest.MonkeyPatch, down: range
 ) -> None:
     """At the end no document is left that could be answered in between."""
-    monkeypatch.setattr("inpars_lib.llm.server.FIRST_WAIT", 0.002)
     monkeypatch.setattr("inpars_lib.llm.server.Server.on_failure", lambda *_: None)  # the concurrency stays at 8
     seen = []
 
@@ -193,18 +199,17 @@ def test_an_overloaded_server_fails_no_document(large: Path, openai_server: Stan
             return openai_server.answer(request)
 
     openai_server.respond = respond
-    ok(generate(large, openai_server.url, "--concurrency", 64, "--timeout", 0.3, "--max_examples", 120))
-    assert len(written(large)) == 120
+    ok(generate(large, openai_server.url, "--concurrency", 64, "--timeout", 0.3, "--max_examples", 80))
+    assert len(written(large)) == 80
     assert not errors(large)
 
 
 @pytest.mark.parametrize("documents", [["d0"], ["d19"], ["d0", "d1", "d18", "d19"]])
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_documents_that_the_server_cannot_answer(
-    collection: Path, openai_server: StandIn, monkeypatch: pytest.MonkeyPatch, documents: list[str], concurrency: int
+    collection: Path, openai_server: StandIn, short_waits: None, documents: list[str], concurrency: int
 ) -> None:
     """The first and the last ones: nothing is answered before or after them. A later run meets nothing else."""
-    monkeypatch.setattr("inpars_lib.llm.server.FIRST_WAIT", 0.002)
     bad = {f"number{doc_id[1:]}" for doc_id in documents}
     openai_server.fault = lambda request: "500" if document_of(request) in bad else None
     args = ["--concurrency", concurrency, "--sampling", "first"]
@@ -218,9 +223,8 @@ def test_documents_that_the_server_cannot_answer(
 
 @pytest.mark.parametrize("fault", ["500", "cut", "hang"])
 def test_a_server_that_answers_nobody_is_at_fault(
-    collection: Path, openai_server: StandIn, monkeypatch: pytest.MonkeyPatch, fault: str
+    collection: Path, openai_server: StandIn, short_waits: None, fault: str
 ) -> None:
-    monkeypatch.setattr("inpars_lib.llm.server.FIRST_WAIT", 0.002)
     openai_server.fault = lambda request: fault
     said = error_line(generate(collection, openai_server.url, "--patience", 1, "--timeout", 0.1))
     assert "no answer for 1 s (--patience)" in said
@@ -228,7 +232,7 @@ def test_a_server_that_answers_nobody_is_at_fault(
     assert (collection.parent / "queries.jsonl").read_bytes() == b""
 
 
-def test_each_reason_is_told_once_and_at_once(collection: Path, openai_server: StandIn) -> None:
+def test_each_reason_is_told_once_and_at_once(collection: Path, openai_server: StandIn, short_waits: None) -> None:
     def respond(request: dict) -> tuple[int, object]:
         number = len(openai_server.requests)
         if number < 4:
@@ -254,12 +258,12 @@ def test_a_wait_beyond_patience_stops_the_run(collection: Path, openai_server: S
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_rate_limiter(collection: Path, openai_server: StandIn, status: int) -> None:
-    """As nginx's `limit_req`: at most one request in a tenth of a second, the others are refused."""
+    """As nginx's `limit_req`: at most one request in a twentieth of a second, the others are refused."""
     accepted = [0.0]
 
     def respond(request: dict) -> tuple[int, object]:
         with openai_server.lock:
-            if time.monotonic() - accepted[-1] < 0.1:
+            if time.monotonic() - accepted[-1] < 0.05:
                 return error(status, "limited")
             accepted.append(time.monotonic())
         return openai_server.answer(request)
@@ -269,7 +273,7 @@ def test_a_rate_limiter(collection: Path, openai_server: StandIn, status: int) -
     ok(generate(collection, openai_server.url))
     assert len(written(collection)) == 60
     assert not errors(collection)
-    print(f"\n{len(openai_server.requests)} requests, {accepted[-1] - accepted[1]:.1f} s, 5.9 s at the limiter's rate")
+    print(f"\n{len(openai_server.requests)} requests, {accepted[-1] - accepted[1]:.1f} s, 2.95 s at the limiter's rate")
     assert len(openai_server.requests) < 120
 
 
@@ -300,10 +304,10 @@ def test_a_wait_of_zero_is_no_invitation(collection: Path, openai_server: StandI
     assert len(openai_server.requests) < 50  # without a floor, hundreds per second
 
 
-def test_a_dripping_answer_times_out(collection: Path, openai_server: StandIn) -> None:
+def test_a_dripping_answer_times_out(collection: Path, openai_server: StandIn, short_waits: None) -> None:
     openai_server.fault = fails_for(7, "drip")
-    ok(generate(collection, openai_server.url, "--timeout", 0.5))
-    assert "no answer in 0.5 s" in errors(collection)["d7"]
+    ok(generate(collection, openai_server.url, "--timeout", 0.3))
+    assert "no answer in 0.3 s" in errors(collection)["d7"]
 
 
 @pytest.mark.parametrize(
