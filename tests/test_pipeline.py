@@ -23,15 +23,16 @@ def test_from_a_collection_to_a_table(demo_data: Path, llm_url: str, tmp_path: P
         "--engine",
         "any",
     ]
-    ok(run("generate_queries_openai.py", *generate, "--max_examples", 5))
-    filtering = ["--input", work / "queries.jsonl", "--output", work / "filtered.jsonl", "--top_k", 4]
+    short = ["--truncate_doc_chars", 100, "--max_tokens", 20]  # most of the time is the language model's
+    ok(run("generate_queries_openai.py", *generate, *short, "--max_examples", 4))
+    filtering = ["--input", work / "queries.jsonl", "--output", work / "filtered.jsonl", "--top_k", 3]
     ok(run("filter_queries_by_score.py", *filtering))
     assert [row["score"] for row in rows(work / "filtered.jsonl")] == sorted(
         (row["score"] for row in rows(work / "filtered.jsonl")), reverse=True
     )
     mining = ["--input", work / "filtered.jsonl", "--output", work / "triples.tsv", "--output_ids", work / "ids.tsv"]
     ok(run("generate_triples_train.py", *mining, "--corpus", collection, "--index", work / "index", "--n_samples", 2))
-    assert len((work / "triples.tsv").read_text().splitlines()) == 8
+    assert len((work / "triples.tsv").read_text().splitlines()) == 6
 
     base = save_t5(work / "base", collection.read_text().splitlines()[:100])
     training = ["--base_model", base, "--triples_train", work / "triples.tsv", "--output_dir", work / "model"]
@@ -92,7 +93,11 @@ def test_the_papers_commands_as_printed(
     """A small collection replaces MS MARCO, and an index of it has the name of Pyserini's prebuilt one."""
     folder = tmp_path / "data" / "msmarco"
     folder.mkdir(parents=True)
-    (folder / "collection.tsv").write_bytes((demo_data / "collection.tsv").read_bytes())
+    judged = [line.split() for line in (demo_data / "qrels.txt").read_text().splitlines()]
+    relevant = {doc_id for _, _, doc_id, _ in judged}
+    lines = (demo_data / "collection.tsv").read_text().splitlines(keepends=True)
+    lines = [line for i, line in enumerate(lines) if i % 6 == 0 or line.split("\t")[0] in relevant]
+    (folder / "collection.tsv").write_text("".join(lines))
     (folder / "topics.msmarco-passage.dev-subset.txt").write_bytes((demo_data / "topics.tsv").read_bytes())
     (folder / "qrels.msmarco-passage.dev-subset.txt").write_bytes((demo_data / "qrels.txt").read_bytes())
     trec_covid = folder / "run.beir-v1.0.0-trec-covid-flat.trec"
@@ -110,7 +115,7 @@ def test_the_papers_commands_as_printed(
     openai_server.respond = lambda request: (200, completion(first_words(request["prompt"]) + "\n\n"))
     ok(run("generate_queries_openai.py", *GENERATE.split(), cwd=tmp_path, **server))
     generated = rows(folder / "synthetic_queries.jsonl")
-    assert len(generated) > 100
+    assert len(generated) > 20
     assert all(len(row["doc_text"]) >= 300 for row in generated)
 
     ok(run("filter_queries_by_score.py", *FILTER.split(), cwd=tmp_path))
@@ -127,7 +132,6 @@ def test_the_papers_commands_as_printed(
     other = run("train_t5.py", *TRAIN.split(), cwd=tmp_path, **hub)
     assert "This run belongs to other topics: pass the run of these topics with --run" in error_line(other)
     assert not (folder / "results.csv").exists()
-    judged = [line.split() for line in (demo_data / "qrels.txt").read_text().splitlines()]
     trec_covid.write_text("".join(f"{q} Q0 {doc_id} 1 1.0 x\n" for q, _, doc_id, _ in judged))
     ok(run_process("train_t5.py", *TRAIN.split(), cwd=tmp_path, **hub))  # t5_base is google-t5/t5-base on the hub
     assert (folder / "model.safetensors").exists()
