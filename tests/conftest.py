@@ -21,6 +21,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import IO
 from unittest.mock import patch
 
 import pytest
@@ -367,6 +368,17 @@ def tiny_qwen3(separable: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
     Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def simple_curves() -> Iterator[None]:
+    """Write learning curves as text: drawing takes more time than the steps of a tiny training."""
+
+    def write(file: IO[bytes], *values: object) -> None:
+        file.write(repr(values).encode())
+
+    with patch("inpars_lib.training.checkpoints.plot_learning_curve", write):
+        yield
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from training_helpers import QUICK, dev, forget_the_model, train
 
 from inpars_lib.rerankers.load import load_reranker
 
+pytestmark = pytest.mark.usefixtures("simple_curves")
+
 LORA = ["--lora_rank", 4, "--learning_rate", 2e-2, "--max_length", 256, "--no-bf16"]
 
 

@@ -136,6 +136,7 @@ def test_the_papers_commands_as_printed(
     ok(run_process("train_t5.py", *TRAIN.split(), cwd=tmp_path, **hub))  # t5_base is google-t5/t5-base on the hub
     assert (folder / "model.safetensors").exists()
     assert (folder / "results.csv").read_text().startswith("step,epoch,loss,nDCG@10")
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "collection.tsv").exists()
 
 

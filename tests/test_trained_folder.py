@@ -10,6 +10,8 @@ from training_helpers import DEV_FILES, QUICK, train
 from inpars_lib.formats.runs import read_run
 from inpars_lib.rerankers.load import load_reranker
 
+pytestmark = pytest.mark.usefixtures("simple_curves")
+
 
 @pytest.mark.parametrize(
     ("base", "flags", "contradicting"),

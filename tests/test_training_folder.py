@@ -18,6 +18,8 @@ from training_helpers import QUICK, dev, dev_but, forget_the_model, train, train
 
 from inpars_lib.files import exclusive
 
+pytestmark = pytest.mark.usefixtures("simple_curves")
+
 CALLS = ((os, "replace"), (os, "remove"), (os, "rmdir"), (shutil, "rmtree"))
 MODEL = ("README.md", "config.json", "model.safetensors", "tokenizer.json")
 
@@ -301,7 +303,7 @@ def test_a_readme_written_during_the_training_stays(separable: Path, tiny_t5: Pa
 def test_a_kill_never_mixes_two_models(separable: Path, tiny_t5: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     """Kill a training that replaces another model, before calls that rename or delete something.
 
-    Every fourth call by default, every call with KILLS=20.
+    Every second call by default, every call with KILLS=20.
     """
     first, second = tmp_path / "first/model", tmp_path / "second/model"
     ok(train(separable, tiny_t5, first, *QUICK))
@@ -309,7 +311,7 @@ def test_a_kill_never_mixes_two_models(separable: Path, tiny_t5: Path, tiny_enco
     old, new = contents(first), contents(second)
     assert "generation_config.json" in old.keys() - new.keys()
     real = {name: getattr(module, name) for module, name in CALLS}
-    for kill_at in range(1, 200, 1 if int(os.environ.get("KILLS", 1)) >= 20 else 4):
+    for kill_at in range(1, 200, 1 if int(os.environ.get("KILLS", 1)) >= 20 else 2):
         output = tmp_path / f"{kill_at}/model"
         shutil.copytree(first, output)
         calls = iter(range(1, kill_at))

@@ -1,5 +1,7 @@
 """Helpers for stages 4 and 5: the flags of the `separable` data set, and one call of train_t5.py."""
 
+import functools
+import gc
 import json
 from pathlib import Path
 
@@ -25,7 +27,16 @@ def train_flags(separable: Path, base: Path, output: Path, *args: object) -> lis
     return [*required, "--max_length", 64, *args]
 
 
+@functools.cache
+def freeze_imports() -> None:
+    """Hide the objects of torch and transformers from the garbage collector, which each training calls."""
+    import inpars_lib.training.trainer  # noqa: F401
+
+    gc.freeze()
+
+
 def train(separable: Path, base: Path, output: Path, *args: object, **environment: str) -> Done:
+    freeze_imports()
     return run("train_t5.py", *train_flags(separable, base, output, *args), **environment)
 
 
