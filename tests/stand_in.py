@@ -234,7 +234,9 @@ class StandIn:
                     outer.step("create")
                     return self.give(200, batch)
                 if path.endswith("/cancel"):
-                    batch = outer.batches[path.split("/")[-2]]
+                    batch = outer.batches.get(path.split("/")[-2])
+                    if batch is None:
+                        return self.give(404, {"error": {"message": "No such batch"}})
                     batch["status"] = "cancelling"
                     return self.give(200, batch)
                 request = json.loads(data)
@@ -264,11 +266,16 @@ class StandIn:
                     outer.step("look")
                     if outer.look_fails():
                         return self.give(500, {"error": {"message": "try later"}})
+                    batch = outer.batches.get(path.rpartition("/")[2])
+                    if batch is None:
+                        return self.give(404, {"error": {"message": "No such batch"}})
                     with outer.lock:
-                        return self.give(200, outer.look(outer.batches[path.rpartition("/")[2]]))
+                        return self.give(200, outer.look(batch))
                 if path.startswith("/v1/files/"):
                     outer.step("download")
-                    return self.give(200, outer.files[path.split("/")[3]])
+                    file = outer.files.get(path.split("/")[3])
+                    if file is not None:
+                        return self.give(200, file)
                 self.give(404, {"error": {"message": "no such address"}})
 
             def drip(self) -> None:

@@ -214,6 +214,64 @@ def test_a_batch_over_the_token_limit_waits_for_the_others(collection: Path, ope
     assert set(asked(openai_server).values()) == {1}
 
 
+def test_a_batch_that_the_server_does_not_know(collection: Path, openai_server: StandIn) -> None:
+    """The key of another project, or another server: the batch may still be answered and paid."""
+    openai_server.look = lambda batch: openai_server.batches.clear() or batch
+    assert "batch batch_1 is not there" in error_line(generate(collection, openai_server.url, *QUICK))
+    said = error_line(generate(collection, openai_server.url, *QUICK))
+    assert "Use the API_KEY and the --base_url that submitted it, or forget it with --batch_cancel" in said
+    done = ok(generate(collection, openai_server.url, "--batch_cancel", "--batch_poll", 0.05))
+    assert "batch batch_1 is not there (Error code: 404" in done.stderr
+    assert "It is forgotten" in done.stderr
+    ok(generate(collection, openai_server.url))
+    assert set(written(collection)) == EVERY
+
+
+def test_results_that_the_server_has_deleted(collection: Path, openai_server: StandIn) -> None:
+    def delete_results(name: str) -> None:
+        if name == "download":
+            for file in [file for file in openai_server.files if file.startswith("file-batch")]:
+                del openai_server.files[file]
+
+    openai_server.step = delete_results
+    said = error_line(generate(collection, openai_server.url, *QUICK))
+    assert "with results of batch batch_1 is not there" in said
+    assert "forget it with --batch_cancel" in said
+    ok(generate(collection, openai_server.url, "--batch_cancel", "--batch_poll", 0.05))
+    openai_server.step = lambda name: None
+    ok(generate(collection, openai_server.url, *QUICK))
+    assert set(written(collection)) == EVERY
+
+
+def test_states_in_capitals(collection: Path, openai_server: StandIn) -> None:
+    look = openai_server.look
+
+    def look_in_capitals(batch: dict) -> dict:
+        return {**look(batch), "status": batch["status"].upper()}
+
+    openai_server.look = look_in_capitals
+    ok(generate(collection, openai_server.url, *QUICK))
+    assert set(written(collection)) == EVERY
+
+
+def test_a_request_that_always_fails_is_given_up(collection: Path, openai_server: StandIn) -> None:
+    openai_server.fault = lambda request: "500" if document_of(request) == "number4" else None
+    done = ok(generate(collection, openai_server.url, *QUICK))
+    assert set(written(collection)) == EVERY - {"d4"}
+    assert errors(collection) == {"d4": "The server had an error, in 3 batches"}
+    assert len(openai_server.batches) == 3
+    assert "1 failed, 0 are left" in done.stderr
+
+
+def test_errors_inside_results_are_classified(collection: Path, openai_server: StandIn) -> None:
+    inside = {"error": {"message": "maximum context length is 10 tokens", "code": 400}}
+    openai_server.respond = lambda request: (
+        (200, inside) if document_of(request) == "number4" else openai_server.answer(request)
+    )
+    ok(generate(collection, openai_server.url, *QUICK))
+    assert errors(collection) == {"d4": "maximum context length is 10 tokens"}
+
+
 def test_batches_without_answers_stop_the_run(collection: Path, openai_server: StandIn) -> None:
     openai_server.batch_end = lambda batch, number: "cancelled"  # by somebody else, before it began
     collection.write_text("".join(collection.read_text().splitlines(keepends=True)[:2]))
@@ -275,6 +333,6 @@ def test_a_damaged_list_of_batches(collection: Path, openai_server: StandIn) -> 
 def test_fatal_errors_of_a_batch_run(collection: Path, openai_server: StandIn) -> None:
     openai_server.respond = lambda request: error(401, "wrong key sk-secret")
     done = generate(collection, openai_server.url, *QUICK, API_KEY="sk-secret")
-    assert "the key was not accepted (401)" in error_line(done)
+    assert "refused (401 wrong key <key>)" in error_line(done)
     assert "sk-secret" not in done.stderr
     assert not openai_server.files

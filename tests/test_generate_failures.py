@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, error_line, ok, rows, run
-from generation import EVERY, errors, fails_for, generate, start, written
+from generation import EVERY, errors, fails_for, generate, meta, start, written
 from stand_in import FAULTS, StandIn, completion, document_of, error
 
 
@@ -322,7 +322,42 @@ def test_messages_of_other_servers(
     collection: Path, openai_server: StandIn, status: int, body: object, words: str
 ) -> None:
     openai_server.respond = lambda request: (status, body)
-    assert words in error_line(generate(collection, openai_server.url))
+    assert words in error_line(generate(collection, openai_server.url, "--patience", 1))
+
+
+def test_paid_answers_that_cannot_be_used_stay_in_the_errors_file(collection: Path, openai_server: StandIn) -> None:
+    body = completion(" What is it?")
+    body["choices"][0]["logprobs"]["tokens"] = ["token_id:7"] * 4
+    body["choices"][0]["logprobs"]["token_logprobs"] = [-1.0] * 4
+    openai_server.respond = lambda request: (200, body)
+    assert "Add --no_log_probs" in error_line(generate(collection, openai_server.url))
+    answers = [row["answer"] for row in rows(collection.parent / "queries.jsonl.errors.jsonl")]
+    assert answers == [" What is it?"] * 10
+    ok(generate(collection, openai_server.url, "--no_log_probs"))  # no query is mixed, so no --force is needed
+    assert written(collection).keys() == EVERY
+
+
+def test_errors_inside_answers_are_classified_by_their_code(collection: Path, openai_server: StandIn) -> None:
+    limited = {"error": {"message": "slow down", "code": 429}, "choices": None}
+    openai_server.respond = lambda request: (
+        (200, limited) if len(openai_server.requests) % 5 == 1 else openai_server.answer(request)
+    )
+    done = ok(generate(collection, openai_server.url))
+    assert written(collection).keys() == EVERY
+    assert "too many requests (429 slow down)" in done.stderr
+
+
+def test_the_model_that_answered_and_cut_answers_are_told(collection: Path, openai_server: StandIn) -> None:
+    body = completion(" What is it?") | {"model": "llama-3-8b"}
+    body["choices"][0]["finish_reason"] = "length"
+    openai_server.respond = lambda request: (200, body)
+    done = ok(generate(collection, openai_server.url))
+    assert done.stderr.count("--engine m: the answers come from a model that the server calls llama-3-8b") == 1
+    assert "warning: 20 of 20 answers ended at the limit of tokens" in done.stderr
+    assert meta(collection)["models"] == ["llama-3-8b"]
+    assert meta(collection)["usage"]["cut_answers"] == 20
+    refused = error_line(generate(collection, openai_server.url, "--temperature", 1))
+    assert "Models that answered so far: llama-3-8b" in refused
 
 
 def test_a_proxy_is_named(collection: Path) -> None:
@@ -338,13 +373,18 @@ NOT_FOUND = {"error": {"message": "The model `curie` has been deprecated", "code
     [
         ("curie", 404, NOT_FOUND, "--engine curie: OpenAI shut down its GPT-3 models in January 2024"),
         ("text-davinci-003", 404, NOT_FOUND, "--base_url http://HOST:8000/v1"),
-        ("gpt-4o", 404, NOT_FOUND, "Use a current OpenAI model (--engine gpt-6-luna)"),
+        ("gpt-4o", 404, NOT_FOUND, "status 404 for engine gpt-4o"),
         ("gpt-9", 404, {"error": {"message": "no such model"}}, "status 404 for engine gpt-9"),
-        ("m", 401, {"error": {"message": "Incorrect API key provided: sk-secret"}}, "the key was not accepted (401)"),
-        ("m", 403, {"error": {"message": "sk-secret may not"}}, "the key was not accepted (403)"),
+        ("m", 401, {"error": {"message": "Incorrect API key provided: sk-secret"}}, "<key>). Set API_KEY"),
+        ("m", 403, {"error": {"message": "sk-secret may not"}}, "(403 <key> may not). Use a key"),
         ("m", 429, {"error": {"message": "quota", "code": "insufficient_quota"}}, "no credit left"),
         ("m", 402, {"error": {"message": "Insufficient Balance"}}, "no credit left"),
-        ("m", 400, {"error": {"message": "bad request, sk-secret"}}, "10 documents in a row failed"),
+        (
+            "m",
+            400,
+            {"error": {"message": "bad request, sk-secret"}},
+            "refused 3 documents (bad request, <key>). Check --e",
+        ),
         ("m", 200, {"choices": [{"index": 0, "text": " q?", "finish_reason": "stop"}]}, "m: no log-probabilities"),
     ],
 )
@@ -361,8 +401,8 @@ def test_errors_that_every_document_would_meet(
     assert not errors(collection)
     # A 404 may be about the API: the other one is tried with the same document.
     documents = {document_of(request) for request in openai_server.requests}
-    assert len(documents) == (10 if status == 400 else 1)
-    assert len(openai_server.requests) == {400: 10, 404: 2}.get(status, 1)
+    assert len(documents) == (3 if status == 400 else 1)
+    assert len(openai_server.requests) == {400: 3, 404: 2}.get(status, 1)
 
 
 def test_an_unreachable_server(collection: Path) -> None:

@@ -77,7 +77,7 @@ def test_duplicates_of_a_document_are_dropped_once(collection: Path, openai_serv
 
     openai_server.respond = respond
     args = [*SEVERAL, "--concurrency", 1]
-    assert "the key was not accepted" in error_line(generate(collection, openai_server.url, *args))
+    assert "refused (401" in error_line(generate(collection, openai_server.url, *args))
     assert (len(rows(collection.parent / "queries.jsonl")), len(errors(collection))) == (16, 8)
     done = ok(generate(collection, openai_server.url, *SEVERAL))
     assert "of 60 requests, 60 are answered (20 duplicates dropped), 0 failed, 0 are left" in done.stderr

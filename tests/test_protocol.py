@@ -8,9 +8,16 @@ from stand_in import chat, completion
 from inpars_lib.cli import InputError
 from inpars_lib.formats.records import Doc
 from inpars_lib.llm.access import Access, check_url, find_secrets, public_url, read_key
-from inpars_lib.llm.errors import Action, classify_error, refused_parameter, retired_model_error
+from inpars_lib.llm.errors import (
+    Action,
+    classify_error,
+    error_within,
+    refused_parameter,
+    retired_model_error,
+    status_within,
+)
 from inpars_lib.llm.log_probs import align
-from inpars_lib.llm.protocol import AnswerError, ModelApi, ModelConfig, NoLogProbs
+from inpars_lib.llm.protocol import AnswerError, ModelApi, ModelConfig, NoLogProbs, read_json
 from inpars_lib.llm.server import FIRST_GAP, Server, duration
 from inpars_lib.llm.usage import Usage, read_usage
 
@@ -195,7 +202,7 @@ def test_errors_about_the_document_change_no_parameter(message: str) -> None:
     for api in ("completions", "chat"):
         verdict = classify_error(400, {"message": message}, {}, request=model(api).request("p"), server="s")
         assert verdict.action is Action.GIVE_UP
-        assert verdict.too_long == (message != "" and "stop" not in message)
+        assert verdict.document_only == (message != "" and "stop" not in message)
     assert refused_parameter(model("chat").request("p"), {"message": "no good", "param": "messages"}) is None
 
 
@@ -214,14 +221,140 @@ def test_names_of_retired_models() -> None:
         assert retired_model_error(name) is None, name
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens", "spans"),
+    [
+        ("What is X?", ["What", "is", "X", "?"], [(0, 4), (5, 7), (8, 9), (9, 10)]),  # vLLM before July 2026
+        ("What is X?", ["\u2581What", "\u2581is", "\u2581X", "?"], [(0, 4), (4, 7), (7, 9), (9, 10)]),  # SentencePiece
+        ("What is X?", ["What", "\u0120is", "\u0120X", "?"], [(0, 4), (4, 7), (7, 9), (9, 10)]),  # byte-level BPE
+        ("\u00e9t\u00e9?", ["<0xC3>", "<0xA9>", "t", "\u00e9", "?"], [(0, 1), (1, 2), (2, 3), (3, 5), (5, 6)]),
+        ("\u00e9t\u00e9?", ["", "\u00e9", "t", "", "\u00e9", "?"], [(0, 0), (0, 2), (2, 3), (3, 3), (3, 5), (5, 6)]),
+        ("What?", ["", "What", "?"], [(0, 0), (0, 4), (4, 5)]),
+        ("What?", ["I", " think", "</think>", "\n\n", "What", "?"], [(0, 0)] * 3 + [(0, 0), (0, 4), (4, 5)]),
+        ("What?", ["<|channel|>", "final", "<|message|>", "What", "?"], [(0, 0)] * 3 + [(0, 4), (4, 5)]),
+        ("a\n\nb", ["a", "\n", "b"], [(0, 1), (1, 2), (3, 4)]),
+    ],
+)
+def test_tokens_of_many_spellings_are_located(text: str, tokens: list[str], spans: list[tuple[int, int]]) -> None:
+    assert align(text.encode(), [token.encode() for token in tokens]) == spans
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("What is X?", ["What", " was", " X", "?"]),
+        ("What is X?", ["token_id:3", "token_id:4"]),
+        ("a longer word?", ["\ufffd", "word", "?"]),  # a piece of a character does not spell words
+        ("What is X?", ["What", "\ufffd"]),
+        ("What?", ["I", " think", "What", "?"]),
+        ("What?", ["</think>", "Where", "?"]),
+    ],
+)
+def test_tokens_that_spell_something_else_are_refused(text: str, tokens: list[str]) -> None:
+    with pytest.raises(ValueError, match="do not spell its text"):
+        align(text.encode(), [token.encode() for token in tokens])
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "log_probs", "error"),
+    [
+        ("What is X?", ["What", " is"], [-1, -1], "its tokens end before its text"),
+        ("What?", ["What", "?"], [-1, None], "a token of the answer has no log-probability"),
+        ("What?", ["What", "?"], [None, None], "a token of the answer has no log-probability"),
+        ("What?", ["What", "?"], [-1, 0.7], "malformed"),
+        ("What?", ["What", "?"], [-1, True], "malformed"),
+    ],
+)
+def test_log_probs_that_are_incomplete_or_none_are_refused(
+    text: str, tokens: list[str], log_probs: list, error: str
+) -> None:
+    with pytest.raises(AnswerError, match=error):
+        model("completions").read_answer(answer_of(text, tokens, log_probs), "p", DOC)
+
+
+def test_log_probs_are_those_of_the_line_and_not_of_an_introduction_that_quotes_it() -> None:
+    tokens = ["Here is the query", " what is X?", ":", "\n", "what is X?"]
+    row = model("completions").read_answer(answer_of("".join(tokens), tokens, [-1, -2, -3, -4, -5]), "p", DOC)
+    assert (row["question"], row["log_probs"]) == ("what is X?", [-5])
+
+
+def test_an_answer_that_does_not_repeat_the_prompt_has_no_document() -> None:
+    echo = model("completions", include_doc_probs=True)
+    answer = answer_of("What?", ["What", "?"], [-1, -2])
+    with pytest.raises(NoLogProbs, match="does not repeat the prompt"):
+        echo.read_answer(answer, "Document: doc Query:", DOC)
+
+
+def test_parts_and_thoughts_of_an_answer() -> None:
+    answer = chat("What?")
+    message = answer["choices"][0]["message"]
+    message["content"] = [{"type": "thinking", "thinking": "hm", "text": "hm"}, {"type": "text", "text": "What?"}]
+    assert model("chat").read_answer(answer, "p", DOC)["question"] == "What?"
+    message |= {"content": None, "reasoning_content": "hm"}
+    with pytest.raises(AnswerError, match=r"only reasoning\. Turn it off"):
+        model("chat").read_answer(answer, "p", DOC)
+    cut = chat("Okay, the user wants a query about")
+    cut["choices"][0]["finish_reason"] = "length"
+    with pytest.raises(AnswerError, match="only reasoning"):
+        model("chat").read_answer(cut, "p", DOC)
+
+
+def test_json_of_another_content_type_is_read() -> None:
+    assert read_json('{"choices": []}') == {"choices": []}
+    assert read_json({"choices": []}) == {"choices": []}
+    with pytest.raises(ValueError, match="not JSON: Login of the university"):
+        read_json("<html><head><title>Login of the university</title>" + "x" * 1000)
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        ({"error": {"code": 429, "message": "slow"}}, 429),
+        ({"error": {"code": "rate_limit_exceeded"}, "choices": []}, 429),
+        ({"error": {"type": "invalid_api_key"}}, 401),
+        ({"error": {"type": "overloaded_error"}}, 503),
+        ({"object": "error", "message": "too long", "code": 400}, 400),
+        ({"choices": [{"error": {"code": 502}, "finish_reason": "error"}]}, 502),
+        ({"error": "Rate limit reached"}, 429),
+        ({"status": "ok"}, None),
+        ({"choices": [{"text": "What?"}]}, None),
+        ("What?", None),
+    ],
+)
+def test_errors_within_answers(answer: object, status: int | None) -> None:
+    assert status_within(error_within(answer)) == status
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "advice"),
+    [
+        (403, "You are not allowed to request logprobs", "Add --no_log_probs"),
+        (403, "Country, region, or territory not supported", "Use a key that may do this, or another server"),
+        (403, "Project has no access to model gpt-6", "Check --engine"),
+        (401, "Incorrect API key provided", "Set API_KEY"),
+        (401, "", "Set API_KEY"),
+    ],
+)
+def test_advice_fits_the_words_of_the_server(status: int, said: str, advice: str) -> None:
+    verdict = classify_error(status, {"message": said}, {}, request={"model": "m"}, server="s")
+    assert said in verdict.message
+    assert advice in verdict.message
+
+
+def test_replacements_are_named_where_openai_answers() -> None:
+    for server, named in (("OpenAI", True), ("http://localhost:8000/v1", False)):
+        verdict = classify_error(404, {"message": "no such model"}, {}, request={"model": "m"}, server=server)
+        assert ("Use a current OpenAI model" in verdict.message) == named
 
 
 @pytest.mark.parametrize(
     ("status", "body", "headers", "action", "words"),
     [
-        (401, {"message": "bad key"}, {}, Action.STOP, "the key was not accepted (401)"),
-        (403, {"message": "no"}, {}, Action.STOP, "the key was not accepted (403)"),
+        (401, {"message": "bad key"}, {}, Action.STOP, "s: refused (401 bad key). Set API_KEY to a key that"),
+        (403, {"message": "no"}, {}, Action.STOP, "s: refused (403 no). Use a key that may do this"),
         (402, {"message": "pay"}, {}, Action.STOP, "no credit left (pay)"),
         (429, {"message": "quota", "code": "insufficient_quota"}, {}, Action.STOP, "no credit left (quota)"),
         (429, {"message": "slow"}, {"retry-after": "7"}, Action.BACK_OFF, "too many requests (429 slow)"),

@@ -17,11 +17,11 @@ from typing import Any
 
 import msgspec
 
-from inpars_lib.cli import InputError, report, shorten, warn
+from inpars_lib.cli import InputError, printable, report, shorten, warn
 from inpars_lib.files import atomic_write, json_line
 from inpars_lib.formats.records import Doc
 from inpars_lib.llm.access import public_url
-from inpars_lib.llm.errors import RESUME, Action, classify_error, error_message
+from inpars_lib.llm.errors import RESUME, Action, classify_error, error_message, error_within, status_within
 from inpars_lib.llm.prompt import PromptTemplate
 from inpars_lib.llm.protocol import AnswerError, ModelApi
 from inpars_lib.llm.query_store import QueryStore, RequestKey, request_key
@@ -31,7 +31,8 @@ from inpars_lib.resume import FORMAT_VERSION, read_state
 
 MAX_FILE_BYTES = 200_000_000  # OpenAI's limit for a request file
 MAX_RETRIES = 8  # of requests to the server's batch endpoints
-ENDED = ("completed", "failed", "expired", "cancelled")
+MAX_TRIES = 3  # batches in which a request may fail by itself
+ENDED = ("completed", "failed", "expired", "cancelled", "canceled")
 
 
 class Batch(msgspec.Struct, omit_defaults=True):
@@ -59,24 +60,31 @@ class BatchFile(msgspec.Struct):
 
     number: int
     open: list[Batch]
+    tries: dict[str, int] = {}
     format_version: int = FORMAT_VERSION
 
 
 class BatchState:
-    """OUTPUT.batches.json: the batches of an output that have not been collected."""
+    """OUTPUT.batches.json: the batches of an output that have not been collected.
+
+    Attributes:
+        open: The batches.
+        tries: By the name of a request, the batches in which it failed although the batch was processed.
+    """
 
     def __init__(self, output: str) -> None:
         self.output, self.path = output, f"{output}.batches.json"
         self.open: list[Batch] = []
+        self.tries: dict[str, int] = {}
         self.number = 0
         if os.path.exists(self.path):
             state = read_state(self.path, BatchFile, "Cancel the batches that the server lists, and delete this file.")
-            self.open, self.number = state.open, state.number
+            self.open, self.tries, self.number = state.open, state.tries, state.number
 
     def save(self) -> None:
         """Write the file."""
         with atomic_write(self.path, "wb") as file:
-            file.write(msgspec.json.encode(BatchFile(self.number, self.open)))
+            file.write(msgspec.json.encode(BatchFile(self.number, self.open, self.tries)))
 
     def add(self, names: list[str], requests: list[bytes], numbered: bool) -> Batch:
         """Write the request file of a new batch and record the batch. The names are numbered, or ids of documents."""
@@ -132,6 +140,7 @@ class BatchRunner:
         self.store, self.wanted, self.read_docs = store, wanted, read_docs
         self.url = config.urls[0] if config.urls else None
         self.server = public_url(self.url)
+        self.forgets = False  # what the server does not have any more
 
     @cached_property
     def client(self) -> Any:
@@ -156,9 +165,12 @@ class BatchRunner:
             self._submit_interrupted()
             while self.left or self.state.open:
                 before, unit = len(self.left), self.store.unit
+                tries = dict(self.state.tries)
                 self._prepare(self.left - {key for batch in self.state.open for key in requests_of(batch).values()})
                 reasons = self._collect_all()
-                if self.left and len(self.left) == before:
+                # A request that fails by itself while others are answered gets further tries.
+                hopeful = self.store.answered and self.state.tries != tries
+                if self.left and len(self.left) == before and not hopeful:
                     raise InputError(
                         f"{self.server}: the last batches answered none of {before:,} {unit} ({reasons}). {RESUME}"
                     )
@@ -166,13 +178,15 @@ class BatchRunner:
                     warn(f"{len(self.left):,} {unit} were not answered ({reasons}). They are submitted again.")
 
     def cancel(self) -> None:
-        """Cancel the batches in progress and collect the answers that they have."""
+        """Cancel the batches in progress and collect the answers that they have. Forget what the server has not."""
         import openai
 
+        self.forgets = True
         with self._errors():
             self._submit_interrupted(cancel=True)
             for batch in self.state.open:
-                with suppress(openai.ConflictError, openai.BadRequestError):  # ended in the meantime
+                # ended in the meantime, or unknown
+                with suppress(openai.ConflictError, openai.BadRequestError, openai.NotFoundError):
                     self.client.batches.cancel(batch.batch_id)
             self._collect_all()
 
@@ -279,50 +293,83 @@ class BatchRunner:
         with tqdm(desc="Waiting for batches", total=total, unit=f" {self.store.unit}") as bar:
             while self.state.open:
                 counts, collected = 0, 0
+                states: Counter[str] = Counter()
                 for batch in list(self.state.open):
-                    status = self._retrieve(str(batch.batch_id))
-                    if status.status in ENDED:
-                        self._collect(batch, status, reasons)
+                    status = self._retrieve(batch)
+                    state = str(status.status).lower() if status else "unknown"
+                    if status is None or state in ENDED:
+                        if status:
+                            self._collect(batch, status, reasons)
                         ended += len(requests_of(batch))
                         collected += 1
-                    elif status.request_counts:
+                        continue
+                    states[state] += 1
+                    if status.request_counts:
                         counts += status.request_counts.completed + status.request_counts.failed
                 bar.update(max(0, ended + counts - bar.n))
-                bar.set_postfix_str(f"{len(self.state.open)} batches in progress")
+                bar.set_postfix_str(printable(", ".join(f"{count} {state}" for state, count in states.items())))
                 if self.state.open and not collected:
                     time.sleep(self.config.batch_poll)
         return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items()) or "no reason given"
 
-    def _retrieve(self, batch_id: str) -> Any:
-        """Return the status of a batch, after waiting up to --patience for a server that cannot answer."""
+    def _retrieve(self, batch: Batch) -> Any:
+        """Return the status of a batch, after waiting up to --patience for a server that cannot answer.
+
+        Return None for a batch that the server does not know and that is forgotten.
+        """
         import openai
 
         started, client = time.monotonic(), self.client.with_options(max_retries=0)
         while True:
             try:
-                return client.batches.retrieve(batch_id)
+                return client.batches.retrieve(str(batch.batch_id))
+            except openai.NotFoundError as error:
+                self._miss(f"batch {batch.batch_id}", error)
+                self.state.remove(batch)
+                return None
             except (openai.APIConnectionError, openai.InternalServerError) as error:
                 if time.monotonic() - started > self.config.patience:
                     raise
                 report(f"{self.server}: no status of the batch ({shorten(error)}). Waiting ...")
                 time.sleep(self.config.batch_poll)
 
+    def _miss(self, what: str, error: Exception) -> None:
+        """Warn that the server does not have something of ours, if it is to be forgotten.
+
+        Raises:
+            InputError: It is not to be forgotten.
+        """
+        problem = f"{self.server}: {what} is not there ({shorten(error)})"
+        if not self.forgets:
+            raise InputError(
+                f"{problem}. Use the API_KEY and the --base_url that submitted it, or forget it with --batch_cancel: "
+                "its requests are then sent and paid again."
+            )
+        warn(f"{problem}. It is forgotten.")
+
     def _collect(self, batch: Batch, status: Any, reasons: Counter[str]) -> None:
         """Download and read the results of a batch that has ended, however it did."""
+        import openai
+
         path = self.state.file_of(batch, "results")
         with atomic_write(path, "wb") as file:
             for file_id in (status.output_file_id, status.error_file_id):
-                if file_id:
+                if not file_id:
+                    continue
+                try:
                     with self.client.files.with_streaming_response.content(file_id) as response:
                         for chunk in response.iter_bytes(1 << 20):
                             file.write(chunk)
-                    file.write(b"\n")
+                except openai.NotFoundError as error:
+                    self._miss(f"file {file_id} with results of batch {batch.batch_id}", error)
+                file.write(b"\n")
         # Every answer was paid for, so it is kept even if this run wants fewer.
         self._read_results(path, requests_of(batch), reasons)
         self.store.save_meta()
         self.state.remove(batch)
         os.remove(path)
-        if status.status == "failed":  # as a whole, before it began: its file, the model, or too many tokens
+        # as a whole, before it began: its file, the model, or too many tokens
+        if str(status.status).lower() == "failed":
             errors = (status.errors.data if status.errors else None) or []
             said = "; ".join(f"{e.message}{f' (request {e.line})' if e.line else ''}" for e in errors[:3])
             if not (self.state.open and any(e.code == "token_limit_exceeded" for e in errors)):
@@ -347,25 +394,39 @@ class BatchRunner:
                 key = RequestKey(doc.doc_id, number)
                 results.seek(offsets[key])
                 if reason := self._read_result(json.loads(results.readline()), key, doc):
-                    reasons[reason] += 1
+                    self._retry(key, reason, reasons)
             if missing := len(wanted - offsets.keys()):
                 reasons["not among the results"] += missing
+
+    def _retry(self, key: RequestKey, reason: str, reasons: Counter[str]) -> None:
+        """Count why a request is to be submitted again, or give it up after MAX_TRIES batches that processed it."""
+        name = self.store.name(key)
+        if not reason.startswith("batch_"):  # such as batch_expired: not processed
+            self.state.tries[name] = self.state.tries.get(name, 0) + 1
+        if self.state.tries.get(name, 0) < MAX_TRIES:
+            reasons[reason] += 1
+            return
+        del self.state.tries[name]
+        self.store.add_failure(key, f"{reason}, in {MAX_TRIES} batches", "")
 
     def _read_result(self, result: dict[str, Any], key: RequestKey, doc: Doc) -> str | None:
         """Store the result of one request. Return the reason if it is to be submitted again."""
         response, error = result.get("response") or {}, result.get("error") or {}
         status, answer = response.get("status_code"), response.get("body")
         prompt, usage = self.template.fill(doc), read_usage(answer)
+        body = error_within(answer)
+        if status == 200:
+            status = status_within(body) or 200
         if status == 200:
             try:
                 row = self.api.read_answer(answer, prompt, self.template.truncate(doc))
+                self.store.note_model(answer)
                 self.store.add_answer(key, row | {"doc_text": doc.text}, usage)
             except AnswerError as failure:
                 self.store.add_failure(key, str(failure), failure.answer, usage)
             except ValueError as failure:
                 return shorten(failure)
             return None
-        body = answer.get("error") if isinstance(answer, dict) else None
         reason = shorten(error_message(error) or error_message(body) or f"status {status}")
         if status is not None:
             verdict = classify_error(status, body, {}, request=self.api.request(prompt), server=self.server)

@@ -6,24 +6,36 @@ Each answer is saved as it arrives. `jobs.py` says when a failure counts against
 import asyncio
 import math
 import os
+import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
 
 from inpars_lib.cli import InputError, printable, report, shorten, warn
 from inpars_lib.formats.records import Doc
-from inpars_lib.llm.errors import RESUME, Action, Verdict, classify_error
+from inpars_lib.llm.errors import (
+    RESUME,
+    Action,
+    Verdict,
+    classify_error,
+    error_within,
+    find_advice,
+    status_within,
+)
 from inpars_lib.llm.jobs import Job, JobQueue
 from inpars_lib.llm.prompt import PromptTemplate
-from inpars_lib.llm.protocol import AnswerError, ModelApi, NoLogProbs
+from inpars_lib.llm.protocol import AnswerError, ModelApi, NoLogProbs, read_json
 from inpars_lib.llm.query_store import QueryStore
 from inpars_lib.llm.server import ClientConfig, Server, duration
 from inpars_lib.llm.usage import NO_TOKENS, Usage, estimate_usage, read_usage
 
 MAX_FAILURES_IN_A_ROW = 10  # given up without an answer in between: the cause is not the documents
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+SAME_REFUSALS = 3  # documents that are refused with the same words before the first answer
 SHOWN_FAILURES = 3  # failures that are printed
 
 
@@ -46,6 +58,7 @@ class GenerationClient:
         self.servers: list[Server] = []
         self.in_flight = 0
         self.failed_in_a_row: set[str] = set()  # documents
+        self.refusals: Counter[str] = Counter()  # documents by the server's words
         self.first_answer_at = self.steady_until = 0.0  # between them, --concurrency requests were in flight
         self.steady_answers = 0
         self.accepting, self.all_sent = True, False
@@ -217,8 +230,13 @@ class GenerationClient:
         request, path, sent_at, usage = self.api.request(prompt, job.key.number), self.api.path, self.now(), NO_TOKENS
         try:
             async with asyncio.timeout(self.config.timeout):  # the client's own limit is for each read
-                answer = await server.client.post(path, body=request, cast_to=object)
+                answer = read_json(await server.client.post(path, body=request, cast_to=object))
             usage = self._count_tokens(read_usage(answer), prompt)
+            error_body = error_within(answer)
+            if status := status_within(error_body):
+                self.store.add_usage(usage)
+                verdict = self._classify(server, request, status, error_body)
+                return self._act_on(verdict, job, server, request, path, sent_at)
             row = self.api.read_answer(answer, prompt, self.template.truncate(job.doc)) | {"doc_text": job.doc.text}
         except (openai.APIConnectionError, TimeoutError) as error:
             # The transport calls every broken connection a timeout of connecting.
@@ -232,21 +250,12 @@ class GenerationClient:
                 return self._stop(self._unreachable_error(server, reason))
             self._on_failure(job, server, sent_at, f"the connection broke ({reason})")
         except openai.APIStatusError as error:
-            server.reached = True
-            verdict = classify_error(
-                error.status_code,
-                error.body,
-                error.response.headers,
-                request=request,
-                server=server.name,
-                can_switch_api=not (self.config.api_settled or self.store.answered or self.api_switched),
-                answered=bool(self.store.done),
-            )
+            verdict = self._classify(server, request, error.status_code, error.body, error.response.headers)
             verdict = verdict._replace(message=verdict.message or shorten(error))
             self._act_on(verdict, job, server, request, path, sent_at)
         except NoLogProbs as error:
             if not self.store.done:
-                self._stop(self.api.no_log_probs_error())
+                self._stop(self.api.no_log_probs_error(str(error)))
             else:
                 self.store.add_usage(usage)
                 self._on_failure(job, server, sent_at, str(error), answer=error.answer)
@@ -262,10 +271,31 @@ class GenerationClient:
             self._on_failure(job, server, sent_at, reason)
         else:
             self._on_answer(job, server)
+            self.store.note_model(answer)
             if job.is_probe:
                 self.store.add_usage(usage)
             else:
                 self._save(job, row, usage)
+
+    def _classify(
+        self,
+        server: Server,
+        request: Mapping[str, Any],
+        status: int,
+        body: Any,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> Verdict:
+        """Return what an error of a server means."""
+        server.reached = True
+        return classify_error(
+            status,
+            body,
+            headers,
+            request=request,
+            server=server.name,
+            can_switch_api=not (self.config.api_settled or self.store.answered or self.api_switched),
+            answered=bool(self.store.done),
+        )
 
     def _act_on(
         self, verdict: Verdict, job: Job, server: Server, request: Mapping[str, Any], path: str, sent_at: float
@@ -293,7 +323,18 @@ class GenerationClient:
             case Action.RETRY:
                 self._on_failure(job, server, sent_at, verdict.message, verdict.wait, too_fast=verdict.too_fast)
             case Action.GIVE_UP:
-                self._give_up(job, verdict.message, too_long=verdict.too_long)
+                self._give_up(job, verdict.message, document_only=verdict.document_only)
+                self._check_refusals(server, verdict)
+
+    def _check_refusals(self, server: Server, verdict: Verdict) -> None:
+        """Stop if the server refuses different documents with the same words before its first answer."""
+        if verdict.document_only or self.store.done:
+            return
+        words = re.sub(r"\d+", "", verdict.message)
+        self.refusals[words] += 1
+        if self.refusals[words] >= SAME_REFUSALS:
+            problem = f"{server.name}: refused {SAME_REFUSALS} documents ({verdict.message})"
+            self._stop(InputError(f"{problem}. {find_advice(verdict.message, 'request')}"))
 
     def _count_tokens(self, usage: Usage, prompt: str) -> Usage:
         """Return the tokens of an answer. With a limit they are estimated if the server does not count them."""
@@ -301,7 +342,8 @@ class GenerationClient:
             return usage
         if not self.store.usage_now.total:
             warn("The server does not count tokens. They are estimated from the length of the prompt.")
-        return estimate_usage(self.api.config.system_prompt + prompt, self.api.config.max_tokens)
+        config = self.api.config
+        return estimate_usage(config.system_prompt + prompt, config.max_tokens, usage.cut_answers)
 
     def _unreachable_error(self, server: Server, reason: str) -> InputError:
         proxy = next((name for name in PROXIES if os.environ.get(name) or os.environ.get(name.lower())), None)
@@ -346,13 +388,14 @@ class GenerationClient:
         server.tell(reason, time.strftime("%H:%M:%S", time.localtime(time.time() + left)))
 
     def _give_up(
-        self, job: Job, reason: str, answer: str | None = None, usage: Usage = NO_TOKENS, too_long: bool = False
+        self, job: Job, reason: str, answer: str | None = None, usage: Usage = NO_TOKENS, document_only: bool = False
     ) -> None:
         """Record why a document has no query. Stop if too many fail in a row."""
         self.store.add_failure(job.key, reason, answer, usage)
         if len(self.store.failed) <= SHOWN_FAILURES:
             warn(f"document {self.store.name(job.key)}: {reason}.")
-        self.failed_in_a_row |= set() if too_long else {job.doc.doc_id}
+        if not document_only:
+            self.failed_in_a_row.add(job.doc.doc_id)
         if len(self.failed_in_a_row) >= MAX_FAILURES_IN_A_ROW:
             problem = f"{MAX_FAILURES_IN_A_ROW} documents in a row failed, the last one because: {reason}"
             self._stop(InputError(f"{problem}. Check the engine, the prompt and the server. {RESUME}"))

@@ -1,4 +1,4 @@
-"""Errors of an OpenAI-compatible server: what each HTTP error means, unusable addresses and keys.
+"""Errors of an OpenAI-compatible server: what each means for the document, the server and the run.
 
 verdict = classify_error(429, error_object, headers, request=body, server="OpenAI")
 """
@@ -22,6 +22,28 @@ REPLACEMENTS = (
     "--engine NAME), or the demo's local server (python demo/serve_llm.py --port 8080, then --base_url "
     "http://127.0.0.1:8080/v1 --engine smollm2-135m-instruct)."
 )
+OPENAI = ("OpenAI", "https://api.openai.com/v1")  # names of its server
+LONGEST_PAGE = 10_000  # characters of a page in which its title is searched
+CAUSES = {  # what a refusal is about, by the server's words
+    "log_probs": re.compile(r"(?i)log_?prob"),
+    "key": re.compile(r"(?i)(?<!<)\bkey\b|api_?key|\bauth|\bunauth|credential|access token|no connected db"),
+    "model": re.compile(r"(?i)model|engine|deployment"),
+}
+ADVICE = {
+    "log_probs": "Add --no_log_probs, and filter with --scoring_function monot5.",
+    "key": "Set API_KEY to a key that the server accepts.",
+    "permission": "Use a key that may do this, or another server with --base_url.",
+    "model": "Check --engine.",
+    "request": "Check --engine, --extra_body and the prompt.",
+}
+CODES = {  # HTTP status by the code of an `error` object that is not a number
+    429: re.compile(r"(?i)rate.?limit|too.?many|quota|throttl"),
+    401: re.compile(r"(?i)api.?key|auth"),
+    403: re.compile(r"(?i)permission|forbidden"),
+    404: re.compile(r"(?i)not.?found"),
+    400: re.compile(r"(?i)invalid|bad.?request|context.?length|content.?filter"),
+    503: re.compile(r"(?i)overload|unavailable|server.?error|internal"),
+}
 RESUME = "Answers so far are saved. Run the same command again to resume."
 
 
@@ -51,7 +73,7 @@ class Verdict(NamedTuple):
         message: The message for the user, or the reason why a document has no query.
         wait: Seconds that the server asks to wait.
         parameter: The refused parameter, if the action is ADAPT.
-        too_long: The document exceeds the model's context, so other documents are not affected.
+        document_only: The document is at fault, by its length or content, so others are not affected.
         too_fast: The failure may come from a rate limiter.
     """
 
@@ -59,7 +81,7 @@ class Verdict(NamedTuple):
     message: str
     wait: float | None = None
     parameter: str | None = None
-    too_long: bool = False
+    document_only: bool = False
     too_fast: bool = False
 
 
@@ -91,8 +113,8 @@ def classify_error(
     if status == 403 and answered:
         return Verdict(Action.GIVE_UP, f"the server refused this document (403 {said})")
     if status in (401, 403):
-        problem = f"{server}: the key was not accepted ({status})"
-        return Verdict(Action.STOP, f"{problem}. Set API_KEY to a key that {server} accepts.")
+        problem = f"{server}: refused ({f'{status} {said}'.strip()})"
+        return Verdict(Action.STOP, f"{problem}. {find_advice(said, 'key' if status == 401 else 'permission')}")
     if can_switch_api and (status in (404, 405, 501) or "chat model" in said or "chat template" in said):
         return Verdict(Action.SWITCH_API, said)
     if status == 404 and (retired := retired_model_error(model)):
@@ -106,18 +128,53 @@ def classify_error(
         too_long = bool(re.search(r"(?i)context|too (long|large|many)|max\w* .*length|exceed", said))
         parameter = None if too_long else refused_parameter(request, body)
         action = Action.ADAPT if parameter else Action.GIVE_UP
-        return Verdict(action, said or f"status {status}", parameter=parameter, too_long=too_long)
+        filtered = bool(re.search(r"(?i)content.?(filter|management|policy)", f"{code} {said}"))
+        alone = too_long or filtered  # other documents are not affected
+        return Verdict(action, said or f"status {status}", parameter=parameter, document_only=alone)
     advice = "Check --engine, and that --base_url ends as the server expects, usually in /v1."
-    if status == 404:
+    if status == 404 and server in OPENAI:
         advice += f" {REPLACEMENTS}"
     return Verdict(Action.STOP, f"{server}: status {status} for engine {model} ({said}). {advice}")
 
 
+def find_advice(said: str, otherwise: str) -> str:
+    """Return what the user can do about a refusal, by the server's words, or by the likely cause `otherwise`."""
+    causes = [cause for cause, words in CAUSES.items() if words.search(said)]
+    return ADVICE[(causes or [otherwise])[0]]
+
+
 def error_message(body: Any) -> str:
-    """Return the message of an `error` object."""
+    """Return the message of an `error` object, or the title of a page in HTML."""
     if isinstance(body, dict):  # FastAPI sends `detail`
         body = next((body[name] for name in ("message", "detail", "error") if body.get(name)), "")
-    return str(body or "")
+    title = re.search(r"(?is)<title[^>]*>(.*?)</title>", body[:LONGEST_PAGE]) if isinstance(body, str) else None
+    return title[1] if title else str(body or "")
+
+
+def error_within(answer: Any) -> Any:
+    """Return the `error` object of an answer with status 200, or None: gateways pass the errors of others on like this.
+
+    It stands at the top or in the choice, or is the whole answer.
+    """
+    if not isinstance(answer, dict):
+        return None
+    choices = answer.get("choices")
+    if not choices:
+        return answer.get("error") or answer
+    is_choice = isinstance(choices, list) and isinstance(choices[0], dict)
+    return choices[0].get("error") if is_choice else None
+
+
+def status_within(body: Any) -> int | None:
+    """Return the HTTP status that an `error` object inside an answer stands for, by its code or type, or None."""
+    found = [body.get(name) for name in ("code", "status", "type")] if isinstance(body, dict) else [body]
+    for code in map(str, found):
+        if code.isdecimal() and 400 <= int(code) < 600:
+            return int(code)
+        for status, words in CODES.items():
+            if words.search(code):
+                return status
+    return None
 
 
 def refused_parameter(request: Mapping[str, Any], body: Any) -> str | None:

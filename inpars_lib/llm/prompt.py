@@ -51,19 +51,29 @@ LABEL = re.compile(r"(?i)^((good|relevant|search) )?(query|question) *:\s*")
 BAD_QUESTION = re.compile(r"(?i)bad question:")  # what separates the two questions of --good_bad
 
 
-def first_line(text: str) -> str:
+class Question(NamedTuple):
+    """A question in an answer, and where it starts there; empty if there is none."""
+
+    text: str
+    start: int = 0
+
+
+def find_question(text: str) -> Question:
     """Return the first line that is not an introduction, without a label or quotation marks."""
-    for line in text.strip().split("\n"):
-        line = LABEL.sub("", line.rstrip("\ufffd \t\r").lstrip(), count=1)  # a token limit may cut a character in two
+    end = 0
+    for whole in text.split("\n"):
+        start, end = end, end + len(whole) + 1
+        line = LABEL.sub("", whole.strip("\ufffd \t\r\v\f"), count=1)  # a token limit may cut a character in two
         if len(line) > 1 and (line[0], line[-1]) in (('"', '"'), ("'", "'"), ("\u201c", "\u201d")):
-            line = line[1:-1].strip()
+            line = line[1:-1]
+        line = line.strip()
         if line and not INTRODUCTION.fullmatch(line):
-            return line
-    return ""
+            return Question(line, text.rindex(line, start, end))
+    return Question("")
 
 
-def find_questions(text: str) -> tuple[str, str]:
+def find_questions(text: str) -> tuple[Question, Question]:
     """Return the good and the bad question of an answer to a good/bad prompt, each empty if it is missing."""
     parts = BAD_QUESTION.split(text, maxsplit=1)
-    bad_question = first_line(parts[1]) if len(parts) == 2 else ""
-    return first_line(parts[0]), bad_question
+    bad = find_question(parts[1]) if len(parts) == 2 else Question("")
+    return find_question(parts[0]), bad

@@ -9,7 +9,8 @@ This module sends nothing and reads no files. `client.py` and `batch.py` both us
 
 import argparse
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,15 +19,21 @@ import msgspec
 from inpars_lib.cli import InputError, warn
 from inpars_lib.formats.fields import json_object
 from inpars_lib.formats.records import Doc
-from inpars_lib.llm.errors import error_message
+from inpars_lib.llm.errors import error_message, error_within
 from inpars_lib.llm.log_probs import align, log_probs_within, read_tokens
-from inpars_lib.llm.prompt import find_questions, first_line
+from inpars_lib.llm.prompt import Question, find_question, find_questions
 
 STOP = "\n\n"  # a prompt separates its examples by an empty line, so the model writes one after its query
 OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 # What --extra_body may not hold: flags decide the first line, and reading answers depends on the others.
 OWN_PARAMETERS = {"model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "reasoning_effort"}
 OWN_PARAMETERS |= {"messages", "prompt", "n", "best_of", "stream", "stream_options", "logprobs", "top_logprobs", "echo"}
+TEXT_PARTS = (None, "text", "output_text")  # types of the parts of a message that are no reasoning
+THINK_END = b"</think>"
+THOUGHT = re.compile(r"(?i)(okay|ok|alright|hmm+|so|first|let's|let me|we (need|have)|i (need|have|should|will)|the "
+                     r"user|(here's a )?thinking process)\b")  # fmt: skip
+NO_REASONING = "--reasoning_effort none, or the server's own switch in --extra_body"
+REQUEST_NONE = "Add --no_log_probs to request none"
 NEEDS_NO_REASONING = ("logprobs", "top_logprobs", "temperature", "top_p")  # reasoning models take them with effort none
 
 
@@ -40,6 +47,20 @@ class AnswerError(Exception):
 
 class NoLogProbs(AnswerError):
     """An answer without the requested log-probabilities."""
+
+
+def read_json(answer: Any) -> Any:
+    """Return the JSON of an answer that the client left as text, because its content type is another.
+
+    Raises:
+        ValueError: It is not JSON.
+    """
+    if not isinstance(answer, str):
+        return answer
+    try:
+        return msgspec.json.decode(answer)
+    except msgspec.DecodeError:
+        raise ValueError(f"not JSON: {error_message(answer) or 'nothing'}") from None
 
 
 class ApiState(msgspec.Struct):
@@ -205,59 +226,96 @@ class ModelApi:
     def read_answer(self, answer: Any, prompt: str, doc: Doc) -> dict[str, Any]:
         """Return the row of a document. The question is the answer's first line; `log_probs` are its tokens' only.
 
+        Args:
+            answer: JSON of the answer.
+            prompt: What was sent.
+            doc: The document, as the prompt has it.
+
         Raises:
             ValueError: The JSON is not an answer of this API.
             AnswerError: The answer contains no question, or its tokens do not spell its text.
             NoLogProbs: The requested log-probabilities are missing.
         """
         config = self.config
+        choice, text = self._read_choice(answer)
+        full, prompt_bytes = text.encode().lstrip(), prompt.encode().lstrip()
+        offset = 0  # where the generated text begins
+        if config.include_doc_probs:
+            if not full.startswith(prompt_bytes):
+                raise NoLogProbs("the answer does not repeat the prompt (`echo`), as --include_doc_probs needs", text)
+            offset = len(prompt_bytes)
+        end_of_reasoning = full.rfind(THINK_END, offset)
+        if end_of_reasoning >= 0:
+            offset = end_of_reasoning + len(THINK_END)
+        generated = full[offset:].decode(errors="replace")
+        question, bad_question = find_question(generated), Question("")
+        if config.good_bad:
+            question, bad_question = find_questions(generated)
+        if problem := self._problem(choice, generated, question, bad_question):
+            raise AnswerError(problem, text)
+        row: dict[str, Any] = {"doc_id": doc.doc_id, "doc_text": doc.text, "question": question.text}
+        if not config.no_log_probs:
+            parts = {"log_probs": (offset + len(generated[: question.start].encode()), question.text)}
+            if config.include_doc_probs:
+                document = doc.text.lstrip()
+                parts["doc_log_probs"] = (prompt_bytes.rindex(document.encode()), document)
+            row |= zip(parts, self._read_log_probs(choice, text, list(parts.values())), strict=True)
+        if config.good_bad:
+            row["bad_question"] = bad_question.text
+        return row
+
+    def _read_choice(self, answer: Any) -> tuple[dict[str, Any], str]:
+        """Return the choice of an answer and its text, without the parts that are reasoning."""
         try:
             choice = answer["choices"][0]
             message = choice if self.api == "completions" else choice["message"]
             text = message.get("text" if self.api == "completions" else "content") or ""
             if isinstance(text, list):  # the parts of a message
-                text = "".join(part["text"] for part in text)
+                text = "".join(part.get("text") or "" for part in text if part.get("type") in TEXT_PARTS)
             refusal, finish_reason = message.get("refusal"), choice.get("finish_reason")
             text = text.encode(errors="replace").decode()  # JSON can hold half a surrogate pair, UTF-8 cannot
         except (KeyError, IndexError, TypeError, AttributeError):
-            said = error_message(answer.get("error")) if isinstance(answer, dict) else ""
+            said = error_message(error_within(answer)) if error_within(answer) else ""
             raise ValueError(said or "no choice in the server's answer") from None
         if finish_reason == "error":
-            raise ValueError("the server stopped with an error")
+            raise ValueError(error_message(error_within(answer)) or "the server stopped with an error")
         if refusal or finish_reason == "content_filter":
             raise AnswerError(f"refused by the model: {refusal or 'content filter'}", text)
-        full, prompt_bytes, doc_bytes = (part.encode().lstrip() for part in (text, prompt, doc.text))
-        offset = len(prompt_bytes) if config.include_doc_probs else 0
-        if (reasoning := full.find(b"</think>", offset)) >= 0:
-            offset = reasoning + len(b"</think>")
-        elif full.startswith(b"<think>", offset):
-            raise AnswerError("the answer is only reasoning. Raise --max_tokens, or turn reasoning off", text)
-        generated = full[offset:].decode(errors="replace")
-        question, bad_question = find_questions(generated) if config.good_bad else (first_line(generated), "")
-        if config.good_bad and not bad_question:  # the answer did not follow the prompt, so neither is trusted
-            raise AnswerError("the answer has no bad question", text)
-        if not question:
-            cut = " (the token limit was reached: raise --max_tokens)"
-            problem = "only an introduction" if generated.strip() else "empty"
-            raise AnswerError(f"the answer is {problem}{cut if finish_reason == 'length' else ''}", text)
-        row: dict[str, Any] = {"doc_id": doc.doc_id, "doc_text": doc.text, "question": question}
-        if not config.no_log_probs:
-            try:
-                found = read_tokens(choice)
-            except (KeyError, TypeError, AttributeError, ValueError):
-                raise AnswerError("its log-probabilities are malformed", text) from None
-            if found is None:
-                raise NoLogProbs("the answer has no log-probabilities", text)
-            tokens, log_probs = found
-            try:
-                spans = align(full, tokens)
-            except ValueError as error:
-                raise AnswerError(str(error), text) from None
-            start = full.index(question.encode(), offset)
-            row["log_probs"] = log_probs_within(spans, log_probs, start, len(question.encode()))
-            if config.include_doc_probs:
-                start = prompt_bytes.rindex(doc_bytes)
-                row["doc_log_probs"] = log_probs_within(spans, log_probs, start, len(doc_bytes))
-        if config.good_bad:
-            row["bad_question"] = bad_question
-        return row
+        return choice, text
+
+    def _problem(self, choice: dict[str, Any], generated: str, question: Question, bad_question: Question) -> str:
+        """Return why the generated text holds no query, or an empty string."""
+        is_cut = choice.get("finish_reason") == "length"
+        if generated.startswith("<think>") or (is_cut and THOUGHT.match(question.text)):
+            return "the answer is only reasoning. Raise --max_tokens, or turn reasoning off"
+        if question.text and self.config.good_bad and not bad_question.text:  # the prompt was not followed
+            return "the answer has no bad question"
+        if question.text:
+            return ""
+        cut = " (the token limit was reached: raise --max_tokens)" if is_cut else ""
+        message = choice.get("message")
+        if isinstance(message, dict) and (message.get("reasoning_content") or message.get("reasoning")):
+            return f"the answer is only reasoning{cut}. Turn it off with {NO_REASONING}"
+        return f"the answer is {'only an introduction' if generated.strip() else 'empty'}{cut}"
+
+    def _read_log_probs(self, choice: dict[str, Any], text: str, parts: Sequence[tuple[int, str]]) -> list[list[float]]:
+        """Return the log-probabilities of parts of the text, each given by its first byte and its characters."""
+        try:
+            found = read_tokens(choice)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise AnswerError(f"its log-probabilities are malformed. {REQUEST_NONE}", text) from None
+        if found is None:
+            raise NoLogProbs("the answer has no log-probabilities", text)
+        tokens, log_probs = found
+        try:
+            spans = align(text.encode().lstrip(), tokens)
+            read = [log_probs_within(spans, log_probs, start, len(part.encode())) for start, part in parts]
+        except ValueError as error:
+            raise AnswerError(f"{error}. {REQUEST_NONE}", text) from None
+        known = []
+        for (start, _), values in zip(parts, read, strict=True):
+            is_echo_start = start == 0 and self.config.include_doc_probs  # the first token of a prompt has none
+            known.append([value for value in values[is_echo_start:] if value is not None])
+            if not known[-1] or len(known[-1]) < len(values) - is_echo_start:
+                raise NoLogProbs("a token of the answer has no log-probability", text)
+        return known

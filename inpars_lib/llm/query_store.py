@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from statistics import fmean, median_high
 from typing import IO, Any, NamedTuple, TypeVar
@@ -58,6 +58,7 @@ class Meta(msgspec.Struct):
     settings: dict[str, Any]
     usage: Usage
     request: ApiState | None = None
+    models: list[str] = []
 
 
 Row = TypeVar("Row", AnswerRow, FailureRow)
@@ -119,6 +120,7 @@ class QueryStore:
         duplicates: Requests whose answer was dropped, because another request of the document had the same one.
         failed: Requests that were given up.
         request: State of `ModelApi` that an earlier run found out, or None.
+        models: Names of the models that answered, as the server gives them.
         usage_now: Tokens of this run.
         written: Number of queries written in this run.
 
@@ -132,6 +134,7 @@ class QueryStore:
         self.path, self.settings, self.queries_per_doc = path, dict(settings), queries_per_doc
         self.unit = "documents" if queries_per_doc == 1 else "requests"  # what is counted in messages
         self.request: ApiState | None = None
+        self.models: list[str] = []
         self.usage_now = self._usage_before = NO_TOKENS
         self.written = 0
         self.done: set[RequestKey] = set()
@@ -174,30 +177,38 @@ class QueryStore:
         self.duplicates = {key for key, row in rows.items() if row.reason == DUPLICATE}
         self.failed = rows.keys() - self.duplicates
         self.done |= self.duplicates
+        self._rewrite_failures(path, rows.values())
+
+    @staticmethod
+    def _rewrite_failures(path: str, rows: Collection[FailureRow]) -> None:
         with atomic_write(path, "wb") as file:
-            file.writelines(msgspec.json.encode(row) + b"\n" for row in rows.values())
+            file.writelines(msgspec.json.encode(row) + b"\n" for row in rows)
         if not rows:
             os.remove(path)
 
     def _read_meta(self, path: str, force: bool) -> None:
-        begun = bool(self.done or self.failed)
         if not os.path.exists(path):
-            if begun:
+            if self.done or self.failed:
                 warn(f"{self.path}: has rows but no meta.json, so its settings cannot be checked.")
             return
         meta = read_state(path, Meta, "Delete the file: queries stay, token counts restart.")
-        before, self._usage_before = meta.settings, meta.usage
+        before, self._usage_before, self.models = meta.settings, meta.usage, meta.models
         if "prompt_sha256" in before:  # its name in format version 1
             before["prompt"] = before.pop("prompt_sha256")
         if before.get("api"):
             self.settings.setdefault("api", before["api"])
         try:
             action = "Repeat the earlier settings, name another --output, or mix both with --force."
+            if self.models:
+                action += f" Models that answered so far: {', '.join(self.models)}."
             check_settings(str(self.path), before, self.settings, action)
             self.request = meta.request
         except InputError:
-            if begun and not force:
+            if self.done and not force:
                 raise
+            self.failed.clear()  # by other settings
+            if not self.done:
+                self.models.clear()
 
     @property
     def answered(self) -> int:
@@ -216,6 +227,18 @@ class QueryStore:
     def _named(self, key: RequestKey) -> dict[str, str]:
         """Return the field that tells the requests of a document apart, if there are several."""
         return {} if self.name(key) == key.doc_id else {"request": self.name(key)}
+
+    def note_model(self, answer: Any) -> None:
+        """Record which model answered, as the server says. Warn of another one than --engine."""
+        name = answer.get("model") if isinstance(answer, dict) else None
+        if not isinstance(name, str) or not name or name in self.models:
+            return
+        self.models.append(name)
+        engine = str(self.settings["engine"])
+        asked, answered = (word.rpartition("/")[2].lower() for word in (engine, name))
+        if not (answered.startswith(asked) or asked.startswith(answered)):  # with a date, without a vendor
+            warn(f"--engine {engine}: the answers come from a model that the server calls {shorten(name)}.")
+        self.save_meta()
 
     @staticmethod
     def _hash(key: RequestKey, question: str) -> int:
@@ -250,12 +273,18 @@ class QueryStore:
             self._append(self._errors, row)
 
     def discard_failures(self) -> None:
-        """Delete the failures of an output without answers: the setup was wrong, not the documents."""
+        """Delete the failures of an output without queries: the setup was wrong, not the documents.
+
+        Failures with an answer stay, which was paid for.
+        """
         self.failed.clear()
         if self._errors:
+            path = str(self._errors.name)
             self._errors.close()
-            os.remove(self._errors.name)
             self._errors = None
+            rows = {key: row for key, row in read_rows(path, FailureRow) if row.answer}
+            self.failed |= rows.keys()
+            self._rewrite_failures(path, rows.values())
 
     def _append(self, file: IO[bytes], row: dict[str, Any]) -> None:
         line = json_line(row).encode(errors="replace")
@@ -289,6 +318,7 @@ class QueryStore:
             "format_version": FORMAT_VERSION,
             "settings": self.settings,
             "request": self.request and msgspec.to_builtins(self.request),
+            "models": self.models,
             "versions": {"python": platform.python_version(), "openai": openai.__version__},
         }
         text = json.dumps(meta, indent=2, ensure_ascii=False).removesuffix("\n}") + ',\n  "usage": '
