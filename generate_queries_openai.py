@@ -31,7 +31,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, fields
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from inpars_lib.cli import (
@@ -92,7 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--include_doc_probs", action="store_true", help="also write the document's log-probabilities, doc_log_probs")
     add("--no_log_probs", action="store_true", help="request no log-probabilities, for models without them")
 
-    add = parser.add_argument_group("server").add_argument
+    add_server_flags(parser.add_argument_group("server").add_argument)
+    add_cost_flags(parser.add_argument_group("cost and resuming").add_argument)
+    return parser
+
+
+def add_server_flags(add: Callable[..., Any]) -> None:
+    """Add the flags of the server."""
     add("--base_url", nargs="+", metavar="URL", help="base URLs of servers, usually ending in /v1; several "
         "share the documents (default: $OPENAI_BASE_URL, or OpenAI)")  # fmt: skip
     add("--header", action="append", type=parse_header, default=[], metavar="NAME=VALUE", help="HTTP header of every "
@@ -107,7 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: %(default)s)")  # fmt: skip
     add("--sleep_time", type=at_least(0, float), default=0.0, help="seconds to sleep after each answer (default: 0)")
 
-    add = parser.add_argument_group("cost and resuming").add_argument
+
+def add_cost_flags(add: Callable[..., Any]) -> None:
+    """Add the flags of cost and resuming."""
     add("--dry_run", type=at_least(1), metavar="N", help="send N documents, print queries, project tokens and hours")
     add("--max_total_tokens", type=at_least(1), help="stop sending when prompt and completion tokens of all runs "
         "reach this; requests in flight then are still answered, up to --concurrency of them")  # fmt: skip
@@ -118,7 +125,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_cancel", action="store_true", help="cancel the batches in progress and keep their answers")
     add("--retry_errors", action="store_true", help="try the documents of OUTPUT.errors.jsonl again")
     add("--force", action="store_true", help="append to an output that was made with other settings")
-    return parser
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -155,15 +161,26 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def server_urls(args: argparse.Namespace) -> list[str]:
+    """Return the base URLs of --base_url or $OPENAI_BASE_URL, none for OpenAI."""
+    if args.base_url:
+        return args.base_url
+    url = os.environ.get("OPENAI_BASE_URL")
+    return [url] if url else []
+
+
 def server_access(args: argparse.Namespace, urls: Sequence[str]) -> Access:
     """Check addresses, model and key. Return key and headers."""
     for url in urls:
         check_url(url)
     access = Access(read_key(os.environ, urls), tuple(args.header))
     hide_secrets(find_secrets(access, urls))
-    if not urls and (retired := retired_model_error(args.engine)):
+    if urls:
+        return access
+    retired = retired_model_error(args.engine)
+    if retired:
         raise retired
-    if not urls and not access.key:
+    if not access.key:
         raise InputError("API_KEY: not set. Run export API_KEY=<YOUR_KEY>, or name another server with --base_url.")
     return access
 
@@ -185,29 +202,46 @@ def settings_of(args: argparse.Namespace, model: ModelConfig, template: PromptTe
     return {name: value for name, value in settings.items() if value not in (None, "", {})}
 
 
-def sampling_key(seed: int) -> Callable[[str], bytes]:
-    """Return the sort key of the random sample: a hash of seed and id.
+def sampling_key(seed: int, doc_id: str) -> bytes:
+    """Return a hash of seed and id.
 
-    The sample is the ids with the smallest keys. It does not depend on the order of the collection, and a larger
-    sample contains a smaller one.
+    The random sample is the ids with the smallest hashes. It does not depend on the order of the collection, and a
+    larger sample contains a smaller one.
     """
-    return lambda doc_id: hashlib.blake2b(f"{seed}\t{doc_id}".encode(), digest_size=16).digest()
+    return hashlib.blake2b(f"{seed}\t{doc_id}".encode(), digest_size=16).digest()
 
 
 def sample_documents(args: argparse.Namespace) -> set[str]:
     """Return the ids of the documents to write queries for. Memory grows with their number only."""
-    docs = read_collection(args.collection, desc="Sampling documents")
-    lengths = range(args.min_doc_chars, (args.max_doc_chars or sys.maxsize - 1) + 1)
-    usable = ((doc.doc_id, hash(doc.text), len(doc.text)) for doc in docs if len(doc.text) in lengths)
-    if args.sampling == "first":
-        chosen = list(islice(usable, args.max_examples))
-    else:
-        key = sampling_key(args.seed)
-        chosen = heapq.nsmallest(args.max_examples, usable, key=lambda document: key(document[0]))
+    longest = args.max_doc_chars or sys.maxsize
+    chosen: list[tuple[bytes, str, int, int]] = []  # sort key, id, hash and length of the text
+    too_short = too_long = 0
+    for doc in read_collection(args.collection, desc="Sampling documents"):
+        length = len(doc.text)
+        if length < args.min_doc_chars:
+            too_short += 1
+        elif length > longest:
+            too_long += 1
+        elif args.sampling == "first":
+            chosen.append((b"", doc.doc_id, hash(doc.text), length))
+            if len(chosen) == args.max_examples:
+                break
+        else:
+            chosen.append((sampling_key(args.seed, doc.doc_id), doc.doc_id, hash(doc.text), length))
+            if len(chosen) == 2 * args.max_examples + 1000:
+                chosen.sort()
+                del chosen[args.max_examples :]
+    if args.sampling == "random":
+        chosen.sort()
+        del chosen[args.max_examples :]
     sample: dict[str, int] = {}
-    for doc_id, text_hash, _ in chosen:
+    for _, doc_id, text_hash, _ in chosen:
         if sample.setdefault(doc_id, text_hash) != text_hash:
             raise conflicting_texts(args.collection, doc_id)
+    if too_short:
+        report(f"{too_short:,} documents under {args.min_doc_chars} characters are skipped (--min_doc_chars)")
+    if too_long:
+        report(f"{too_long:,} documents over {longest:,} characters are skipped (--max_doc_chars)")
     if not sample:
         raise InputError(
             f"{args.collection}: no document of {args.min_doc_chars} to {args.max_doc_chars or 'any number of'} "
@@ -231,7 +265,8 @@ def read_requests(collection: str, keys: Set[RequestKey]) -> Iterator[tuple[Doc,
 
 def print_projection(store: QueryStore, total: int, rate: float) -> None:
     """Print what `total` requests would cost, projected from a dry run with this many answers per second."""
-    count, unit = len(store.done) + len(store.failed), store.unit.removesuffix("s")
+    count = len(store.done) + len(store.failed)
+    unit = store.unit.removesuffix("s")
     usage = store.usage
     means = [tokens / count for tokens in (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)]
     duplicates = f", {len(store.duplicates):,} with a duplicate" if unit == "request" else ""
@@ -260,15 +295,15 @@ def print_summary(store: QueryStore, wanted: Set[RequestKey], output: str) -> No
     before = "" if store.usage == store.usage_now else f"; all runs {store.usage}"
     report(f"tokens: {store.usage_now}{before}")
     report_cut_answers(store)
-    done, failed = wanted & store.done, len(wanted & store.failed)
-    several = store.queries_per_doc > 1
-    answered, documents = (len({key.doc_id for key in keys} if several else keys) for keys in (done, wanted))
-    dropped, left = len(wanted & store.duplicates), len(wanted) - len(done) - failed
-    requests = f"; of {len(wanted):,} requests, {len(done):,} are answered ({dropped:,} duplicates dropped)"
-    report(
-        f"{output}: {store.written:,} queries written; {answered:,} of {documents:,} documents have one"
-        f"{requests if several else ''}, {failed:,} failed, {left:,} are left"
-    )
+    done = wanted & store.done
+    failed = len(wanted & store.failed)
+    left = len(wanted) - len(done) - failed
+    answered, documents = {key.doc_id for key in done}, {key.doc_id for key in wanted}
+    summary = f"{store.written:,} queries written; {len(answered):,} of {len(documents):,} documents have one"
+    if store.queries_per_doc > 1:
+        dropped = len(wanted & store.duplicates)
+        summary += f"; of {len(wanted):,} requests, {len(done):,} are answered ({dropped:,} duplicates dropped)"
+    report(f"{output}: {summary}, {failed:,} failed, {left:,} are left")
     if failed:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in store.failure_reasons().most_common(3))
         report(f"most common failures: {reasons}; --retry_errors tries them again")
@@ -278,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Sample documents, request a query for each, save the answers."""
     # 1. The prompt, the model and its server
     args = parse_args(argv)
-    urls = args.base_url or [url for url in [os.environ.get("OPENAI_BASE_URL")] if url]
+    urls = server_urls(args)
     access = server_access(args, urls)
     template = PromptTemplate(read_prompt(args.prompt_template), args.truncate_doc_chars)
     model = ModelConfig(**{field.name: getattr(args, field.name) for field in fields(ModelConfig)})
@@ -300,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample = sample_documents(args)
     total = len(sample) * args.queries_per_doc
     if args.dry_run:
-        sample = set(heapq.nsmallest(args.dry_run, sample, key=sampling_key(args.seed)))
+        sample = set(heapq.nsmallest(args.dry_run, sample, key=lambda doc_id: sampling_key(args.seed, doc_id)))
     wanted = {RequestKey(doc_id, i + 1) for doc_id in sample for i in range(args.queries_per_doc)}
     if args.retry_errors:
         store.failed.clear()
@@ -310,14 +345,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     store.save_meta()
 
     # 4. The queries
-    config = ClientConfig(tuple(urls), access, args.concurrency, args.timeout, args.patience, args.sleep_time,
-                          args.max_total_tokens, bool(args.api or store.request), args.batch_size,
-                          args.batch_poll)  # fmt: skip
+    config = ClientConfig(
+        urls=tuple(urls),
+        access=access,
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+        patience=args.patience,
+        sleep_time=args.sleep_time,
+        max_total_tokens=args.max_total_tokens,
+        api_settled=bool(args.api or store.request),
+        batch_size=args.batch_size,
+        batch_poll=args.batch_poll,
+    )
     read_docs = partial(read_requests, args.collection)
     answered = read_docs(wanted & store.done)
     client = GenerationClient(config, api, template, store)
     runner = BatchRunner(config, api, template, batches, store, wanted, read_docs)
-    started, stopped = time.monotonic(), None
+    started = time.monotonic()
+    stopped = None
     try:
         if args.batch_cancel:
             runner.cancel()
@@ -330,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (InputError, KeyboardInterrupt) as error:
         stopped = error
 
-    # 5. What came of it
+    # 5. Say what was written, and why the run stopped
     if stopped and client.trouble:
         report(f"last failure: {client.trouble}")
     if not args.dry_run:

@@ -217,9 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--index": args.index,
     }
     outputs = {"--output": args.output, "--output_ids": args.output_ids}
-    with claimed(
-        inputs, outputs, {f"the {suffix} file": args.output + suffix for suffix in (LOG, HELD_OUT, HELD_OUT_RUN)}
-    ):
+    sidecars = {f"the {suffix} file": args.output + suffix for suffix in (LOG, HELD_OUT, HELD_OUT_RUN)}
+    with claimed(inputs, outputs, sidecars):
         write_triples(args)
 
 
@@ -228,7 +227,8 @@ def write_triples(args: argparse.Namespace) -> None:
     folder = os.path.dirname(args.output) or "."  # of temporary files
 
     # 1. The queries, some of them held out
-    queries, held_out = hold_out(read_queries(args.input, folder), args.holdout, args.seed, folder)
+    usable = read_queries(args.input, folder)
+    queries, held_out = hold_out(usable, args.holdout, args.seed, folder)
     if not queries:
         problem = f"{len(held_out):,} usable rows, so --holdout {args.holdout} leaves none"
         raise InputError(f"{args.input}: {problem}. Lower --holdout.")
@@ -247,11 +247,10 @@ def write_triples(args: argparse.Namespace) -> None:
     # 4. The triples, and the held-out queries that belong to them
     held_out_path = args.output + HELD_OUT if held_out else None
     held_out_run_path = args.output + HELD_OUT_RUN if held_out and run else None
-    outputs = args.output, args.output_ids, held_out_path, held_out_run_path
-    earlier = [args.output + suffix for suffix in (HELD_OUT, HELD_OUT_RUN)]
-    stale = [path for path in earlier if path not in outputs and os.path.exists(path)]
-    with write_together(*((path, "w") for path in outputs), stale=stale) as files:
-        output, output_ids, queries_file, run_file = files
+    earlier = {args.output + HELD_OUT, args.output + HELD_OUT_RUN} - {held_out_path, held_out_run_path}
+    stale = sorted(filter(os.path.exists, earlier))
+    outputs = (args.output, "w"), (args.output_ids, "w"), (held_out_path, "w"), (held_out_run_path, "w")
+    with write_together(*outputs, stale=stale) as [output, output_ids, queries_file, run_file]:
         summary = write_rows(args, queries, log, texts, output, output_ids)
         if queries_file:
             queries_file.writelines(query.line_text + "\n" for query in held_out)

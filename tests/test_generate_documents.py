@@ -31,7 +31,10 @@ def test_document_lengths(collection: Path, openai_server: StandIn) -> None:
     lengths = {line.split("\t")[0]: len(line.split("\t")[1]) for line in collection.read_text().splitlines()}
     done = generate(collection, openai_server.url, "--min_doc_chars", 5000)
     assert "no document of 5000 to 100000 characters" in error_line(done)
-    ok(generate(collection, openai_server.url, "--min_doc_chars", 50, "--max_doc_chars", 80))
+    done = ok(generate(collection, openai_server.url, "--min_doc_chars", 50, "--max_doc_chars", 80))
+    short, long = (sum(length < 50 for length in lengths.values()), sum(length > 80 for length in lengths.values()))
+    assert f"{short} documents under 50 characters are skipped (--min_doc_chars)" in done.stderr
+    assert f"{long} documents over 80 characters are skipped (--max_doc_chars)" in done.stderr
     expected = {doc_id for doc_id, length in lengths.items() if 50 <= length <= 80}
     assert set(written(collection)) == expected
     assert 0 < len(expected) < 20
