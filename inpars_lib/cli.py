@@ -1,4 +1,4 @@
-"""Command-line helpers of the scripts: input errors, warnings, exit codes, argparse types."""
+"""Command-line helpers of the scripts: input errors, warnings, progress in logs, exit codes, argparse types."""
 
 import argparse
 import difflib
@@ -7,12 +7,17 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from typing import NoReturn
+from contextlib import redirect_stderr, suppress
+from typing import Any, NoReturn, TextIO
 
 # Characters that control a terminal: C0 without tab and newline, C1, the direction of writing
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+BAR_OR_TEXT = re.compile(r"\r[^\r\n]*|[^\r]+")
+CURSOR_UP = "\x1b[A"
+NO_BARS = "show no progress bars; a log has one line of a bar every 30 seconds"
+LOG_SECONDS = 30  # between two lines of a progress bar in a log
 SECRETS: list[str] = []  # what no message and no file may contain, longest first
 
 
@@ -55,6 +60,56 @@ def shorten(message: object) -> str:
     return " ".join(redact(str(message)).split())[:300].rstrip(".")  # redacted first: half a key is a secret too
 
 
+class ProgressStream:
+    """Standard error whose progress bars become lines of a log: one every 30 seconds, and one for a complete bar.
+
+    A bar is what follows a carriage return, whichever library prints it. A terminal shows bars as they are.
+
+    Attributes:
+        quiet: Drop all bars, on a terminal too.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.quiet = False
+        self._stream, self._bar, self._printed = stream, "", time.monotonic()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        if self._stream.isatty() and not self.quiet:
+            return self._stream.write(text)
+        for piece in BAR_OR_TEXT.findall(text.replace(CURSOR_UP, "")):
+            if piece.startswith("\r"):
+                self._bar = "\r" + piece.strip()
+                if time.monotonic() - self._printed >= LOG_SECONDS:
+                    self._print_bar()
+            elif self._bar:  # newlines end the bar, or lead to a bar below it
+                if "100%" in self._bar:
+                    self._print_bar()
+                self._bar = ""
+                self._stream.write(piece.lstrip("\n"))
+            else:
+                self._stream.write(piece)
+        return len(text)
+
+    def _print_bar(self) -> None:
+        if self._bar.strip() and not self.quiet:
+            self._stream.write(self._bar.strip() + "\n")
+            self._printed = time.monotonic()
+        self._bar = "\r"  # it is printed, and its newline is still to come
+
+
+class Quiet(argparse.Action):
+    """The action of --quiet, which leaves no attribute."""
+
+    def __call__(self, *_: object) -> None:
+        """Drop progress bars from now on."""
+        if isinstance(sys.stderr, ProgressStream):
+            sys.stderr.quiet = True
+
+
 def run_script(
     main: Callable[[Sequence[str] | None], None],
     argv: Sequence[str] | None = None,
@@ -71,8 +126,10 @@ def run_script(
         SystemExit: Code 1 after bad input, 2 after bad flags, 130 after Ctrl-C.
     """
     gc.set_threshold(100_000)  # with Python's 700, millions of records in memory double the time to read them
+    stderr: Any = ProgressStream(sys.stderr)
     try:
-        main(argv)
+        with redirect_stderr(stderr):
+            main(argv)
     except InputError as error:
         sys.exit(f"error: {printable(error)}")
     except KeyboardInterrupt:
@@ -89,6 +146,11 @@ def run_script(
 
 class ScriptParser(argparse.ArgumentParser):
     """Parser whose errors are one line, with the closest flag to an unknown one, instead of the usage of all flags."""
+
+    def __init__(self, *args: Any, **others: Any) -> None:
+        super().__init__(*args, **others)
+        suppressed = argparse.SUPPRESS
+        self.add_argument("-q", "--quiet", action=Quiet, nargs=0, dest=suppressed, default=suppressed, help=NO_BARS)
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""

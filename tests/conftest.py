@@ -75,7 +75,14 @@ def run(script: str, *args: object, cwd: Path = ROOT, stdin: bytes = b"", **vari
     main = importlib.import_module(name).main
     out, err, code = io.StringIO(), io.StringIO(), 0
     source = io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin)))
-    with environment(cwd, variables), redirect_stdout(out), redirect_stderr(err), patch("sys.stdin", source):
+    every_bar = patch("inpars_lib.cli.LOG_SECONDS", 0)  # tests look at where a bar begins
+    with (
+        environment(cwd, variables),
+        every_bar,
+        redirect_stdout(out),
+        redirect_stderr(err),
+        patch("sys.stdin", source),
+    ):
         try:
             run_script(main, list(map(str, args)))
         except SystemExit as stop:
