@@ -1,7 +1,7 @@
 """Measure the effect of each part of the recipe on the demo's collection.
 
     DEMO_DOCUMENTS=6000 bash run_demo.sh                 # writes demo/work-6000: collection, queries, topics
-    python demo/build_collection.py --output_dir demo/dev --skip_topics 300
+    python demo/build_collection.py --output_dir demo/dev --development
     python benchmarks/ablation.py --work demo/work-6000 --topics demo/dev --output ablation --seeds 1 2 3
     python benchmarks/ablation.py --work demo/work-6000 --output curve --curve 100 300 1000 --seeds 1 2 3
 

@@ -2,9 +2,10 @@
 
     python demo/build_collection.py --output_dir demo/work
 
-Reads   the sources of the standard library and of numpy, pandas, scipy, sklearn and matplotlib, without importing them
+Reads   the sources of numpy, pandas, scipy, sklearn and matplotlib, without importing them. requirements-dev.txt pins
+        their versions, so every machine and every Python has the same collection.
 Writes  collection.tsv  passages: a docstring without its first sentence; the id is the dotted name
-        topics.tsv      queries: first sentences of 300 docstrings
+        topics.tsv      queries: first sentences of 1,000 docstrings
         qrels.txt       relevance judgements: the passage that each sentence was taken from
 """
 
@@ -26,20 +27,21 @@ from inpars_lib.formats.records import Doc, Topic
 PACKAGES = ["numpy", "pandas", "scipy", "sklearn", "matplotlib"]
 PASSAGE_CHARS = 600  # longer passages are truncated at a space
 MIN_CHARS = 100
-TOPICS = 300
+TOPICS = slice(0, 1000)  # in the order of their hashes
+DEVELOPMENT_TOPICS = slice(1000, 1300)
 MIN_TOPIC_WORDS = 5
-SKIPPED = re.compile(r"(^|/)(tests?|testing|idlelib|lib2to3|site-packages|__pycache__)(/|$)|(^|/)(test|conftest)[^/]*$")
+# Tests, and modules that the build of a wheel writes
+SKIPPED = re.compile(r"(^|/)(tests?|testing|__pycache__)(/|$)|(^|/)(test|conftest|__config__|_?version)[^/]*$")
 
 
 def sources() -> Iterator[tuple[str, Path]]:
-    """Yield (dotted module name, file) of the standard library and of PACKAGES, in a fixed order."""
-    paths = sysconfig.get_paths()
-    roots = [("", Path(paths["stdlib"]))] + [(f"{name}.", Path(paths["purelib"], name)) for name in PACKAGES]
-    for prefix, root in roots:
-        for path in sorted(root.rglob("*.py")):
-            relative = path.relative_to(root).with_suffix("").as_posix()
-            if not SKIPPED.search(relative.replace("/__init__", "").removeprefix("__init__")):
-                yield (prefix + relative.replace("/", ".").removesuffix("__init__")).strip("."), path
+    """Yield (dotted module name, file) of PACKAGES, in a fixed order."""
+    for package in PACKAGES:
+        folder = Path(sysconfig.get_paths()["purelib"], package)
+        for path in sorted(folder.rglob("*.py")):
+            relative = path.relative_to(folder).with_suffix("").as_posix()
+            if not SKIPPED.search(relative):
+                yield f"{package}.{relative.replace('/', '.')}".removesuffix(".__init__"), path
 
 
 def docstrings(name: str, node: ast.AST) -> Iterator[tuple[str, str]]:
@@ -73,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the collection, the topics and the judgements."""
     parser = script_parser(__doc__)
     parser.add_argument("--output_dir", required=True, help="folder to write to")
-    parser.add_argument(
-        "--skip_topics", type=int, default=0, help="topics to skip; 300 gives the development topics (default: 0)"
-    )
+    parser.add_argument("--development", action="store_true", help="write 300 other topics, to choose settings on")
     args = parser.parse_args(argv)
 
     found: dict[str, tuple[str, str]] = {}
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if sentences[sentence] == 1 and len(sentence.split()) >= MIN_TOPIC_WORDS and len(sentence) < 200
     ]
     topics = sorted(eligible, key=lambda name: hashlib.sha256(name.encode()).digest())
-    topics = topics[args.skip_topics : args.skip_topics + TOPICS]
+    topics = topics[DEVELOPMENT_TOPICS if args.development else TOPICS]
     numbered = [(f"q{i}", name) for i, name in enumerate(topics, 1)]
     folder = Path(args.output_dir)
     write_texts(str(folder / "topics.tsv"), (Topic(query_id, found[name][0]) for query_id, name in numbered))
