@@ -82,6 +82,29 @@ def test_a_malformed_line_is_named_and_skipped(tmp_path: Path, capsys, line: byt
         list(formats.read_collection(str(path)))
 
 
+def test_a_header_without_a_text_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "collection.tsv"
+    path.write_text("id\ttitle\n1\tone\n")
+    with pytest.raises(InputError, match=f"{path}, line 1: none of the fields contents, .* the row has 'id', 'title'"):
+        list(formats.read_collection(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "role"),
+    [
+        ("what is it\ta document\t1\nwhat is it\tanother\t0\n", "pairs of a query and a document with a label"),
+        ("5\td12\td7\n6\td3\td4\n", "ids of triples"),
+        ("q1 Q0 d1 1 2.5 tag\n", "a run, which --run takes"),
+        ("d1\tone text\nd2\ttwo\n", "lines `id<TAB>text`"),
+    ],
+)
+def test_files_of_another_role_are_no_triples(tmp_path: Path, text: str, role: str) -> None:
+    path = tmp_path / "triples.tsv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"triples.tsv: this file seems to hold {role}"):
+        TripleFile(str(path))
+
+
 def test_the_first_malformed_lines_are_shown_and_all_are_counted(tmp_path: Path, capsys) -> None:
     path = tmp_path / "collection.tsv"
     path.write_text("d1\tone\n" * 8 + "bad\n" * 7)

@@ -303,7 +303,10 @@ def read_records(blocks: Blocks, judge: Callable[[Block], Form[T]], form: str, n
         for block in blocks:
             lines = block.lines
             if block.is_first:
-                parse, header = judge(block)
+                try:
+                    parse, header = judge(block)
+                except ValueError as error:
+                    raise InputError(f"{block.path}, {block.noun} 1: {error}. Each line must be {form}.") from None
                 lines = lines[header:]
             usable += block.omitted
             for number, line in lines:

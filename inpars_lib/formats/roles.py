@@ -15,7 +15,9 @@ ROLES = {
     "texts": "lines `id<TAB>text`: --queries takes topics, --corpus a collection",
     "queries": "synthetic queries, which --input takes (--holdout if they are held out)",
     "ids": "ids of triples. --triples_train takes the triples of texts, --output of generate_triples_train.py",
+    "pairs": "pairs of a query and a document with a label. Join them to lines `query<TAB>positive<TAB>negative`",
 }
+LABELS = ("0", "1", "0.0", "1.0", "true", "false")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 TOPICS = re.compile(r"(?i)\s*<(\?xml|topics?|top)\b")
 
@@ -39,6 +41,9 @@ def guess_role(lines: Sequence[str]) -> str | None:
         return _role_of_object(lines[0])
     if TOPICS.match(lines[0]):
         return "topics"
+    cells = [line.split("\t") for line in lines]
+    if all(len(row) == 3 and " " in row[0].strip() and row[2].strip().lower() in LABELS for row in cells):
+        return "pairs"
     rows = [line.split() for line in lines]
     width, last = len(rows[0]), [row[-1] for row in rows]
     if width == 3 and is_header(rows[0], QUERY_ID) and last[0].lower() in GRADE:

@@ -45,7 +45,7 @@ class TripleFile(Sequence[Triple]):
     def _judge(self, block: Block) -> Form[Triple]:
         """Return how to read the file: with a header or without, with cells quoted as in CSV or not."""
         lines = block.head()
-        check_role(block.path, lines, ("qrels", "run", "ranks", "ids", "texts", "queries"))
+        check_role(block.path, lines, ("qrels", "run", "ranks", "ids", "texts", "queries", "pairs"))
         rows = [line.split("\t") for line in lines]
         header = bool(rows) and is_header(rows[0], TRIPLE)
         self._quoted = has_quoted_column(rows[header:])
