@@ -293,9 +293,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
     """Do the work of `main` while no other process writes the output."""
-    # 1. The topics and their first stage; held-out queries for the interpolation weight
+    # 1. The topics, the model and the first stage; held-out queries for the interpolation weight
     topics, qrels = judged_topics(args, group)
-    run = first_stage(args, topics, group)
+    run: Run = {}
+    if args.run:
+        run = first_stage(args, topics, group)
+    reranker = load(args, group)  # before the search: a model that cannot be loaded is known in seconds
+    if not args.run:
+        run = first_stage(args, topics, group)
     held_out = DevSet()
     if args.interpolation_weight is None:
         held_out = read_held_out_queries(
@@ -303,7 +308,6 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
         )
 
     # 2. The model's scores
-    reranker = load(args, group)
     blocks = make_blocks(topics, run, args.top_k)
     all_blocks = make_blocks(held_out.topics, held_out.run, args.top_k) + blocks
     if args.dry_run:

@@ -242,6 +242,15 @@ def test_outputs_appear_together(
     assert len(read_run(str(tmp_path / "run.txt.bm25.txt"))) == len(read_run(str(tmp_path / "run.txt")))
 
 
+def test_a_model_is_checked_before_the_search(separable: Path, tmp_path: Path) -> None:
+    files = ["--queries", separable / "topics.tsv", "--corpus", separable / "collection.tsv"]
+    index, output = tmp_path / "index", tmp_path / "out.txt"
+    (tmp_path / "model").mkdir()
+    said = error_line(run("rerank.py", "--model", tmp_path / "model", *files, "--index", index, "--output", output))
+    assert "cannot load this model" in said or "config.json" in said
+    assert not index.exists()
+
+
 def test_outputs_that_are_inputs_are_refused(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
     for name in ("run.txt", "topics.tsv", "qrels.txt", "collection.tsv"):
         (tmp_path / name).write_bytes((separable / name).read_bytes())
