@@ -360,6 +360,7 @@ def test_replacements_are_named_where_openai_answers() -> None:
         (429, {"message": "slow"}, {"retry-after": "7"}, Action.BACK_OFF, "too many requests (429 slow)"),
         (500, {"message": "oops"}, {}, Action.RETRY, "the server failed (500 oops)"),
         (503, "<html>", {"retry-after-ms": "250"}, Action.RETRY, "the server failed (503 <html>)"),
+        (502, "<head><title>502 Bad Gateway</title>", {}, Action.RETRY, "the server failed (502 Bad Gateway)"),
         (408, None, {}, Action.RETRY, "the server failed (408"),
         (400, {"message": "Unknown parameter: 'seed'"}, {}, Action.ADAPT, "Unknown parameter: 'seed'"),
         (422, {"message": "no", "param": "top_p"}, {}, Action.ADAPT, "no"),

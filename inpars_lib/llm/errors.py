@@ -106,7 +106,8 @@ def classify_error(
         can_switch_api: Neither the user nor an earlier answer has settled which API the model speaks.
         answered: The output has answers, so a refusal with status 403 may concern this document only.
     """
-    model, said = request.get("model", ""), shorten(error_message(body))
+    model = request.get("model", "")
+    said = shorten(error_message(body)).removeprefix(str(status)).lstrip()  # as in nginx's `502 Bad Gateway`
     code = body.get("code") if isinstance(body, dict) else None
     if code in NO_CREDIT or status == 402:
         return Verdict(Action.STOP, f"{server}: the account has no credit left ({said}). {RESUME}")
