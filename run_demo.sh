@@ -54,7 +54,7 @@ stop_server() {
 trap stop_server EXIT
 trap 'exit 130' INT TERM
 
-SETTINGS="settings 4, $DOCUMENTS documents" # count up if a setting of a stage below changes
+SETTINGS="settings 5, $DOCUMENTS documents" # count up if a setting of a stage below changes
 mkdir -p "$WORK"
 [ -e "$WORK/collection.tsv" ] || echo "$SETTINGS" >"$WORK/settings.txt"
 if [ "$(cat "$WORK/settings.txt" 2>/dev/null)" != "$SETTINGS" ]; then

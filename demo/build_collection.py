@@ -30,8 +30,10 @@ MIN_CHARS = 100
 TOPICS = slice(0, 1000)  # in the order of their hashes
 DEVELOPMENT_TOPICS = slice(1000, 1300)
 MIN_TOPIC_WORDS = 5
-# Tests, and modules that the build of a wheel writes
-SKIPPED = re.compile(r"(^|/)(tests?|testing|__pycache__)(/|$)|(^|/)(test|conftest|__config__|_?version)[^/]*$")
+# Tests, modules that the build of a wheel writes, and numpy.distutils, which only the wheel for Python 3.11 has
+SKIPPED = re.compile(
+    r"(^|/)(tests?|testing|distutils|__pycache__)(/|$)|(^|/)(test|conftest|__config__|_?version)[^/]*$"
+)
 
 
 def sources() -> Iterator[tuple[str, Path]]:
