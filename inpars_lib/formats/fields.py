@@ -204,7 +204,9 @@ def parse_text(line: str, ids: Sequence[str], texts: Sequence[str], columns: Col
     """Return id and text of a line: a JSON object or TSV."""
     if line.startswith("{"):
         return parse_object(line, ids, texts)
-    record_id, tab, text = unquote(line, columns.quoted).partition("\t")
+    if '"' in line:
+        line = unquote(line, columns.quoted)
+    record_id, tab, text = line.partition("\t")
     if not tab:
         raise ValueError("no tab between id and text")
     if columns.text:

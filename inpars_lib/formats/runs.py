@@ -3,8 +3,8 @@
 import array
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
+from math import isfinite
 from typing import NamedTuple, overload
 
 from inpars_lib.cli import InputError
@@ -36,12 +36,6 @@ class _Hits:
     def __init__(self) -> None:
         self.doc_ids: list[str] = []
         self.ranks, self.scores = array.array("d"), array.array("d")
-
-    def add(self, doc_id: str, rank: float, score: float) -> None:
-        """Add a hit."""
-        self.doc_ids.append(doc_id)
-        self.ranks.append(rank)
-        self.scores.append(score)
 
     def is_ranked(self) -> bool:
         """Return whether the ranks are distinct and start at 0 or 1."""
@@ -75,12 +69,16 @@ def _rank(word: str) -> float:
 
 def _parse(line: str, width: int) -> _Hit:
     """Return a hit. TREC's rank only breaks ties, so it may be anything: trec_eval ignores it."""
-    columns = split_columns(line, (width,))
+    columns = line.split()
+    if len(columns) != width:
+        columns = split_columns(line, (width,))
     if width == 6:
-        rank = 0.0
-        with suppress(ValueError):
-            rank = parse_number(columns[3], float)
-        return _Hit(columns[0], columns[2], rank, _number(columns[4], "score"), width)
+        try:
+            rank = float(columns[3])
+        except ValueError:
+            rank = 0.0
+        score = _number(columns[4], "score")
+        return _Hit(columns[0], columns[2], rank if isfinite(rank) else 0.0, score, width)
     rank = _rank(columns[2])
     return _Hit(columns[0], columns[1], rank, -rank if width == 3 else _number(columns[3], "score"), width)
 
@@ -130,11 +128,14 @@ def read_run(
     interned: dict[str, str] = {}  # one string object per document, however many queries retrieve the document
     width = WIDTHS[-1]
     for _, hit in read_records(read_blocks([path], desc), _judge, FORM, path):
-        width = hit.width
-        if query_ids is None or hit.query_id in query_ids:
-            if hit.query_id not in found:
-                found[hit.query_id] = _Hits()
-            found[hit.query_id].add(interned.setdefault(hit.doc_id, hit.doc_id), hit.rank, hit.score)
+        query_id, doc_id, rank, score, width = hit
+        if query_ids is None or query_id in query_ids:
+            hits = found.get(query_id)
+            if hits is None:
+                hits = found[query_id] = _Hits()
+            hits.doc_ids.append(interned.setdefault(doc_id, doc_id))
+            hits.ranks.append(rank)
+            hits.scores.append(score)
     run: dict[str, Sequence[ScoredDoc]] = {}
     for query_id in list(found):
         hits = found.pop(query_id)
