@@ -3,6 +3,7 @@
 import array
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from math import isfinite
 from typing import NamedTuple, overload
