@@ -263,6 +263,28 @@ def test_a_request_that_always_fails_is_given_up(collection: Path, openai_server
     assert "1 failed, 0 are left" in done.stderr
 
 
+def test_requests_beyond_a_rate_limit_are_not_given_up(collection: Path, openai_server: StandIn) -> None:
+    """The server answers five requests of each batch, and refuses the others with status 429."""
+    batch_of = dict[str, int]()
+
+    def limited(request: dict) -> str | None:
+        number = len(openai_server.batches)
+        if number == 0:
+            return None  # the first document, by itself
+        answered = [document for document, batch in batch_of.items() if batch == number]
+        if len(answered) == 5:
+            return "429"
+        batch_of[document_of(request)] = number
+        return None
+
+    openai_server.fault = limited
+    done = ok(generate(collection, openai_server.url, *QUICK))
+    assert "(too many requests: 14). They are submitted again" in done.stderr
+    assert set(written(collection)) == EVERY
+    assert len(openai_server.batches) == 4
+    assert not errors(collection)
+
+
 def test_errors_inside_results_are_classified(collection: Path, openai_server: StandIn) -> None:
     inside = {"error": {"message": "maximum context length is 10 tokens", "code": 400}}
     openai_server.respond = lambda request: (

@@ -32,6 +32,7 @@ from inpars_lib.resume import FORMAT_VERSION, read_state
 MAX_FILE_BYTES = 200_000_000  # OpenAI's limit for a request file
 MAX_RETRIES = 8  # of requests to the server's batch endpoints
 MAX_TRIES = 3  # batches in which a request may fail by itself
+TOO_MANY = "too many requests"  # a rate limit is no failure of the request
 ENDED = ("completed", "failed", "expired", "cancelled", "canceled")
 
 
@@ -401,7 +402,7 @@ class BatchRunner:
     def _retry(self, key: RequestKey, reason: str, reasons: Counter[str]) -> None:
         """Count why a request is to be submitted again, or give it up after MAX_TRIES batches that processed it."""
         name = self.store.name(key)
-        if not reason.startswith("batch_"):  # such as batch_expired: not processed
+        if reason != TOO_MANY and not reason.startswith("batch_"):  # such as batch_expired: not processed
             self.state.tries[name] = self.state.tries.get(name, 0) + 1
         if self.state.tries.get(name, 0) < MAX_TRIES:
             reasons[reason] += 1
@@ -430,6 +431,8 @@ class BatchRunner:
         reason = shorten(error_message(error) or error_message(body) or f"status {status}")
         if status is not None:
             verdict = classify_error(status, body, {}, request=self.api.request(prompt), server=self.server)
+            if verdict.action is Action.BACK_OFF:
+                return TOO_MANY
             if verdict.action in (Action.GIVE_UP, Action.ADAPT):
                 self.store.add_failure(key, reason, "", usage)
                 return None

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -52,6 +53,11 @@ def _checked(values: list[float | None], count: int) -> list[float | None]:
     return [value if value is None else min(value, 0.0) for value in values]
 
 
+def end_of_reasoning(text: bytes, start: int = 0) -> int:
+    """Return where the answer begins behind the model's reasoning, or `start` if the text from there has none."""
+    return max((match.end() for match in REASONING_END.finditer(text, start)), default=start)
+
+
 def align(text: bytes, tokens: list[bytes]) -> list[tuple[int, int]]:
     """Return the span of each token in `text`, whose first characters are no whitespace.
 
@@ -66,17 +72,18 @@ def align(text: bytes, tokens: list[bytes]) -> list[tuple[int, int]]:
     Raises:
         ValueError: The tokens do not spell the text.
     """
-    reasoning = max((match.end() for match in REASONING_END.finditer(b"".join(tokens))), default=0)
+    try:
+        return _align(text, tokens)
+    except ValueError as error:
+        problem = error
+    reasoning = end_of_reasoning(b"".join(tokens))
     starts = accumulate((len(token) for token in tokens), initial=0)
     skipped = sum(start < reasoning for start, _ in zip(starts, tokens, strict=False))
-    problem: ValueError | None = None
     for spell in SPELLINGS:
         for first in {0: 0, skipped: 0}:
-            try:
+            with suppress(ValueError):
                 return [(0, 0)] * first + _align(text, list(map(spell, tokens[first:])))
-            except ValueError as error:
-                problem = problem or error
-    raise ValueError(problem)
+    raise problem
 
 
 def _align(text: bytes, tokens: list[bytes]) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from inpars_lib.cli import InputError, warn
 from inpars_lib.formats.fields import json_object
 from inpars_lib.formats.records import Doc
 from inpars_lib.llm.errors import error_message, error_within
-from inpars_lib.llm.log_probs import align, log_probs_within, read_tokens
+from inpars_lib.llm.log_probs import align, end_of_reasoning, log_probs_within, read_tokens
 from inpars_lib.llm.prompt import Question, find_question, find_questions
 
 STOP = "\n\n"  # a prompt separates its examples by an empty line, so the model writes one after its query
@@ -29,7 +29,7 @@ OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "m
 OWN_PARAMETERS = {"model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "reasoning_effort"}
 OWN_PARAMETERS |= {"messages", "prompt", "n", "best_of", "stream", "stream_options", "logprobs", "top_logprobs", "echo"}
 TEXT_PARTS = (None, "text", "output_text")  # types of the parts of a message that are no reasoning
-THINK_END = b"</think>"
+REASONING = ("<think>", "[THINK]", "<|channel|>analysis")  # how a model's reasoning begins
 THOUGHT = re.compile(r"(?i)(okay|ok|alright|hmm+|so|first|let's|let me|we (need|have)|i (need|have|should|will)|the "
                      r"user|(here's a )?thinking process)\b")  # fmt: skip
 NO_REASONING = "--reasoning_effort none, or the server's own switch in --extra_body"
@@ -244,9 +244,7 @@ class ModelApi:
             if not full.startswith(prompt_bytes):
                 raise NoLogProbs("the answer does not repeat the prompt (`echo`), as --include_doc_probs needs", text)
             offset = len(prompt_bytes)
-        end_of_reasoning = full.rfind(THINK_END, offset)
-        if end_of_reasoning >= 0:
-            offset = end_of_reasoning + len(THINK_END)
+        offset = end_of_reasoning(full, offset)
         generated = full[offset:].decode(errors="replace")
         question, bad_question = find_question(generated), Question("")
         if config.good_bad:
@@ -286,7 +284,7 @@ class ModelApi:
     def _problem(self, choice: dict[str, Any], generated: str, question: Question, bad_question: Question) -> str:
         """Return why the generated text holds no query, or an empty string."""
         is_cut = choice.get("finish_reason") == "length"
-        if generated.startswith("<think>") or (is_cut and THOUGHT.match(question.text)):
+        if generated.startswith(REASONING) or (is_cut and THOUGHT.match(question.text)):
             return "the answer is only reasoning. Raise --max_tokens, or turn reasoning off"
         if question.text and self.config.good_bad and not bad_question.text:  # the prompt was not followed
             return "the answer has no bad question"
