@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO
 
 from inpars_lib import bm25
-from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
+from inpars_lib.cli import InputError, at_least, counted, run_script, script_parser, warn
 from inpars_lib.files import claimed, is_special, resolve_output, write_together
 from inpars_lib.first_stage import QueryRun
 from inpars_lib.formats.collection import collection_paths, conflicting_texts, read_collection
@@ -197,7 +197,7 @@ def write_rows(
         raise InputError(f"{args.run or args.index}: {problem}. {action}")
     if without_text:
         warn(f"{args.input}: dropped {without_text:,} rows whose document has no text, in {args.corpus} neither.")
-    return f"{triples:,} triples; {unserved:,} queries without a usable hit"
+    return f"{counted(triples, 'triple')}; {counted(unserved, 'query')} without a usable hit"
 
 
 def held_out_run(held_out: SpooledQueries, run: QueryRun) -> Iterator[str]:
@@ -263,7 +263,7 @@ def write_triples(args: argparse.Namespace) -> None:
     if held_out:
         next_flags = f"--run {held_out_run_path}" if run else f"--index {args.index}"
         use = f"For train_t5.py: --holdout {held_out_path} {next_flags} --corpus {args.corpus}"
-        print(f"{held_out_path}: {len(held_out):,} queries held out. {use}", file=sys.stderr)
+        print(f"{held_out_path}: {counted(len(held_out), 'query')} held out. {use}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from itertools import chain
 
 from inpars_lib import bm25
-from inpars_lib.cli import InputError, at_least, between, run_script, script_parser, warn
+from inpars_lib.cli import InputError, at_least, between, counted, run_script, script_parser, warn
 from inpars_lib.evaluation import (
     MEASURES,
     MeasureValues,
@@ -52,6 +52,7 @@ from inpars_lib.rerankers.scoring import (
     score_blocks,
 )
 from inpars_lib.resume import ResumeLog, add_restart_flag
+from inpars_lib.tables import add_table_flags, write_per_query
 from inpars_lib.training.dev_set import DevSet, read_held_out_queries
 
 FIRST_STAGE_HITS = 1000  # BM25 hits per query with --index; those below --top_k keep their order
@@ -60,6 +61,13 @@ FIRST_STAGE_HITS = 1000  # BM25 hits per query with --index; those below --top_k
 def interpolation_weight(word: str) -> float | None:
     """Return the weight from 0 to 1, or None for `auto` (an argparse type)."""
     return None if word == "auto" else between(0, 1)(word)
+
+
+def run_tag(word: str) -> str:
+    """Return the tag of a run, one word (an argparse type)."""
+    if not word or len(word.split()) != 1 or word != word.strip():
+        raise argparse.ArgumentTypeError(f"expected one word, found {word!r}")
+    return word
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,12 +81,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--run", help="first-stage run: TREC, MS MARCO or ColBERT format, or - for standard input")
     add("--index", help="BM25 index whose hits are reranked if there is no --run: a folder, or a prebuilt index")
     add("--output", required=True, help="reranked run to write, TREC format")
+    add("--run_tag", type=run_tag, default="inpars", metavar="TAG", help="name of the system in the last column of "
+        "--output (default: %(default)s)")  # fmt: skip
     add("--top_k", type=at_least(1), default=1000, help="hits per query to rerank (default: %(default)s)")
     add("--qrels", help="judgements: a file or a BEIR folder; prints the table of both rankings")
     add("--judged_only", action="store_true", help="rerank only the queries that --qrels judges")
     add("--plot", metavar="PNG", help="plot of each query's gain in nDCG@10 to write, or in the first of --measures if "
         "nDCG@10 is none of them; needs --qrels")  # fmt: skip
     add_measure_flags(add)
+    add_table_flags(add)
     add_remove_query_flag(add)
     add(
         "--interpolation_weight",
@@ -110,8 +121,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags and check how they combine."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if (args.plot or args.judged_only or args.measures != MEASURES) and not args.qrels:
-        parser.error("--plot, --judged_only and --measures need --qrels")
+    judged_work = args.plot or args.judged_only or args.per_query or args.measures != MEASURES or args.format != "text"
+    if judged_work and not args.qrels:
+        parser.error("--plot, --judged_only, --per_query, --measures and --format need --qrels")
     if not args.run and not args.index:
         parser.error("--run or --index is required")
     if args.interpolation_weight is None and not (args.holdout and (args.holdout_run or args.index)):
@@ -153,6 +165,7 @@ def check_files(args: argparse.Namespace) -> None:
     outputs = {
         "--output": args.output,
         "--plot": args.plot,
+        "--per_query": args.per_query,
         "first stage": first_stage_path(args),
         "log of scores": log_path(args),
         "lock": f"{args.output}.lock",
@@ -263,20 +276,17 @@ def choose_weight(held_out: DevSet, scores: Mapping[str, Sequence[float]], sourc
 def write_outputs(
     args: argparse.Namespace, run: Run, reranked: Run, before: MeasureValues, after: MeasureValues
 ) -> None:
-    """Write the reranked run, the first stage of --index and the plot, which belong together."""
-    outputs = [(args.output, "w")]
-    first_stage = first_stage_path(args)
-    if first_stage:
-        outputs.append((first_stage, "w"))
-    if args.plot:
-        outputs.append((args.plot, "wb"))
-    with write_together(*outputs) as files:
-        files[0].writelines(run_lines(chain.from_iterable(reranked.values()), tag="inpars"))
+    """Write the reranked run, the first stage of --index, the plot and the values per query, which belong together."""
+    outputs = [(args.output, "w"), (first_stage_path(args), "w"), (args.plot, "wb"), (args.per_query, "w")]
+    with write_together(*outputs) as [output, first_stage, plot, per_query]:
+        output.writelines(run_lines(chain.from_iterable(reranked.values()), args.run_tag))
         if first_stage:
-            files[1].writelines(run_lines(chain.from_iterable(run.values()), tag="bm25"))
-        if args.plot:
+            first_stage.writelines(run_lines(chain.from_iterable(run.values()), tag="bm25"))
+        if plot:
             plotted = "nDCG@10" if "nDCG@10" in before else args.measures[0]
-            plot_gains(files[-1], before[plotted], after[plotted], plotted)
+            plot_gains(plot, before[plotted], after[plotted], plotted)
+        if per_query:
+            write_per_query(per_query, [("first stage", before), ("reranked", after)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -336,11 +346,13 @@ def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
     write_outputs(args, run, reranked, before, after)
     pairs = sum(min(len(hits), args.top_k) for hits in run.values())
     interpolated = "" if weight == 1 else f", interpolated with weight {weight:g} (first stage {1 - weight:g})"
-    print(f"{args.output}: {len(run):,} queries, {pairs:,} documents reranked{interpolated}", file=sys.stderr)
+    size = f"{counted(len(run), 'query')}, {counted(pairs, 'document')} reranked"
+    print(f"{args.output}: {size}{interpolated}", file=sys.stderr)
     if qrels:
         judged = len({qrel.query_id for qrel in qrels})
-        print(f"{judged:,} judged queries, first {args.top_k} hits reranked by {args.model}{interpolated}\n")
-        print(comparison_table(before, after), flush=True)
+        heading = f"{counted(judged, 'judged query')}, first {args.top_k} hits reranked by {args.model}{interpolated}\n"
+        print(heading, file=sys.stdout if args.format == "text" else sys.stderr)
+        print(comparison_table(before, after, args.format), flush=True)
     log.delete()  # last, so that a full disk costs no scores
 
 

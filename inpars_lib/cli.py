@@ -60,6 +60,21 @@ def shorten(message: object) -> str:
     return " ".join(redact(str(message)).split())[:300].rstrip(".")  # redacted first: half a key is a secret too
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: 1 query, 2 queries."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun.removesuffix('y')}ies" if noun.endswith("y") else f"{count:,} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that people would use."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 class ProgressStream:
     """Standard error whose progress bars become lines of a log: one every 30 seconds, and one for a complete bar.
 

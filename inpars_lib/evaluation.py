@@ -1,6 +1,7 @@
 """Measures, significance and tables of runs.
 
     python -m inpars_lib.evaluation --qrels qrels.txt bm25.txt reranked.txt
+    python -m inpars_lib.evaluation --qrels qrels.txt bm25.txt reranked.txt --format latex --per_query values.csv
 
 prints a table of runs and compares each other run with the first. The mean is over all judged queries, as with
 trec_eval's `-c`: a query without hits counts as 0. ir-measures computes the measures: https://ir-measur.es
@@ -9,14 +10,18 @@ trec_eval's `-c`: a query without hits counts as 0. ir-measures computes the mea
 import argparse
 import math
 import re
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from inpars_lib.cli import InputError, at_least, report, run_script, script_parser, warn
+from inpars_lib.files import atomic_write, check_paths
 from inpars_lib.first_stage import add_remove_query_flag
 from inpars_lib.formats.qrels import read_qrels
 from inpars_lib.formats.records import Qrel
 from inpars_lib.formats.runs import Run, read_run, trec_order
+from inpars_lib.tables import add_table_flags, format_table, short_names, write_per_query
 
 MEASURES = ("nDCG@10", "nDCG@20", "MRR@10", "MAP", "P@20", "R@1000")
 SUPPORTED = (
@@ -24,8 +29,18 @@ SUPPORTED = (
     "cutoff, which P, R and Success need, `rel` or `judged_only`, such as nDCG@10 or P(rel=2)@20"
 )
 MEASURE = re.compile(r"\w+(\((rel=[1-9]\d{0,5})?,?(judged_only=True)?\))?(@[1-9]\d{0,5})?", re.ASCII)
-COLUMNS = f"{'change':>9}{'p':>8}{'won':>6}{'tied':>6}{'lost':>6}"  # of tables that compare runs
+COLUMNS = ("change", "p", "won", "tied", "lost")  # of tables that compare runs
 MeasureValues = dict[str, dict[str, float]]  # {measure: {query id: value}}
+
+
+class Comparison(NamedTuple):
+    """How a measure of the second run differs from the first: change of the mean, p, queries won, tied and lost."""
+
+    change: float
+    p: float
+    won: int
+    tied: int
+    lost: int
 
 
 def read_measure(name: str) -> Any:
@@ -151,33 +166,39 @@ def mean_values(values: MeasureValues) -> dict[str, float]:
     return {name: sum(per_query.values()) / len(per_query) for name, per_query in values.items()}
 
 
-def compare(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[float, float, int, int, int]:
-    """Return how a measure of the second run differs, from values by query id.
+def compare(first: Mapping[str, float], second: Mapping[str, float]) -> Comparison:
+    """Return how the values of a second run, by query id, differ.
 
-    Returns:
-        Change of the mean, p of the paired t-test (1 if there is nothing to test), queries won, tied and lost.
+    p is of the paired t-test, 1 if there is nothing to test.
     """
     from scipy.stats import ttest_rel
 
     pairs = [(value, second[query_id]) for query_id, value in first.items()]
     won, lost = sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)
-    p = ttest_rel(*zip(*pairs, strict=True)).pvalue if won + lost and len(pairs) > 1 else 1.0
+    p = 1.0
+    if won + lost and len(pairs) > 1:
+        with warnings.catch_warnings():  # that all differences are equal, or nearly
+            warnings.simplefilter("ignore", RuntimeWarning)
+            p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
     change = sum(b for _, b in pairs) / len(pairs) - sum(a for a, _ in pairs) / len(pairs)
-    return change, float(p), won, len(pairs) - won - lost, lost
+    return Comparison(change, p, won, len(pairs) - won - lost, lost)
 
 
-def comparison_table(first_stage: MeasureValues, reranked: MeasureValues) -> str:
-    """Return a text table of both rankings: means, paired t-test over the queries, queries won, tied and lost."""
-    width = max(10, *(len(name) + 1 for name in first_stage))
-    lines = [f"{'':{width}}{'first stage':>12}{'reranked':>10}{COLUMNS}"]
+def format_comparison(found: Comparison) -> list[str]:
+    """Return the cells of `COLUMNS`."""
+    return [f"{found.change:+.4f}", format_value(found.p), str(found.won), str(found.tied), str(found.lost)]
+
+
+def comparison_table(first_stage: MeasureValues, reranked: MeasureValues, form: str = "text") -> str:
+    """Return a table of both rankings: means, paired t-test over the queries, queries won, tied and lost."""
     after = mean_values(reranked)
-    for name, old in mean_values(first_stage).items():
-        if math.isnan(old):
-            lines.append(f"{name:{width}}{'n/a':>12}{'n/a':>10}")
-            continue
-        change, p, won, tied, lost = compare(first_stage[name], reranked[name])
-        lines.append(f"{name:{width}}{old:12.4f}{after[name]:10.4f}{change:+9.4f}{p:8.4f}{won:6}{tied:6}{lost:6}")
-    return "\n".join(lines)
+    rows = [["measure", "first stage", "reranked", *COLUMNS]]
+    for name, before in mean_values(first_stage).items():
+        cells = [""] * len(COLUMNS)
+        if not math.isnan(before):
+            cells = format_comparison(compare(first_stage[name], reranked[name]))
+        rows.append([name, format_value(before), format_value(after[name]), *cells])
+    return format_table(rows, form)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -188,29 +209,36 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def run_table(runs: Sequence[tuple[str, MeasureValues]]) -> str:
-    """Return a text table of the measures of named runs, in which the other runs are compared with the first."""
-    first, queries = runs[0][1], len(next(iter(runs[0][1].values())))
-    lines = [f"judged queries: {queries:,}"]
-    if len(runs) > 1:
-        lines.append(f"change, p (paired t-test), won, tied, lost: against {runs[0][0]}")
-    if len(runs) > 1 and queries == 1:
-        lines.append("p: n/a, because a test needs two queries")
-    elif len(runs) > 2:
-        lines.append(f"p: Holm's correction over the {len(runs) - 1} compared runs, for each measure separately")
-    wide, width = max(map(len, first)) + 2, max(len(name) for name, _ in runs)
-    lines += ["", f"{'':{wide + width}}{'mean':>8}{COLUMNS if len(runs) > 1 else ''}"]
-    for name in first:
-        compared = [compare(first[name], values[name]) for _, values in runs]
-        adjusted = [1.0, *holm([p for _, p, *_ in compared[1:]])]
-        for i, (run, values) in enumerate(runs):
-            mean, (change, _, won, tied, lost) = mean_values(values)[name], compared[i]
-            line = f"{'' if i else name:{wide}}{run:{width}}{format_value(mean):>8}"
-            if i and not math.isnan(mean):
-                p = format_value(adjusted[i] if queries > 1 else math.nan)
-                line += f"{change:+9.4f}{p:>8}{won:6}{tied:6}{lost:6}"
-            lines.append(line)
-    return "\n".join(lines)
+def run_notes(names: Sequence[str], queries: int) -> str:
+    """Return what a reader of the table of named runs has to know: its number of queries and its test."""
+    notes = [f"judged queries: {queries:,}"]
+    if len(names) > 1:
+        notes.append(f"change, p (paired t-test), won, tied, lost: against {names[0]}")
+    if len(names) > 1 and queries == 1:
+        notes.append("p: n/a, because a test needs two queries")
+    elif len(names) > 2:
+        notes.append(f"p: Holm's correction over the {len(names) - 1} compared runs, for each measure separately")
+    return "\n".join(notes)
+
+
+def run_table(names: Sequence[str], runs: Sequence[MeasureValues], form: str = "text") -> str:
+    """Return a table of the measures of named runs, in which the other runs are compared with the first."""
+    first = runs[0]
+    columns = COLUMNS if len(runs) > 1 else ()
+    rows = [["measure", "run", "mean", *columns]]
+    for measure, values in first.items():
+        testable = len(values) > 1
+        compared = [compare(values, other[measure]) for other in runs[1:]]
+        adjusted = holm([found.p for found in compared])
+        for i, (name, other) in enumerate(zip(names, runs, strict=True)):
+            mean = mean_values(other)[measure]
+            cells = [""] * len(columns)
+            if i > 0 and not math.isnan(mean):
+                p = adjusted[i - 1] if testable else math.nan
+                cells = format_comparison(compared[i - 1]._replace(p=p))
+            shown = measure if i == 0 or form == "csv" else ""
+            rows.append([shown, name, format_value(mean), *cells])
+    return format_table(rows, form, names=2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -219,12 +247,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs: TREC, MS MARCO or ColBERT format")
     parser.add_argument("--qrels", required=True, help="judgements")
     add_measure_flags(parser.add_argument)
+    add_table_flags(parser.add_argument)
     add_remove_query_flag(parser.add_argument)
     args = parser.parse_args(argv)
+    check_paths({"--qrels": args.qrels, "RUN": args.runs}, {"--per_query": args.per_query})
     qrels = list(read_qrels(args.qrels))
     check_threshold(qrels, args.relevance_threshold, args.qrels, measures=args.measures)
     judged = {qrel.query_id for qrel in qrels}
-    evaluated = []
+    evaluated: list[MeasureValues] = []
     for path in args.runs:
         run = read_run(path, remove_query=args.remove_query)
         found = len(run.keys() & judged)
@@ -234,8 +264,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             report(f"{path}: {len(run) - found:,} of {len(run):,} queries are not judged and were skipped")
         if found < len(judged):
             warn(f"{path}: {len(judged) - found:,} of {len(judged):,} judged queries have no hits. They count as 0.")
-        evaluated.append((path, evaluate_per_query(qrels, run, args.relevance_threshold, args.measures)))
-    print(run_table(evaluated))
+        evaluated.append(evaluate_per_query(qrels, run, args.relevance_threshold, args.measures))
+    names = short_names(args.runs)
+    if args.per_query:
+        with atomic_write(args.per_query) as file:
+            write_per_query(file, list(zip(names, evaluated, strict=True)))
+    notes = run_notes(names, len(judged))
+    if args.format == "text":
+        print(f"{notes}\n")
+    else:
+        print(notes, file=sys.stderr)
+    print(run_table(names, evaluated, args.format))
 
 
 if __name__ == "__main__":

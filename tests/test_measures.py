@@ -1,5 +1,8 @@
 """Measures against trec_eval, their names, thresholds, and tables of runs."""
 
+import csv
+import io
+import math
 import random
 import re
 from pathlib import Path
@@ -8,7 +11,7 @@ import numpy
 import pytest
 from conftest import error_line, ok, run
 
-from inpars_lib import evaluation
+from inpars_lib import evaluation, tables
 from inpars_lib.cli import InputError
 from inpars_lib.formats.records import Qrel, ScoredDoc
 
@@ -152,7 +155,7 @@ def test_a_table_of_any_runs(tmp_path: Path) -> None:
     ranks = {"a": [2, 2, 2, 3, 2, 0], "b": [1, 1, 2, 2, 2, 2], "c": [1, 1, 1, 1, 1, 3], "d": [2, 3, 2, 3, 2, 0]}
     write_runs(tmp_path, **ranks)
     rows, notes, said = table(tmp_path, *ranks, "--measures", "RR@10 Success@1")
-    assert rows[0] == ["mean", "change", "p", "won", "tied", "lost"]
+    assert rows[0] == ["measure", "run", "mean", "change", "p", "won", "tied", "lost"]
     assert "Holm's correction over the 3 compared runs, for each measure separately" in notes
     assert "judged queries: 6\n" in notes
     assert "a: 1 of 6 queries are not judged and were skipped" in said
@@ -175,8 +178,53 @@ def test_a_table_of_any_runs(tmp_path: Path) -> None:
     assert "Holm" not in notes
     assert [row[-5:] for row in table(tmp_path, "a", "a")[0][2::2]] == [["+0.0000", "1.0000", "0", "6", "0"]] * 6
     rows, notes, _ = table(tmp_path, "c")
-    assert rows[:2] == [["mean"], ["nDCG@10", "c", "0.9167"]]
+    assert rows[:2] == [["measure", "run", "mean"], ["nDCG@10", "c", "0.9167"]]
     assert notes == "judged queries: 6"
+
+
+def test_tables_for_other_programs(tmp_path: Path) -> None:
+    write_runs(tmp_path, **{"a_1": [2, 2, 0], "b|2": [1, 1, 2]})
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a_1").rename(tmp_path / "sub" / "a_1")
+    args = ["inpars_lib.evaluation", "--qrels", "qrels.txt", "sub/a_1", "b|2", "--measures", "RR@10 AP(rel=2)"]
+
+    def printed(form: str) -> tuple[list[str], str]:
+        done = ok(run(*args, "--format", form, "--per_query", "values.csv", cwd=tmp_path))
+        return done.stdout.splitlines(), done.stderr
+
+    lines, said = printed("csv")
+    assert "judged queries: 3\nchange, p (paired t-test), won, tied, lost: against a_1" in said
+    header, first, second, missing, _ = csv.reader(lines)
+    assert header == ["measure", "run", "mean", "change", "p", "won", "tied", "lost"]
+    assert first == ["RR@10", "a_1", "0.3333", "", "", "", "", ""]
+    assert second[:4] == ["RR@10", "b|2", "0.8333", "+0.5000"]
+    assert missing[:3] == ["AP(rel=2)", "a_1", "n/a"]
+    lines, _ = printed("markdown")
+    assert lines[1] == "|---|---|---:|---:|---:|---:|---:|---:|"
+    assert lines[3].startswith(r"|  | b\|2 | 0.8333 | +0.5000 |")
+    lines, _ = printed("latex")
+    assert lines[0] == r"\begin{tabular}{llrrrrrr}"
+    assert lines[4] == r"RR@10 & a\_1 & 0.3333 &  &  &  &  &  \\"
+    assert lines[-1] == r"\end{tabular}"
+    values = list(csv.reader((tmp_path / "values.csv").open()))
+    assert values[:3] == [["run", "query_id", "RR@10", "AP(rel=2)"], ["a_1", "0", "0.5", ""], ["a_1", "1", "0.5", ""]]
+    assert len(values) == 7
+    before = (tmp_path / "qrels.txt").read_bytes()
+    assert "--per_query and --qrels" in error_line(run(*args, "--per_query", "qrels.txt", cwd=tmp_path))
+    assert (tmp_path / "qrels.txt").read_bytes() == before
+
+
+def test_short_names() -> None:
+    assert tables.short_names(["x/y/run.txt", "/z/bm25.txt"]) == ["run.txt", "bm25.txt"]
+    assert tables.short_names(["x/a/run.txt", "x/b/run.txt"]) == ["a/run.txt", "b/run.txt"]
+    assert tables.short_names(["run.txt", "b/run.txt"]) == ["run.txt", "b/run.txt"]
+    assert tables.short_names(["a", "./a"]) == ["a", "a"]  # one run twice
+
+
+def test_values_per_query() -> None:
+    file = io.StringIO()
+    tables.write_per_query(file, [("one", {"AP": {"q,1": 0.1}, "RR": {"q,1": math.nan}})])
+    assert file.getvalue() == 'run,query_id,AP,RR\none,"q,1",0.1,\n'
 
 
 def test_holms_correction() -> None:

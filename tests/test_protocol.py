@@ -18,7 +18,7 @@ from inpars_lib.llm.errors import (
 )
 from inpars_lib.llm.log_probs import align
 from inpars_lib.llm.protocol import AnswerError, ModelApi, ModelConfig, NoLogProbs, read_json
-from inpars_lib.llm.server import FIRST_GAP, Server, duration
+from inpars_lib.llm.server import FIRST_GAP, Server
 from inpars_lib.llm.usage import Usage, read_usage
 
 DOC = Doc("d", "doc")
@@ -462,10 +462,6 @@ def test_a_server_that_is_down_gets_one_request_at_a_time() -> None:
     assert server.free_capacity(12.5) > 0.0
 
 
-def test_durations() -> None:
-    assert [duration(seconds) for seconds in (0.5, 45, 600, 7200)] == ["0.5 s", "45 s", "10 minutes", "2 hours"]
-
-
 def test_addresses_are_shown_without_secrets() -> None:
     assert public_url("https://user:sk-1@host:8000/v1?key=sk-2") == "https://host:8000/v1"
     assert public_url(None) == "OpenAI"
@@ -508,6 +504,8 @@ def test_what_is_secret() -> None:
     ("text", "question"),
     [
         ("<think>The user wants\na query.</think>\n\nWhat is X?", "What is X?"),
+        ("[THINK]The user wants\na query.[/THINK]What is X?", "What is X?"),  # Mistral
+        ("<|channel|>analysis<|message|>A query.<|end|><|channel|>final<|message|>What is X?", "What is X?"),
         ('Here is a relevant query:\n"What is X?"', "What is X?"),
         ("Sure! Here's a question:\n\nWhat is X?", "What is X?"),
         ("Relevant Query: What is X?", "What is X?"),
@@ -525,6 +523,7 @@ def test_reasoning_and_introductions_are_no_questions(text: str, question: str) 
     [
         "The answer to your question is:",
         "<think>I should",
+        "[THINK]I should",
         "Example 5:",
         "Here is a relevant query:\n",
         "The relevant query is:",  # SmolLM2

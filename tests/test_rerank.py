@@ -227,7 +227,8 @@ def test_outputs_appear_together(
     files = ["--queries", demo_data / "topics.tsv", "--corpus", demo_data / "collection.tsv", "--index", demo_index]
     plot = ["--qrels", demo_data / "qrels.txt", "--plot", tmp_path / "gains.png"]
     args = ["--model", tiny_t5, *files, *plot, "--max_length", 64, "--top_k", 5, "--output", tmp_path / "run.txt"]
-    old = {name: f"old {name}".encode() for name in ("run.txt", "run.txt.bm25.txt", "gains.png")}
+    args += ["--per_query", tmp_path / "values.csv", "--run_tag", "mine", "--format", "csv"]
+    old = {name: f"old {name}".encode() for name in ("run.txt", "run.txt.bm25.txt", "gains.png", "values.csv")}
     for name, content in old.items():
         (tmp_path / name).write_bytes(content)
     with monkeypatch.context() as patch:
@@ -237,7 +238,15 @@ def test_outputs_appear_together(
     with monkeypatch.context() as patch:
         patch.setattr("rerank.comparison_table", Mock(side_effect=InputError("no table")))
         assert error_line(run("rerank.py", *args)) == "error: no table"
-    assert "Reranking: 100%" in ok(run("rerank.py", *args)).stderr
+    done = ok(run("rerank.py", *args))
+    assert "Reranking: 100%" in done.stderr
+    measure, *_ = csv.DictReader(done.stdout.splitlines())
+    values = list(csv.DictReader((tmp_path / "values.csv").open()))
+    for name in ("first stage", "reranked"):
+        of_run = [float(row["nDCG@10"]) for row in values if row["run"] == name]
+        assert measure[name] == f"{sum(of_run) / len(of_run):.4f}"
+    assert {line.split()[5] for line in (tmp_path / "run.txt").read_text().splitlines()} == {"mine"}
+    assert "expected one word, found 'a b'" in error_line(run("rerank.py", *args, "--run_tag", "a b"), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(old)
     assert len(read_run(str(tmp_path / "run.txt.bm25.txt"))) == len(read_run(str(tmp_path / "run.txt")))
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from inpars_lib.bm25.config import BM25Config, add_search_flags
 from inpars_lib.bm25.index import build_index
 from inpars_lib.bm25.search import open_index
-from inpars_lib.cli import InputError, at_least, run_script, script_parser
+from inpars_lib.cli import InputError, at_least, counted, run_script, script_parser
 from inpars_lib.files import atomic_write, check_paths, claimed, resolve_output
 from inpars_lib.first_stage import add_remove_query_flag
 from inpars_lib.formats.folders import beir_file, collection_files
@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not total:
                 problem = f"no query has a hit in {args.index}"
                 raise InputError(f"{args.topics}: {problem}. Pass topics and index of one collection.")
-    empty = f"; {without:,} queries without a hit" if without else ""
-    print(f"{args.output}: {total:,} hits of {len(topics):,} queries{empty}", file=sys.stderr)
+    empty = f"; {counted(without, 'query')} without a hit" if without else ""
+    print(f"{args.output}: {counted(total, 'hit')} of {counted(len(topics), 'query')}{empty}", file=sys.stderr)
 
 
 if __name__ == "__main__":

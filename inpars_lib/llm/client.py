@@ -12,10 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from types import MappingProxyType
 from typing import Any
 
-from inpars_lib.cli import InputError, printable, report, shorten, warn
+from inpars_lib.cli import InputError, duration, printable, report, shorten, warn
 from inpars_lib.formats.records import Doc
 from inpars_lib.llm.errors import (
     RESUME,
@@ -30,7 +29,7 @@ from inpars_lib.llm.jobs import Job, JobQueue
 from inpars_lib.llm.prompt import PromptTemplate
 from inpars_lib.llm.protocol import AnswerError, ModelApi, NoLogProbs, read_json
 from inpars_lib.llm.query_store import QueryStore
-from inpars_lib.llm.server import ClientConfig, Server, duration
+from inpars_lib.llm.server import ClientConfig, Server
 from inpars_lib.llm.usage import NO_TOKENS, Usage, estimate_usage, read_usage
 
 MAX_FAILURES_IN_A_ROW = 10  # given up without an answer in between: the cause is not the documents
@@ -235,7 +234,7 @@ class GenerationClient:
             error_body = error_within(answer)
             if status := status_within(error_body):
                 self.store.add_usage(usage)
-                verdict = self._classify(server, request, status, error_body)
+                verdict = self._classify(server, request, status, error_body, {})
                 return self._act_on(verdict, job, server, request, path, sent_at)
             row = self.api.read_answer(answer, prompt, self.template.truncate(job.doc)) | {"doc_text": job.doc.text}
         except (openai.APIConnectionError, TimeoutError) as error:
@@ -278,12 +277,7 @@ class GenerationClient:
                 self._save(job, row, usage)
 
     def _classify(
-        self,
-        server: Server,
-        request: Mapping[str, Any],
-        status: int,
-        body: Any,
-        headers: Mapping[str, str] = MappingProxyType({}),
+        self, server: Server, request: Mapping[str, Any], status: int, body: Any, headers: Mapping[str, str]
     ) -> Verdict:
         """Return what an error of a server means."""
         server.reached = True

@@ -7,13 +7,14 @@ from inpars_lib.cli import InputError
 from inpars_lib.formats.records import Doc
 
 SLOT = "{document_text}"  # where a prompt takes the document
+BAD_QUESTION = re.compile(r"(?i)bad question:")  # what separates the two questions of --good_bad
 
 
-def read_prompt(path: str) -> str:
+def read_prompt(path: str, good_bad: bool = False) -> str:
     """Return the prompt template of a file, without trailing newlines.
 
     Raises:
-        InputError: The file is not UTF-8, or has no slot for the document.
+        InputError: The file is not UTF-8, has no slot for the document, or shows no bad questions with `good_bad`.
     """
     with open(path, encoding="utf-8-sig") as file:
         try:
@@ -22,6 +23,9 @@ def read_prompt(path: str) -> str:
             raise InputError(f"{path}: not valid UTF-8. Save the prompt as UTF-8.") from None
     if SLOT not in template:
         raise InputError(f"{path}: no {SLOT} in this prompt. Write it where the document belongs.")
+    if good_bad and not BAD_QUESTION.search(template):
+        example = "as in prompts/gbq_prompt.txt"
+        raise InputError(f"{path}: no `Bad Question:` in this prompt, {example}. Use that file, or omit --good_bad.")
     return template
 
 
@@ -48,7 +52,6 @@ INTRODUCTION = re.compile(
     r"(?i)(sure|certainly|of course|okay|here('s| is| are)|(the|a) (relevant )?(answer|query|question)|example)\b.*:"
 )
 LABEL = re.compile(r"(?i)^((good|relevant|search) )?(query|question) *:\s*")
-BAD_QUESTION = re.compile(r"(?i)bad question:")  # what separates the two questions of --good_bad
 
 
 class Question(NamedTuple):

@@ -123,6 +123,7 @@ class QueryStore:
         models: Names of the models that answered, as the server gives them.
         usage_now: Tokens of this run.
         written: Number of queries written in this run.
+        equal_pairs: Number of answers of this run whose bad question equals the good one.
 
     Raises:
         InputError: Another process holds the output, its settings differ, or it is not ours.
@@ -136,7 +137,7 @@ class QueryStore:
         self.request: ApiState | None = None
         self.models: list[str] = []
         self.usage_now = self._usage_before = NO_TOKENS
-        self.written = 0
+        self.written = self.equal_pairs = 0
         self.done: set[RequestKey] = set()
         self.duplicates: set[RequestKey] = set()
         self.failed: set[RequestKey] = set()
@@ -250,6 +251,8 @@ class QueryStore:
         self.done.add(key)
         self.failed.discard(key)
         query = self._hash(key, row["question"])
+        if "bad_question" in row and self._hash(key, row["bad_question"]) == query:
+            self.equal_pairs += 1
         if query in self._queries:
             self.duplicates.add(key)
             self._append_error(key, DUPLICATE, row["question"])

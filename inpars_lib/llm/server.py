@@ -147,11 +147,3 @@ class Server:
 def backoff(failures: int) -> float:
     """Return the seconds to wait after this many failures in a row."""
     return min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(failures - 1, 10))
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the unit that people would use."""
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds:.3g} s"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from inpars_lib.cli import InputError, warn
+from inpars_lib.cli import InputError, counted, duration, warn
 from inpars_lib.formats.collection import conflicting_texts, missing_documents, read_collection
 from inpars_lib.formats.folders import collection_files
 from inpars_lib.formats.lines import count_lines
@@ -321,8 +321,8 @@ def estimate_cost(reranker: "Reranker", blocks: Sequence[PairBlock], corpus: str
         reranker.score_tokens(pairs_of(block))
     seconds = time.monotonic() - started
     tokens, pairs = sum(map(tokens_of, blocks)), sum(block.size() for block in blocks)
-    hours = seconds * tokens / sum(map(tokens_of, sample)) / 3600
+    projected = seconds * tokens / sum(map(tokens_of, sample))
     return (
-        f"{len(queries):,} queries, {pairs:,} pairs, {tokens:,} tokens ({tokens / pairs:.0f} per pair); about "
-        f"{hours:.2f} hours on one {reranker.model.device.type}, {pairs / hours / 3600:,.1f} pairs/s"
+        f"{counted(len(queries), 'query')}, {counted(pairs, 'pair')}, {tokens:,} tokens ({tokens / pairs:.0f} per "
+        f"pair); about {duration(projected)} on one {reranker.model.device.type}, {pairs / projected:,.1f} pairs/s"
     )
