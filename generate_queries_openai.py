@@ -37,11 +37,14 @@ from inpars_lib.cli import (
     InputError,
     at_least,
     between,
+    counted,
+    duration,
     hide_secrets,
     parse_header,
     report,
     run_script,
     script_parser,
+    warn,
 )
 from inpars_lib.files import check_paths, resolve_output
 from inpars_lib.formats.collection import collection_fingerprint, collection_paths, conflicting_texts, read_collection
@@ -70,36 +73,43 @@ def build_parser() -> argparse.ArgumentParser:
     add("--collection", required=True, help="collection to sample documents from")
     add("--output", required=True, help="synthetic queries to write or to append to, JSONL")
     add("--engine", default=DEFAULT_ENGINE, help="name of the model on the server (default: %(default)s)")
+    add("--base_url", nargs="+", metavar="URL", help="base URLs of servers, usually ending in /v1; several "
+        "share the documents (default: $OPENAI_BASE_URL, or OpenAI)")  # fmt: skip
     add("--prompt_template", default=DEFAULT_PROMPT, help="prompt file (default: prompts/vanilla_prompt.txt)")
     add("--max_examples", type=at_least(1), default=100_000, help="documents to sample (default: %(default)s)")
-    add("--queries_per_doc", type=at_least(1), default=1, metavar="N", help="queries to request per document "
-        "(default: %(default)s)")  # fmt: skip
     add("--max_tokens", type=at_least(1), default=64, help="tokens per answer (default: %(default)s)")
-    add("--temperature", type=at_least(0, float), default=0.0, help="0, the default, is greedy decoding")
-    add("--top_p", type=between(0, 1), default=1.0, help="probability mass of nucleus sampling (default: 1)")
-    add("--reasoning_effort", help="reasoning effort of the model (default: `none` where log-probabilities need it)")
     add("--min_doc_chars", type=at_least(0), default=300, help="skip shorter documents (default: %(default)s)")
-    add("--max_doc_chars", type=at_least(1), help="skip longer documents (default: 100000, or no limit with "
-        "--truncate_doc_chars)")  # fmt: skip
     add("--truncate_doc_chars", type=at_least(1), metavar="N", help="truncate longer documents to N characters in the "
         "prompt, at whitespace where possible; doc_text has the full text (default: no limit)")  # fmt: skip
-    add("--sampling", choices=("random", "first"), default="random", help="a random sample, or the first documents")
-    add("--seed", type=int, default=1, help="seed of the document sample (default: %(default)s)")
-    add("--sampling_seed", type=at_least(0), help="seed of decoding above temperature 0; request i of a document "
-        "uses SAMPLING_SEED + i - 1 (default: --seed)")  # fmt: skip
-    add("--good_bad", action="store_true", help="the prompt asks for a good question and then for a bad one")
-    add("--include_doc_probs", action="store_true", help="also write the document's log-probabilities, doc_log_probs")
-    add("--no_log_probs", action="store_true", help="request no log-probabilities, for models without them")
-
+    add("--dry_run", type=at_least(1), metavar="N", help="send N documents, print queries, project tokens and time")
+    add_query_flags(parser.add_argument_group("documents and queries").add_argument)
     add_server_flags(parser.add_argument_group("server").add_argument)
     add_cost_flags(parser.add_argument_group("cost and resuming").add_argument)
     return parser
 
 
+def add_query_flags(add: Callable[..., Any]) -> None:
+    """Add the flags of the sample, of decoding and of what an answer contains."""
+    add("--max_doc_chars", type=at_least(1), help="skip longer documents (default: 100000, or no limit with "
+        "--truncate_doc_chars)")  # fmt: skip
+    add("--sampling", choices=("random", "first"), default="random", help="a random sample, or the first documents")
+    add("--seed", type=int, default=1, help="seed of the document sample (default: %(default)s)")
+    add("--queries_per_doc", type=at_least(1), default=1, metavar="N", help="queries to request per document "
+        "(default: %(default)s)")  # fmt: skip
+    add("--temperature", type=at_least(0, float), default=0.0, help="0, the default, is greedy decoding")
+    add("--top_p", type=between(0, 1), default=1.0, help="probability mass of nucleus sampling (default: 1)")
+    add("--sampling_seed", type=at_least(0), help="seed of decoding above temperature 0; request i of a document "
+        "uses SAMPLING_SEED + i - 1 (default: --seed)")  # fmt: skip
+    add("--reasoning_effort", help="reasoning effort of the model (default: `none` where log-probabilities need it)")
+    add("--good_bad", action="store_true", help="the prompt asks for a good question and then for a bad one, as "
+        "prompts/gbq_prompt.txt does; the contrast is to make the good one better, and no later stage uses "
+        "bad_question")  # fmt: skip
+    add("--include_doc_probs", action="store_true", help="also write the document's log-probabilities, doc_log_probs")
+    add("--no_log_probs", action="store_true", help="request no log-probabilities, for models without them")
+
+
 def add_server_flags(add: Callable[..., Any]) -> None:
     """Add the flags of the server."""
-    add("--base_url", nargs="+", metavar="URL", help="base URLs of servers, usually ending in /v1; several "
-        "share the documents (default: $OPENAI_BASE_URL, or OpenAI)")  # fmt: skip
     add("--header", action="append", type=parse_header, default=[], metavar="NAME=VALUE", help="HTTP header of every "
         "request, repeatable; its value is never written or printed")  # fmt: skip
     add("--extra_body", type=parse_extra_body, default={}, metavar="JSON", help="JSON object with further "
@@ -115,7 +125,6 @@ def add_server_flags(add: Callable[..., Any]) -> None:
 
 def add_cost_flags(add: Callable[..., Any]) -> None:
     """Add the flags of cost and resuming."""
-    add("--dry_run", type=at_least(1), metavar="N", help="send N documents, print queries, project tokens and hours")
     add("--max_total_tokens", type=at_least(1), help="stop sending when prompt and completion tokens of all runs "
         "reach this; requests in flight then are still answered, up to --concurrency of them")  # fmt: skip
     add("--batch", action="store_true", help="use OpenAI's Batch API: half the price, within a day")
@@ -239,9 +248,10 @@ def sample_documents(args: argparse.Namespace) -> set[str]:
         if sample.setdefault(doc_id, text_hash) != text_hash:
             raise conflicting_texts(args.collection, doc_id)
     if too_short:
-        report(f"{too_short:,} documents under {args.min_doc_chars} characters are skipped (--min_doc_chars)")
+        documents = counted(too_short, "document")
+        report(f"skipped {documents} under {args.min_doc_chars} characters (--min_doc_chars)")
     if too_long:
-        report(f"{too_long:,} documents over {longest:,} characters are skipped (--max_doc_chars)")
+        report(f"skipped {counted(too_long, 'document')} over {longest:,} characters (--max_doc_chars)")
     if not sample:
         raise InputError(
             f"{args.collection}: no document of {args.min_doc_chars} to {args.max_doc_chars or 'any number of'} "
@@ -270,22 +280,24 @@ def print_projection(store: QueryStore, total: int, rate: float) -> None:
     usage = store.usage
     means = [tokens / count for tokens in (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)]
     duplicates = f", {len(store.duplicates):,} with a duplicate" if unit == "request" else ""
-    print(f"{count:,} {unit}s sent, {len(store.failed):,} of them without a query{duplicates}; nothing was written")
+    print(f"{counted(count, unit)} sent, {len(store.failed):,} without a query{duplicates}; nothing was written")
     print("per {}: {:,.0f} tokens in ({:,.0f} of them cached), {:,.1f} out".format(unit, *means))
     sums = [mean * total for mean in means]
     print("all {:,}: {:,.0f} tokens in ({:,.0f} of them cached), {:,.0f} out".format(total, *sums))
-    print(f"about {total / rate / 3600:,.1f} hours at {rate:,.2f} {unit}s per second")
-    report_cut_answers(store)
+    print(f"about {duration(total / rate)} at {rate:,.2f} {unit}s per second")
+    report_odd_answers(store)
 
 
-def report_cut_answers(store: QueryStore) -> None:
-    """Report how many answers --max_tokens has cut, with a warning if they are many."""
+def report_odd_answers(store: QueryStore) -> None:
+    """Report how many answers --max_tokens has cut, with a warning if they are many, and repeated bad questions."""
     cut, total = store.usage.cut_answers, len(store.done) + len(store.failed)
-    if cut:
-        warning, action = "", ""
-        if cut > CUT_SHARE * total:
-            warning, action = "warning: ", " Raise --max_tokens, or shorten the answers by the prompt."
-        report(f"{warning}{cut:,} of {total:,} answers ended at the limit of tokens, --max_tokens.{action}")
+    said = f"{cut:,} of {total:,} answers ended at the limit of tokens, --max_tokens"
+    if cut > CUT_SHARE * total:
+        warn(f"{said}. Raise --max_tokens, or shorten the answers by the prompt.")
+    elif cut:
+        report(said)
+    if store.equal_pairs:
+        report(f"bad questions that equal the good one: {store.equal_pairs:,}")
 
 
 def print_summary(store: QueryStore, wanted: Set[RequestKey], output: str) -> None:
@@ -294,7 +306,7 @@ def print_summary(store: QueryStore, wanted: Set[RequestKey], output: str) -> No
         report(summarize_queries(output))
     before = "" if store.usage == store.usage_now else f"; all runs {store.usage}"
     report(f"tokens: {store.usage_now}{before}")
-    report_cut_answers(store)
+    report_odd_answers(store)
     done = wanted & store.done
     failed = len(wanted & store.failed)
     left = len(wanted) - len(done) - failed
@@ -315,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     urls = server_urls(args)
     access = server_access(args, urls)
-    template = PromptTemplate(read_prompt(args.prompt_template), args.truncate_doc_chars)
+    template = PromptTemplate(read_prompt(args.prompt_template, args.good_bad), args.truncate_doc_chars)
     model = ModelConfig(**{field.name: getattr(args, field.name) for field in fields(ModelConfig)})
 
     # 2. The output of earlier runs with the same settings

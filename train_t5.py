@@ -24,14 +24,14 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inpars_lib.bm25.config import BM25Config
-from inpars_lib.cli import InputError, at_least, between, report, run_script, script_parser, shorten, warn
+from inpars_lib.cli import InputError, at_least, between, counted, report, run_script, script_parser, shorten, warn
 from inpars_lib.evaluation import MEASURES, add_measure_flags, check_threshold, format_value
 from inpars_lib.files import exclusive, file_sha256, resolve_output
 from inpars_lib.first_stage import add_remove_query_flag, advise_remove_query
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 DATA = ("triples_train", "holdout", "queries", "qrels", "run")  # flags of the files that a resumed training must repeat
 # Flags that a resumed training need not repeat. Collection and index belong to the files of DATA.
 FREE = {*DATA, "corpus", "index", "output_dir", "save_every_n_steps", "logging_steps", "report_to", "restart",
-        "resume_from_checkpoint"}  # fmt: skip
+        "resume_from_checkpoint", "query_model"}  # fmt: skip
+TRAINER_DEFAULTS = {"lr_scheduler_type": "constant_with_warmup"}  # of transformers.TrainingArguments, where ours differ
 
 FEW_STEPS = 50  # below, a warning
 BY_MEASURE = ("reduce_lr_on_plateau", "greedy")  # schedulers that need a measure to follow
@@ -64,40 +65,56 @@ def build_parser() -> argparse.ArgumentParser:
     add("--base_model", default="t5_base", help="folder, hub name, or t5_SIZE (default: %(default)s)")
     add("--triples_train", required=True, help="training triples, TSV")
     add("--output_dir", required=True, help="folder for the model, its checkpoints and results")
+    add("--loss", choices=list(LOSSES), default="pointwise", help="pointwise: each example alone, as in the paper; "
+        "pairwise: positive against negative; listwise: softmax over a positive and its n negatives in adjacent "
+        "triples, as in RankT5 (default: %(default)s)")  # fmt: skip
+    add("--epochs", type=at_least(0.001, float), default=1, help="passes over the triples (default: %(default)s)")
+    add("--learning_rate", type=at_least(0, float), default=3e-4, help="peak; constant unless --lr_scheduler_type "
+        "(default: 3e-4)")  # fmt: skip
     add("--per_device_train_batch_size", type=at_least(2), default=8, help="examples per batch; with --loss listwise a "
         "multiple of 1 + n, for n negatives per query (default: %(default)s)")  # fmt: skip
     add("--gradient_accumulation_steps", type=at_least(1), default=16, help="batches per step, shared by the processes "
         "of torchrun (default: %(default)s)")  # fmt: skip
-    add("--loss", choices=list(LOSSES), default="pointwise", help="pointwise: each example alone, as in the paper; "
-        "pairwise: positive against negative; listwise: softmax over a positive and its n negatives in adjacent "
-        "triples, as in RankT5 (default: %(default)s)")  # fmt: skip
-    number = at_least(0, float)
-    add("--learning_rate", type=number, default=3e-4, help="peak; constant unless --lr_scheduler_type (default: 3e-4)")
-    add("--warmup_steps", "--warmup_ratio", type=number, default=0, help="steps of linear warm-up, or "
-        "their share of all steps if below 1 (default: %(default)s)")  # fmt: skip
-    add("--weight_decay", type=number, default=5e-5, help="AdamW's, not for biases and norms (default: %(default)s)")
-    add("--epochs", type=at_least(0.001, float), default=1, help="passes over the triples (default: %(default)s)")
-    add("--max_steps", type=at_least(1), help="steps in all, instead of --epochs")
     add("--max_length", type=at_least(1), default=512, help="tokens of the input; longer ones lose text (default: 512)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision in bfloat16 (default: on a CPU that is "
         "fast at it, with AVX512-BF16 or AMX)")  # fmt: skip
-    add("--seed", type=between(0, 2**32 - 1, int), default=2, help="seed of order, dropout and new weights "
-        "(default: %(default)s)")  # fmt: skip
+    add_restart_flag(add)
+    add_optimization_flags(parser.add_argument_group("optimization").add_argument)
+    add_checkpoint_flags(parser.add_argument_group("checkpoints, logs and card").add_argument)
+    add_evaluation_flags(parser.add_argument_group("evaluation during training").add_argument)
+    return parser
+
+
+def add_optimization_flags(add: Callable[..., Any]) -> None:
+    """Add the flags of the optimizer and of what the model learns to answer."""
+    number = at_least(0, float)
+    add("--max_steps", type=at_least(1), help="steps in all, instead of --epochs")
+    add("--warmup_steps", "--warmup_ratio", type=number, default=0, help="steps of linear warm-up, or "
+        "their share of all steps if below 1 (default: %(default)s)")  # fmt: skip
+    add("--weight_decay", type=number, default=5e-5, help="AdamW's, not for biases and norms (default: %(default)s)")
     add("--lora_rank", type=at_least(1), metavar="R", help="rank of LoRA's adapters, which are trained instead "
         "of all weights and merged at the end (needs the package peft)")  # fmt: skip
+    add("--seed", type=between(0, 2**32 - 1, int), default=2, help="seed of order, dropout and new weights "
+        "(default: %(default)s)")  # fmt: skip
     add("--token_true", help="T5-like models: target word for relevant (default: true, or yes for mT5)")
     add("--token_false", help="T5-like models: target word for not relevant (default: false, or no for mT5)")
     add("--instruction", metavar="TEXT", help="causal models: task that the model reads before the query (default: the "
         "base model's own, or web search)")  # fmt: skip
+
+
+def add_checkpoint_flags(add: Callable[..., Any]) -> None:
+    """Add the flags of what a training writes beside the model."""
     add("--save_every_n_steps", type=at_least(1), default=100, help="steps per checkpoint (default: %(default)s)")
+    add("--resume_from_checkpoint", nargs="?", metavar="CHECKPOINT", help="resume from this checkpoint (default: the "
+        "last complete one in --output_dir, if any)")  # fmt: skip
     add("--logging_steps", type=at_least(1), default=10, help="steps per logged loss (default: %(default)s)")
     add("--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="where else to log losses and "
         "measures, beside results.csv (default: %(default)s)")  # fmt: skip
-    add("--resume_from_checkpoint", nargs="?", metavar="CHECKPOINT", help="resume from this checkpoint (default: the "
-        "last complete one in --output_dir, if any)")  # fmt: skip
-    add_restart_flag(add)
+    add("--query_model", metavar="NAME", help="language model that wrote the queries, for the card of the model")
 
-    add = parser.add_argument_group("evaluation during training").add_argument
+
+def add_evaluation_flags(add: Callable[..., Any]) -> None:
+    """Add the flags of the dev set and of what follows from its measures."""
     add("--queries", help="topics of the dev set: a file or a BEIR folder")
     add("--qrels", help="relevance judgements of the dev set: a file or a BEIR folder")
     add("--run", help="first-stage run of the dev topics or of --holdout: TREC, MS MARCO or ColBERT format")
@@ -114,7 +131,6 @@ def build_parser() -> argparse.ArgumentParser:
         "last")  # fmt: skip
     add("--early_stopping_patience", type=at_least(1), metavar="N", help="stop after N evaluations without a better "
         "one; needs --select_by")  # fmt: skip
-    return parser
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -122,7 +138,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
     args.output_dir = resolve_output(args.output_dir)
-    trainer_flags: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup"}
+    trainer_flags: dict[str, Any] = dict(TRAINER_DEFAULTS)
     if others:
         from inpars_lib.training.trainer import parse_trainer_flags
 
@@ -288,23 +304,40 @@ def report_start(args: argparse.Namespace, trainer: "RerankerTrainer", checkpoin
     groups = f" in {len(examples):,} groups of at most {examples.group_size} examples" if listwise else ""
     resumed = f", resumed from {checkpoint}" if checkpoint else ""
     report(
-        f"Training {family} from {args.base_model}: {len(examples.triples):,} triples{groups}, {per_step} examples "
-        f"per step, {steps:,} steps{resumed}"
+        f"Training {family} from {args.base_model}: {counted(len(examples.triples), 'triple')}{groups}, {per_step} "
+        f"examples per step, {counted(steps, 'step')}{resumed}"
     )
     if listwise and examples.group_size == 2:
         warn(f"{args.triples_train}: one negative per query, so --loss listwise equals pairwise. Sample more with "
              "generate_triples_train.py --n_samples, and keep the triples of a query adjacent.")  # fmt: skip
     if steps < FEW_STEPS:
-        warn(f"{steps} steps of {per_step} examples are few: rerankers learn little before {FEW_STEPS} steps. Lower "
+        warn(f"{counted(steps, 'step')} of {per_step} examples: rerankers learn little before {FEW_STEPS} steps. Lower "
              "--gradient_accumulation_steps, or raise --epochs.")  # fmt: skip
     if args.warmup_steps >= steps:
-        warn(f"--warmup_steps {args.warmup_steps:g}: the training has {steps:,} steps, so the learning rate does not "
-             "reach --learning_rate.")  # fmt: skip
+        warn(f"--warmup_steps {args.warmup_steps:g}: the training has {counted(steps, 'step')}, so the learning rate "
+             "does not reach --learning_rate.")  # fmt: skip
     if trainer.args.fp16 and family == "MonoT5":
         warn("--fp16: activations of T5 can exceed the range of float16. Use --bf16.")
     if trainer.dev:
         measures = ", ".join(f"{name} {format_value(value)}" for name, value in trainer.first_stage.items())
         report(f"first stage: {measures}")
+
+
+def refused_flags(trainer_flags: dict[str, Any], error: Exception) -> InputError:
+    """Return the error for flags of `TrainingArguments` that transformers does not accept."""
+    given = " ".join(f"--{name} {value}" for name, value in (trainer_flags.items() - TRAINER_DEFAULTS.items()))
+    named = f" ({given})" if given else ""
+    return InputError(f"transformers refuses these flags: {shorten(error)}{named}. Correct or omit them.")
+
+
+def run_training(trainer: "RerankerTrainer", checkpoint: str | None, trainer_flags: dict[str, Any]) -> None:
+    """Train. An error before the first step is that of a flag, if there are flags of `TrainingArguments`."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        if checkpoint or trainer.state.global_step > 0 or trainer_flags == TRAINER_DEFAULTS:
+            raise
+        raise refused_flags(trainer_flags, error) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -359,7 +392,7 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: Proces
         trainer = RerankerTrainer(reranker, examples, config, arguments, dev)
         trainer.check_flags()
     except (ImportError, TypeError, ValueError) as error:
-        raise InputError(f"transformers refuses these flags: {shorten(error)}. Correct or omit them.") from None
+        raise refused_flags(trainer_flags, error) from None
 
     # 5. Training
     if group.rank == 0:
@@ -369,13 +402,13 @@ def train(args: argparse.Namespace, trainer_flags: dict[str, Any], group: Proces
     if start.trained:
         trainer.load_trained(str(start.checkpoint), start.trained)
     else:
-        trainer.train(resume_from_checkpoint=start.checkpoint)
+        run_training(trainer, start.checkpoint, trainer_flags)
 
     # 6. The model and its card
     trainer.save_reranker(folder.unfinished)
     if group.rank == 0:
         trainer.write_results()
-        folder.publish(trainer.chosen_step, model_card(folder.record, trainer))
+        folder.publish(trainer.chosen_step, model_card(folder.record, trainer, args.query_model))
         report(f"{args.output_dir}: model of step {trainer.chosen_step:,}")
 
 

@@ -154,7 +154,7 @@ def test_two_processes_do_not_write_one_output(collection: Path, openai_server: 
         (["--seed", 2], "seed 1, now 2"),
         (["--temperature", 0.5], "temperature 0.0, now 0.5"),
         (["--api", "chat"], 'api "completions", now "chat"'),
-        (["--good_bad"], "good_bad false, now true"),
+        (["--good_bad", "--prompt_template", ROOT / "prompts/gbq_prompt.txt"], "good_bad false, now true"),
         (["--prompt_template", ROOT / "prompts/gbq_prompt.txt"], "the prompt differs"),
     ],
 )

@@ -14,7 +14,13 @@ from inpars_lib.training.model_card import model_card
 SETTINGS = {"base_model": "t5_base", "loss": "pairwise", "select_by": None, "max_eval_docs_per_query": 100, "epochs": 2}
 
 
-def card(settings: dict[str, Any], data: list[str], log: list[dict[str, float]], family: str = "MonoT5") -> ModelCard:
+def card(
+    settings: dict[str, Any],
+    data: list[str],
+    log: list[dict[str, float]],
+    family: str = "MonoT5",
+    query_model: str | None = None,
+) -> ModelCard:
     """Return the card of a training of 7 steps."""
     config = SimpleNamespace(is_encoder_decoder=family == "MonoT5", model_type="mt5", answers=["▁yes", "▁no"])
     files = {flag: DataFile(f"{flag}.tsv", "00ff") for flag in data}
@@ -25,7 +31,7 @@ def card(settings: dict[str, Any], data: list[str], log: list[dict[str, float]],
         first_stage={"nDCG@10": 0.25, "P@5": math.nan},
         chosen_step=7,
     )
-    return ModelCard(model_card(TrainingRecord(2, SETTINGS | settings, files), trainer))
+    return ModelCard(model_card(TrainingRecord(2, SETTINGS | settings, files), trainer, query_model))
 
 
 def test_a_card_without_an_evaluation() -> None:
@@ -65,3 +71,24 @@ def test_a_card_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     assert f"| base_model | {tmp_path.name} |" in found.text
     assert "| deepspeed | zero2.json |" in found.text
     assert found.data.base_model is None
+
+
+def test_the_base_model_of_a_folder(tmp_path: Path) -> None:
+    cached = tmp_path / "models--google-t5--t5-small" / "snapshots" / "00ff"
+    cached.mkdir(parents=True)
+    found = card({"base_model": str(cached)}, [], [])
+    assert found.data.base_model == "google-t5/t5-small"
+    assert "| base_model | google-t5/t5-small |" in found.text
+    named = tmp_path / "package" / "model"
+    named.mkdir(parents=True)
+    (named / "README.md").write_text("---\nlicense: mit\n---\n\n# all-MiniLM-L6-v2\ntext\n")
+    found = card({"base_model": str(named)}, [], [])
+    assert found.data.base_model is None  # no name that the hub is known to have
+    assert "| base_model | all-MiniLM-L6-v2 |" in found.text
+    (named / "README.md").write_bytes(b"\xff\n")
+    assert "| base_model | model |" in card({"base_model": str(named)}, [], []).text
+
+
+def test_the_model_that_wrote_the_queries() -> None:
+    assert ".\nA language model wrote a query for each" in card({}, [], []).text
+    assert ".\ngpt-6-luna wrote a query for each" in card({}, [], [], query_model="gpt-6-luna").text

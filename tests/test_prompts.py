@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ok
+from conftest import ROOT, error_line, ok
 from generation import generate, written
-from stand_in import StandIn, chat, completion, prompt_of
+from stand_in import StandIn, chat, completion, document_of, prompt_of
 
 PROMPTS = sorted((ROOT / "prompts").glob("*.txt"))
 README = (ROOT / "prompts/README.md").read_text()
@@ -48,6 +48,23 @@ def test_a_repeated_label_is_dropped(path: Path, api: str, tmp_path: Path, opena
     ok(generate(tmp_path / "collection.tsv", openai_server.url, "--prompt_template", path, "--api", api, *bad))
     assert written(tmp_path / "collection.tsv")["d1"]["question"] == "how deep is it"
     assert prompt_of(openai_server.requests[0]).endswith(f"\n\nExample 4:\nDocument: A lake.\n{label}")
+
+
+def test_bad_questions(collection: Path, openai_server: StandIn) -> None:
+    said = error_line(generate(collection, openai_server.url, "--good_bad"))
+    assert "vanilla_prompt.txt: no `Bad Question:` in this prompt, as in prompts/gbq_prompt.txt." in said
+    assert not openai_server.requests
+
+    def answer(request: dict) -> tuple[int, dict]:
+        document = document_of(request)
+        bad = document if document in ("number1", "number2") else "it"
+        return 200, completion(f" what is {document}?\nBad Question: What is  {bad}?")
+
+    openai_server.respond = answer
+    prompt = ["--prompt_template", ROOT / "prompts/gbq_prompt.txt"]
+    done = ok(generate(collection, openai_server.url, "--good_bad", *prompt))
+    assert "bad questions that equal the good one: 2\n" in done.stderr
+    assert written(collection)["d3"]["bad_question"] == "What is  it?"
 
 
 def test_no_example_is_in_two_prompts() -> None:

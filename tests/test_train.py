@@ -202,6 +202,7 @@ def test_other_flags_are_passed_to_the_trainer(separable: Path, tiny_t5: Path, t
     assert "--learning_rat is neither a flag of this script nor of" in error_line(unknown, 2)
     refused = train(separable, tiny_t5, tmp_path / "none", *QUICK, "--fsdp", "nonsense")
     assert "transformers refuses these flags: Unknown `fsdp` option" in error_line(refused)
+    assert "(--fsdp nonsense). Correct or omit them." in error_line(refused)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,11 @@ def test_flags_that_cannot_work_here(separable: Path, tiny_t5: Path, tmp_path: P
     for flags, code, problem in (
         (["--fp16", "True"], 1, "--fp16: needs a GPU. Omit the flag, or use --bf16."),
         (["--deepspeed", tmp_path / "zero2.json"], 1, "refuses these flags: "),
-        (["--adam_beta1", 2], 1, "refuses these flags: Invalid beta parameter at index 0: 2.0. Correct or omit them."),
+        (
+            ["--adam_beta1", 2],
+            1,
+            "refuses these flags: Invalid beta parameter at index 0: 2.0 (--adam_beta1 2.0)",
+        ),
         (["--optim", "adamw_bnb_8bit"], 1, "refuses these flags: You need to install `bitsandbytes`"),
         (["--lr_scheduler_type", "cosine_with_min_lr"], 1, "refuses these flags: One of min_lr or min_lr_rate"),
         (["--lr_scheduler_type", "warmup_stable_decay"], 1, "refuses these flags: get_wsd_schedule() missing"),
@@ -282,7 +287,7 @@ def test_all_examples_of_an_epoch_have_the_same_weight(
     for batch, accumulated in ((8, 2), (12, 1), (2, 6)):
         sizes = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulated]
         done = ok(train(separable, tiny_t5, tmp_path / str(batch), *args, *sizes, "--weight_decay", 0))
-        assert f"{batch * accumulated} examples per step, 1 steps" in done.stderr
+        assert f"{batch * accumulated} examples per step, 1 step" in done.stderr
     one, *others = (load_file(tmp_path / str(batch) / "model.safetensors") for batch in (12, 8, 2))
     before = load_file(tiny_t5 / "model.safetensors")
     assert any((one[name] - before[name]).abs().max() > 1e-3 for name in one)
@@ -296,14 +301,22 @@ def test_an_epoch_has_all_examples(separable: Path, tiny_t5: Path, tmp_path: Pat
     args = ["--logging_steps", 1, "--warmup_ratio", 0.5]
     done = ok(train(separable, tiny_t5, tmp_path / "model", *args, "--epochs", 2))
     assert "128 examples per step, 4 steps" in done.stderr
-    assert "warning: 4 steps of 128 examples are few" in done.stderr
+    assert "warning: 4 steps of 128 examples: rerankers learn little" in done.stderr
     state = json.loads((tmp_path / "model/checkpoint-4/trainer_state.json").read_text())
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
     assert rates == pytest.approx([0, 1.5e-4, 3e-4, 3e-4])
     assert state["epoch"] == 2
     done = ok(train(separable, tiny_t5, tmp_path / "half", *args, "--epochs", 0.5, "--warmup_steps", 1))
-    assert "128 examples per step, 1 steps" in done.stderr
-    assert "warning: --warmup_steps 1: the training has 1 steps" in done.stderr
+    assert "128 examples per step, 1 step" in done.stderr
+    assert "warning: --warmup_steps 1: the training has 1 step," in done.stderr
+
+
+def test_flags_that_fail_in_the_first_step(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    """The Trainer accepts them until its first step."""
+    flags = ["--torch_compile_backend", "nonsense"]
+    said = error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK, *flags))
+    assert "transformers refuses these flags: " in said
+    assert "(--torch_compile_backend nonsense). Correct or omit them." in said
 
 
 def test_an_evaluation_needs_whole_weights(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:

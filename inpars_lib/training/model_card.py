@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,14 +25,16 @@ rerankers.Reranker("MODEL", model_type="cross-encoder")""",
 
 load_reranker("MODEL").score([(query, document), ...])""",
 }
+HUB_CACHE = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/")
+TITLE = re.compile(r"(?m)^# +(\S.*?) *$")
 CARD = """---
 {metadata}
 ---
 
 # {title}
 
-A reranker trained without labelled queries, by InPars ([Bonifacio et al., 2022](https://arxiv.org/abs/2202.05144)). A
-language model wrote a query for each of many documents. A first stage such as BM25 retrieved the negatives.
+A reranker trained without labelled queries, by InPars ([Bonifacio et al., 2022](https://arxiv.org/abs/2202.05144)).
+{query_model} wrote a query for each of many documents. A first stage such as BM25 retrieved the negatives.
 
 ## Use
 
@@ -60,21 +64,20 @@ or, from Python:
 """
 
 
-def model_card(record: TrainingRecord, trainer: "RerankerTrainer") -> str:
+def model_card(record: TrainingRecord, trainer: "RerankerTrainer", query_model: str | None = None) -> str:
     """Return the text of the card, with the metadata that the Hugging Face hub reads at its head.
 
     Args:
         record: Settings and data of the training.
         trainer: The Trainer after the training.
+        query_model: Name of the language model that wrote the queries.
     """
     from huggingface_hub import ModelCardData
 
-    given = record.settings["base_model"]
-    local = os.path.isdir(given)
-    base_model = Path(given).resolve().name if local else checkpoint_name(given)
+    base_model, on_hub = _base_model(record.settings["base_model"])
     family = type(trainer.reranker).__name__
     metadata = ModelCardData(
-        base_model=None if local else base_model,
+        base_model=base_model if on_hub else None,
         library_name="sentence-transformers" if family == "CrossEncoder" else "transformers",
         pipeline_tag="text-ranking",
         tags=["inpars", "reranker", family.lower()],
@@ -89,11 +92,28 @@ def model_card(record: TrainingRecord, trainer: "RerankerTrainer") -> str:
     return CARD.format(
         metadata=metadata.to_yaml(),
         title=Path(str(trainer.args.output_dir)).resolve().name,
+        query_model=query_model or "A language model",
         loading=_loading(trainer.reranker),
         settings="\n".join(rows),
         data="\n".join(f"| {flag} | {file.name} | `{file.sha256}` |" for flag, file in record.data.items()),
         results=_results(record, trainer),
     )
+
+
+def _base_model(given: str) -> tuple[str, bool]:
+    """Return the name of a base model and whether the hub knows it by this name.
+
+    A folder in the hub's cache has the name in its path. Another folder may have it as the title of its README.md.
+    """
+    if not os.path.isdir(given):
+        return checkpoint_name(given), True
+    folder = Path(given).resolve()
+    if cached := HUB_CACHE.search(str(folder)):
+        return f"{cached[1]}/{cached[2]}", True
+    with suppress(OSError, UnicodeDecodeError):
+        if title := TITLE.search((folder / "README.md").read_text(encoding="utf-8")):
+            return title[1], False
+    return folder.name, False
 
 
 def _loading(reranker: "Reranker") -> str:
