@@ -123,7 +123,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     judged_work = args.plot or args.judged_only or args.per_query or args.measures != MEASURES or args.format != "text"
     if judged_work and not args.qrels:
-        parser.error("--plot, --judged_only, --per_query, --measures and --format need --qrels")
+        parser.error("--plot, --judged_only, --per_query, --format and --measures need --qrels")
     if not args.run and not args.index:
         parser.error("--run or --index is required")
     if args.interpolation_weight is None and not (args.holdout and (args.holdout_run or args.index)):
