@@ -539,11 +539,12 @@ def test_a_folder_of_beir_is_its_corpus(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "qrels"):
         assert list(formats.read_qrels(str(folder))) == [Qrel("2", "1", 1)]
     (tmp_path / "qrels" / "dev.tsv.gz").write_bytes(b"")
-    with pytest.raises(InputError, match=r"qrels: this folder has dev.tsv.gz, test.tsv. Name a file"):
+    (tmp_path / "qrels" / "train.tsv").write_bytes(b"")
+    with pytest.raises(InputError, match=r"qrels: this folder has dev.tsv.gz, test.tsv, train.tsv.*qrels/test.tsv"):
         list(formats.read_qrels(str(tmp_path)))
     for read, names in (
         (formats.read_topics, "queries.jsonl"),
-        (formats.read_qrels, "dev.tsv or dev.jsonl or test.tsv"),
+        (formats.read_qrels, "test.tsv or test.jsonl or dev.tsv"),
     ):
         with pytest.raises(InputError, match=f"empty: this folder has no {names}"):
             list(read(str(tmp_path / "empty")))

@@ -34,13 +34,14 @@ def collection_files(path: str) -> list[str]:
 
 
 def beir_file(path: str, *names: str) -> str:
-    """Return the path itself, or of a BEIR folder the only file that has one of these names."""
+    """Return the path itself, or of a BEIR folder the only file that has one of these names, the likeliest first."""
     if not os.path.isdir(path):
         return path
     found = sorted(name for name in os.listdir(path) if SUFFIX.sub("", name) in names)
     if not found:
         raise InputError(f"{path}: this folder has no {' or '.join(names)}. Name a file.")
     if len(found) > 1:
-        example = os.path.join(path, found[-1])
+        likeliest = min(found, key=lambda name: names.index(SUFFIX.sub("", name)))
+        example = os.path.join(path, likeliest)
         raise InputError(f"{path}: this folder has {', '.join(found)}. Name a file, for example {example}.")
     return os.path.join(path, found[0])

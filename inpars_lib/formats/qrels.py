@@ -24,7 +24,7 @@ from inpars_lib.formats.records import Qrel
 from inpars_lib.formats.roles import check_role
 
 FORM = "`query_id 0 doc_id grade`, or BEIR's three columns"
-SPLITS = [f"{split}{suffix}" for split, suffix in product(("dev", "test", "train"), (".tsv", ".jsonl"))]
+SPLITS = [f"{split}{suffix}" for split, suffix in product(("test", "dev", "train"), (".tsv", ".jsonl"))]
 REFUSED = ("run", "topics", "texts", "queries")
 LARGEST_GRADE = 10**6  # trec_eval counts the documents of each grade up to the highest
 QRELS_DOC_ID = ("corpus-id", "corpus_id", *DOC_ID)
