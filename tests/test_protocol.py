@@ -335,6 +335,8 @@ def test_errors_within_answers(answer: object, status: int | None) -> None:
         (403, "Country, region, or territory not supported", "Use a key that may do this, or another server"),
         (403, "Project has no access to model gpt-6", "Check --engine"),
         (401, "Incorrect API key provided", "Set API_KEY"),
+        (401, "Invalid model name. See /v1/models for the models of your key", "Check --engine"),  # LiteLLM
+        (403, "The model m does not give logprobs", "Add --no_log_probs"),
         (401, "", "Set API_KEY"),
     ],
 )

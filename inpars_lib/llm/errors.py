@@ -107,7 +107,7 @@ def classify_error(
         answered: The output has answers, so a refusal with status 403 may concern this document only.
     """
     model = request.get("model", "")
-    said = shorten(error_message(body)).removeprefix(str(status)).lstrip()  # as in nginx's `502 Bad Gateway`
+    said = shorten(error_message(body)).removeprefix(str(status)).lstrip(" :")  # as in nginx's `502 Bad Gateway`
     code = body.get("code") if isinstance(body, dict) else None
     if code in NO_CREDIT or status == 402:
         return Verdict(Action.STOP, f"{server}: the account has no credit left ({said}). {RESUME}")
@@ -139,9 +139,15 @@ def classify_error(
 
 
 def find_advice(said: str, otherwise: str) -> str:
-    """Return what the user can do about a refusal, by the server's words, or by the likely cause `otherwise`."""
-    causes = [cause for cause, words in CAUSES.items() if words.search(said)]
-    return ADVICE[(causes or [otherwise])[0]]
+    """Return what the user can do about a refusal, by the server's words, or by the likely cause `otherwise`.
+
+    Of several causes that the words name, the first is meant: "Invalid model name. Call /v1/models to view available
+    models for your key". Log-probabilities come before the model that has none.
+    """
+    found = {cause: match.start() for cause, words in CAUSES.items() if (match := words.search(said))}
+    if "log_probs" in found:
+        return ADVICE["log_probs"]
+    return ADVICE[min(found, key=lambda cause: found[cause], default=otherwise)]
 
 
 def error_message(body: Any) -> str:
