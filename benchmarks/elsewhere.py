@@ -1,10 +1,11 @@
-"""Compare the scores of a trained model with those of other packages that load it.
+"""Compare the scores of a reranker with those of other packages that load it.
 
     pip install ...                                      # the packages listed in benchmarks/rerank.py
     D=demo/work; python benchmarks/elsewhere.py --model $D/model --topics $D/topics.tsv --corpus $D/collection.tsv
 
-A monoT5 is loaded by rerankers and PyTerrier-T5, a cross-encoder by rerankers and sentence-transformers. The exit code
-is 1 if a package ranks the documents differently.
+--model is a model that train_t5.py made, or a folder that another package saved: ours there, or theirs here. rerankers
+and PyTerrier-T5 load a monoT5, rerankers and sentence-transformers a cross-encoder, and the latter a causal model. The
+exit code is 1 if a package ranks the documents differently, or if none is installed.
 """
 
 import argparse
@@ -12,50 +13,90 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+from scipy.stats import kendalltau
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from inpars_lib.formats.collection import read_collection
 from inpars_lib.formats.topics import read_topics
 from inpars_lib.rerankers.load import load_reranker
-from inpars_lib.rerankers.mono_t5 import MonoT5
+
+
+def score_with_rerankers(model: str, query: str, texts: list[str], family: str) -> list[float]:
+    """Return the scores of the package rerankers."""
+    from rerankers import Reranker
+
+    kind = "t5" if family == "MonoT5" else "cross-encoder"
+    ranker = Reranker(model, model_type=kind, device="cpu", dtype="float32", verbose=0)
+    results = ranker.rank(query=query, docs=texts, doc_ids=list(range(len(texts)))).results
+    return [result.score for result in sorted(results, key=lambda result: result.doc_id)]
+
+
+def score_with_pyterrier(model: str, query: str, texts: list[str], family: str) -> list[float]:
+    """Return the scores of PyTerrier-T5."""
+    import pandas
+    from pyterrier_t5 import MonoT5ReRanker
+
+    ids = [str(i) for i in range(len(texts))]
+    frame = pandas.DataFrame({"qid": "1", "query": query, "docno": ids, "text": texts})
+    ranked = MonoT5ReRanker(model, model, device="cpu", verbose=False).transform(frame)
+    scores = dict(zip(ranked.docno, ranked.score, strict=True))
+    return [scores[i] for i in ids]
+
+
+def score_with_sentence_transformers(model: str, query: str, texts: list[str], family: str) -> list[float]:
+    """Return the logits of sentence-transformers."""
+    from sentence_transformers import CrossEncoder
+    from torch.nn import Identity
+
+    pairs = [(query, text) for text in texts]
+    return CrossEncoder(model, device="cpu").predict(pairs, activation_fn=Identity()).tolist()
+
+
+PACKAGES = {
+    "rerankers": (score_with_rerankers, ("MonoT5", "CrossEncoder")),
+    "PyTerrier-T5": (score_with_pyterrier, ("MonoT5",)),
+    "sentence-transformers": (score_with_sentence_transformers, ("CrossEncoder", "CausalReranker")),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a trained model")
+    parser.add_argument("--model", required=True, help="folder of a model")
     parser.add_argument("--topics", required=True, help="topics; the first is used")
     parser.add_argument("--corpus", required=True, help="collection; the first eight documents are scored")
     args = parser.parse_args()
     query = next(iter(read_topics(args.topics).values()))
     texts = [doc.text[:400] for doc in islice(read_collection(args.corpus), 8)]
-    ours = load_reranker(args.model, dtype="float32")
-    scores = {"ours": ours.score([(query, text) for text in texts]).tolist()}
+    reranker = load_reranker(args.model, dtype="float32")
+    family = type(reranker).__name__
+    ours = reranker.score([(query, text) for text in texts]).tolist()
+    show("ours", ours)
+    agree = []
+    for name, (score, families) in PACKAGES.items():
+        if family not in families:
+            continue
+        try:
+            theirs = score(args.model, query, texts, family)
+        except ImportError:
+            print(f"{name:22} not installed: see benchmarks/rerank.py")
+            continue
+        difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        tau = kendalltau(ours, theirs).statistic
+        show(name, theirs)
+        print(f"{'':22} largest difference {difference:.1e}, Kendall's tau {tau:.4f}")
+        agree.append(order(theirs) == order(ours))
+    if not (agree and all(agree)):
+        sys.exit("the packages rank the documents differently, or none is installed")
 
-    try:
-        from rerankers import Reranker
-    except ImportError:
-        sys.exit("error: the packages to compare with are not installed. See benchmarks/rerank.py for the command.")
-    kind = "t5" if isinstance(ours, MonoT5) else "cross-encoder"
-    ranked = Reranker(args.model, model_type=kind, device="cpu", dtype="float32", verbose=0)
-    results = ranked.rank(query=query, docs=texts, doc_ids=list(range(len(texts)))).results
-    scores["rerankers"] = [r.score for r in sorted(results, key=lambda r: r.doc_id)]
-    if kind == "t5":
-        import pandas
-        from pyterrier_t5 import MonoT5ReRanker
 
-        ids = [str(i) for i in range(len(texts))]
-        frame = pandas.DataFrame({"qid": "1", "query": query, "docno": ids, "text": texts})
-        ranked = MonoT5ReRanker(args.model, args.model, device="cpu", verbose=False).transform(frame)
-        scores["PyTerrier-T5"] = [dict(zip(ranked.docno, ranked.score, strict=True))[i] for i in ids]
-    else:
-        from sentence_transformers import CrossEncoder
+def show(name: str, scores: list[float]) -> None:
+    """Print scores."""
+    print(f"{name:22}" + " ".join(f"{value:9.4f}" for value in scores))
 
-        scores["sentence-transformers"] = CrossEncoder(args.model).predict([(query, text) for text in texts]).tolist()
-    orders = {}
-    for name, values in scores.items():
-        orders[name] = sorted(range(len(values)), key=lambda i: -values[i])
-        print(f"{name:22}" + " ".join(f"{value:9.4f}" for value in values))
-    if any(order != orders["ours"] for order in orders.values()):
-        sys.exit("the packages rank the documents differently")
+
+def order(scores: list[float]) -> list[int]:
+    """Return the ranking of the documents."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import numpy
 import pytest
 from conftest import ok, run
 from training_helpers import DEV_FILES, QUICK, train
+from transformers import AutoTokenizer
 
 from inpars_lib.formats.runs import read_run
 from inpars_lib.rerankers.load import load_reranker
@@ -32,6 +33,7 @@ def test_it_is_scored_as_it_was_trained(
     command = ["rerank.py", "--model", model, *files, "--top_k", 5, "--dtype", "float32"]
     silent = ok(run(*command, "--output", tmp_path / "own.txt"))
     assert "trained with" not in silent.stderr
+    assert AutoTokenizer.from_pretrained(model).model_max_length == flags[flags.index("--max_length") + 1]
     same = ok(run(*command, *flags, "--output", tmp_path / "same.txt"))
     assert "trained with" not in same.stderr
     assert (tmp_path / "own.txt").read_bytes() == (tmp_path / "same.txt").read_bytes()

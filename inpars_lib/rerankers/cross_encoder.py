@@ -40,7 +40,8 @@ class CrossEncoder(Reranker):
         padding = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
         if padding is not None:  # RoBERTa counts positions from there
             positions -= padding + 1
-        limit = min(tokenizer.model_max_length, positions)
+        # The tokenizer of a model that was trained here has the length of the training, which is no limit.
+        limit = positions if hasattr(model.config, "inpars") else min(tokenizer.model_max_length, positions)
         self._check_max_length(len(self._prefix) + len(self._separator) + len(self._suffix), limit)
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in OUTPUT_LAYERS and name.count(".") < 2:

@@ -100,6 +100,7 @@ class RerankerTrainer(Trainer):
         # step. Without this flag, accumulated gradients would be too large by the number of batches.
         reranker.model.accepts_loss_kwargs = False
         reranker.model.config.inpars = {"max_length": reranker.max_length, "instruction": reranker.instruction}
+        reranker.tokenizer.model_max_length = reranker.max_length  # other packages truncate to this length
         if reranker.model.config.model_type == "t5":
             reranker.model.config.n_positions = reranker.max_length  # PyTerrier-T5 truncates to this length
         super().__init__(
