@@ -92,9 +92,10 @@ def test_only_a_training_makes_a_new_output(folders: dict[str, Path], capsys: py
     assert "1 weights have no place in this model and are not used, such as extra.weight" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("decoder", [True, False])
 @pytest.mark.parametrize("kind", ["T5EncoderModel", "T5ForSequenceClassification"])
-def test_a_t5_without_answers(folders: dict[str, Path], kind: str) -> None:
-    change_json(folders["t5"] / "config.json", architectures=[kind])
+def test_a_t5_without_answers(folders: dict[str, Path], kind: str, decoder: bool) -> None:
+    change_json(folders["t5"] / "config.json", architectures=[kind], is_encoder_decoder=decoder)
     assert f"{kind} has no decoder that answers" in refused(folders["t5"])
     assert kind in refused(folders["t5"], new_head=True)
 

@@ -113,7 +113,7 @@ def load_reranker(
         return CausalReranker(
             model.to(device), found.tokenizer, max_length, template, targets or found.tokens, instruction
         )
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder or config.model_type in T5_TYPES:  # T5EncoderModel saves that it has no decoder
         if config.model_type not in T5_TYPES:
             known = ", ".join(T5_TYPES)
             raise InputError(f"{name}: models of type {config.model_type} are not supported. Use one of {known}.")
