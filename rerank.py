@@ -2,7 +2,7 @@ r"""Stage 5: rerank the first-stage hits with the trained model and, given judge
 
 Reads   topics, their collection, a model, a run (TREC or MS MARCO) or a BM25 index, optionally qrels
 Writes  OUTPUT, the reranked run (TREC); with --index also the first stage, OUTPUT.bm25.txt; with --qrels a table on
-        stdout
+        stdout, and on request a plot of the gains (--plot) and the measures of each query (--per_query)
 
     python rerank.py --model data/msmarco --queries data/msmarco/topics.dl20.txt --corpus data/msmarco/collection.tsv \
         --index msmarco-passage --qrels data/msmarco/qrels.dl20-passage.txt --relevance_threshold 2 \
@@ -164,11 +164,11 @@ def check_files(args: argparse.Namespace) -> None:
     }
     outputs = {
         "--output": args.output,
-        "--plot": args.plot,
-        "--per_query": args.per_query,
         "first stage": first_stage_path(args),
         "log of scores": log_path(args),
         "lock": f"{args.output}.lock",
+        "--plot": args.plot,
+        "--per_query": args.per_query,
     }
     check_paths(inputs, outputs)
 

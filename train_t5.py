@@ -58,6 +58,11 @@ FEW_STEPS = 50  # below, a warning
 BY_MEASURE = ("reduce_lr_on_plateau", "greedy")  # schedulers that need a measure to follow
 
 
+def one_line(word: str) -> str:
+    """Return a text on one line (an argparse type)."""
+    return " ".join(word.split())
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = script_parser(__doc__, allow_abbrev=False)
@@ -110,7 +115,12 @@ def add_checkpoint_flags(add: Callable[..., Any]) -> None:
     add("--logging_steps", type=at_least(1), default=10, help="steps per logged loss (default: %(default)s)")
     add("--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="where else to log losses and "
         "measures, beside results.csv (default: %(default)s)")  # fmt: skip
-    add("--query_model", metavar="NAME", help="language model that wrote the queries, for the card of the model")
+    add(
+        "--query_model",
+        type=one_line,
+        metavar="NAME",
+        help="language model that wrote the queries, for the card of the model",
+    )
 
 
 def add_evaluation_flags(add: Callable[..., Any]) -> None:
@@ -325,19 +335,19 @@ def report_start(args: argparse.Namespace, trainer: "RerankerTrainer", checkpoin
 
 def refused_flags(trainer_flags: dict[str, Any], error: Exception) -> InputError:
     """Return the error for flags of `TrainingArguments` that transformers does not accept."""
-    given = " ".join(f"--{name} {value}" for name, value in (trainer_flags.items() - TRAINER_DEFAULTS.items()))
-    named = f" ({given})" if given else ""
+    given = [f"--{name} {value}" for name, value in trainer_flags.items() if TRAINER_DEFAULTS.get(name) != value]
+    named = f" ({shorten(' '.join(given))})" if given else ""
     return InputError(f"transformers refuses these flags: {shorten(error)}{named}. Correct or omit them.")
 
 
 def run_training(trainer: "RerankerTrainer", checkpoint: str | None, trainer_flags: dict[str, Any]) -> None:
-    """Train. An error before the first step is that of a flag, if there are flags of `TrainingArguments`."""
+    """Train. An error before the first step is likely that of a flag, if there are flags of `TrainingArguments`."""
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
         if checkpoint or trainer.state.global_step > 0 or trainer_flags == TRAINER_DEFAULTS:
             raise
-        raise refused_flags(trainer_flags, error) from None
+        raise refused_flags(trainer_flags, error) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -71,7 +71,7 @@ def duration(seconds: float) -> str:
     """Return a time in the unit that people would use."""
     for unit, length in (("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * length:
-            return f"{seconds / length:.3g} {unit}"
+            return f"{seconds / length:,.0f} {unit}" if seconds >= 100 * length else f"{seconds / length:.3g} {unit}"
     return f"{seconds:.3g} s"
 
 

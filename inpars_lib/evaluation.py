@@ -169,13 +169,13 @@ def mean_values(values: MeasureValues) -> dict[str, float]:
 def compare(first: Mapping[str, float], second: Mapping[str, float]) -> Comparison:
     """Return how the values of a second run, by query id, differ.
 
-    p is of the paired t-test, 1 if there is nothing to test.
+    p is of the paired t-test: 1 without any difference, NaN for a single query.
     """
     from scipy.stats import ttest_rel
 
     pairs = [(value, second[query_id]) for query_id, value in first.items()]
     won, lost = sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)
-    p = 1.0
+    p = 1.0 if len(pairs) > 1 else math.nan
     if won + lost and len(pairs) > 1:
         with warnings.catch_warnings():  # that all differences are equal, or nearly
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -227,15 +227,14 @@ def run_table(names: Sequence[str], runs: Sequence[MeasureValues], form: str = "
     columns = COLUMNS if len(runs) > 1 else ()
     rows = [["measure", "run", "mean", *columns]]
     for measure, values in first.items():
-        testable = len(values) > 1
         compared = [compare(values, other[measure]) for other in runs[1:]]
-        adjusted = holm([found.p for found in compared])
+        p_values = [found.p for found in compared]
+        adjusted = holm(p_values) if len(values) > 1 else p_values
         for i, (name, other) in enumerate(zip(names, runs, strict=True)):
             mean = mean_values(other)[measure]
             cells = [""] * len(columns)
             if i > 0 and not math.isnan(mean):
-                p = adjusted[i - 1] if testable else math.nan
-                cells = format_comparison(compared[i - 1]._replace(p=p))
+                cells = format_comparison(compared[i - 1]._replace(p=adjusted[i - 1]))
             shown = measure if i == 0 or form == "csv" else ""
             rows.append([shown, name, format_value(mean), *cells])
     return format_table(rows, form, names=2)

@@ -20,6 +20,7 @@ from inpars_lib.cli import InputError
 STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LONGEST_NAME = 255  # bytes that Linux and macOS allow
+FOLDERS = ("--index",)  # outputs that are folders
 OPEN_FILES = ("/dev/fd/", "/proc/self/fd/")  # names of files that this process has open already
 
 # ------------------------------------------------------------------------------------------------ paths of a command
@@ -60,9 +61,11 @@ def check_paths(inputs: Mapping[str, str | Iterable[str] | None], outputs: Mappi
         outputs: Paths by flag or by the name of a file beside an output, likewise.
 
     Raises:
-        InputError: Two flags name one file, or a name is too long for a file system.
+        InputError: Two flags name one file, an output is a folder or inside another output, or a name is too long for a
+            file system.
     """
     named: list[tuple[str, str, set[object]]] = []
+    written: dict[str, str] = {}  # flag by real path
     for flag, paths in inputs.items():
         for path in [paths] if isinstance(paths, str) else paths or ():
             if path != "-" and not is_special(path):
@@ -80,6 +83,13 @@ def check_paths(inputs: Mapping[str, str | Iterable[str] | None], outputs: Mappi
             if identities & known:
                 raise InputError(f"{output}: {flag} and {other} ({path}) are one file. Name another {flag}.")
         named.append((flag, output, identities))
+        real = os.path.realpath(output)
+        if os.path.isdir(output) and flag not in FOLDERS:
+            raise InputError(f"{output}: {flag} is a file, and this is a folder. Name another {flag}.")
+        for parent, other in written.items():
+            if real.startswith(parent + os.sep):
+                raise InputError(f"{output}: {flag} is inside {other}, which is a file. Name another {flag}.")
+        written[real] = flag
 
 
 # ---------------------------------------------------------------------------------------------------- atomic writes

@@ -285,6 +285,22 @@ def test_requests_beyond_a_rate_limit_are_not_given_up(collection: Path, openai_
     assert not errors(collection)
 
 
+def test_an_account_without_credit_stops_after_the_results(collection: Path, openai_server: StandIn) -> None:
+    no_credit = (429, {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}})
+    openai_server.respond = lambda request: (
+        no_credit if openai_server.batches and document_of(request) > "number3" else openai_server.answer(request)
+    )
+    said = error_line(generate(collection, openai_server.url, *QUICK))
+    assert "the account has no credit left (You exceeded your current quota)" in said
+    assert not errors(collection)
+    before = len(written(collection))
+    assert 1 < before < 20
+    openai_server.respond = openai_server.answer
+    ok(generate(collection, openai_server.url, *QUICK))
+    assert set(written(collection)) == EVERY
+    assert len(openai_server.batches) == 2
+
+
 def test_errors_inside_results_are_classified(collection: Path, openai_server: StandIn) -> None:
     inside = {"error": {"message": "maximum context length is 10 tokens", "code": 400}}
     openai_server.respond = lambda request: (

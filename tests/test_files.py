@@ -52,6 +52,16 @@ def test_an_output_is_no_input(folder: Path, used: str, output: str, same: bool)
             files.check_paths(inputs, {"--plot": None, "--output": str(folder / output)})
 
 
+def test_an_output_is_no_folder_and_not_inside_another(folder: Path) -> None:
+    (folder / "old").mkdir()
+    with pytest.raises(InputError, match=r"old: --plot is a file, and this is a folder. Name another --plot"):
+        files.check_paths({}, {"--plot": str(folder / "old")})
+    files.check_paths({}, {"--index": str(folder / "old")})
+    inside = str(folder / "new" / "values.csv")
+    with pytest.raises(InputError, match=r"values.csv: --per_query is inside --output, which is a file"):
+        files.check_paths({}, {"--output": str(folder / "new"), "--per_query": inside})
+
+
 def test_an_output_is_no_other_output(folder: Path) -> None:
     for name in ("a", "soft", "hard"):
         with pytest.raises(InputError, match=r"--plot and --output"):

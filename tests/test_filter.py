@@ -5,10 +5,12 @@ import math
 import os
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from conftest import error_line, kill_after, ok, rows, run, save_t5, write_rows
 
+from inpars_lib.cli import InputError
 from inpars_lib.files import exclusive
 from inpars_lib.formats.records import SyntheticQuery
 from inpars_lib.query_browser import QuerySample
@@ -287,12 +289,11 @@ def test_kills_do_not_change_the_kept_queries(tmp_path: Path, many: list[dict], 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
 
 
-def unfinished(args: list[object], output: Path) -> str:
-    """Score with an output that cannot be written, so that the log stays. Return the messages."""
-    output.mkdir(exist_ok=True)
-    done = run(SCRIPT, *args)
-    assert "Is a directory" in error_line(done)
-    output.rmdir()
+def unfinished(args: list[object]) -> str:
+    """Score, but fail when the output is written, so that the log stays. Return the messages."""
+    with patch("filter_queries_by_score.write_together", side_effect=InputError("not written")):
+        done = run(SCRIPT, *args)
+    assert "not written" in error_line(done)
     return done.stderr
 
 
@@ -302,15 +303,15 @@ def test_scores_of_other_rows_or_settings_are_not_used(
     data, output = many[:1300], tmp_path / "out.jsonl"
     log = tmp_path / "out.jsonl.scores.jsonl"
     args = scoring_args(tmp_path, data, tiny_t5)
-    unfinished(args, output)
+    unfinished(args)
     assert blocks(log) == 2
-    assert "Scoring" not in unfinished(args, output)  # all is scored
+    assert "Scoring" not in unfinished(args)  # all is scored
     # A changed row: the block before it is used again, its own is not.
     changed = [*data[:1250], {**data[1250], "question": "what are changed tides"}, *data[1251:]]
-    said = unfinished(scoring_args(tmp_path, changed, tiny_t5), output)
+    said = unfinished(scoring_args(tmp_path, changed, tiny_t5))
     assert "out.jsonl.scores.jsonl: has scores of other rows. Scoring resumes at line 1,025." in said
     assert blocks(log) == 3
-    assert "at line 1,025" in unfinished(scoring_args(tmp_path, many[:1350], tiny_t5), output)  # more rows
+    assert "at line 1,025" in unfinished(scoring_args(tmp_path, many[:1350], tiny_t5))  # more rows
     # Another model: refused, until --restart throws the scores away.
     other = save_t5(tmp_path / "other", (separable / "triples.tsv").read_text().splitlines()[:50])
     args = scoring_args(tmp_path, data, other)
@@ -319,7 +320,7 @@ def test_scores_of_other_rows_or_settings_are_not_used(
     differences = f'model "{tiny_t5}", now "{other}"; the state of the model\'s files differs'
     assert f"made with other settings ({differences})." in refused
     assert log.read_bytes() == before
-    unfinished([*args, "--restart"], output)
+    unfinished([*args, "--restart"])
     assert blocks(log) == 2
     ok(run(SCRIPT, *args))
     ok(run(SCRIPT, *scoring_args(tmp_path, data, other, "other.jsonl")))

@@ -38,6 +38,11 @@ def test_ties_are_broken_like_trec_eval_in_every_measure() -> None:
     assert values["MRR@10"]["1"] == values["MAP"]["1"] == 0.5  # b precedes a
 
 
+def test_one_query_has_no_p() -> None:
+    table = evaluation.comparison_table({"AP": {"1": 0.5}}, {"AP": {"1": 0.25}})
+    assert table.splitlines()[1].split() == ["AP", "0.5000", "0.2500", "-0.2500", "n/a", "0", "0", "1"]
+
+
 def test_a_threshold_that_no_judgement_reaches(capsys: pytest.CaptureFixture) -> None:
     qrels, run = [Qrel("1", "a", 1)], {"1": [ScoredDoc("1", "a", 1.0)]}
     values = evaluation.evaluate_per_query(qrels, run, 2)
@@ -210,8 +215,17 @@ def test_tables_for_other_programs(tmp_path: Path) -> None:
     assert values[:3] == [["run", "query_id", "RR@10", "AP(rel=2)"], ["a_1", "0", "0.5", ""], ["a_1", "1", "0.5", ""]]
     assert len(values) == 7
     before = (tmp_path / "qrels.txt").read_bytes()
+    for word in ("-", "", "/dev/stdout"):
+        assert "expected a file" in error_line(run(*args, "--per_query", word, cwd=tmp_path), 2)
     assert "--per_query and --qrels" in error_line(run(*args, "--per_query", "qrels.txt", cwd=tmp_path))
     assert (tmp_path / "qrels.txt").read_bytes() == before
+
+
+def test_names_that_would_break_a_table() -> None:
+    rows = [["measure", "run"], ["AP", "a\nb|*c*\\|\x1b[2J\udcff"]]
+    assert tables.format_table(rows, "text").splitlines()[1].split() == ["AP", "a", "b|*c*\\|[2J?"]
+    assert tables.format_table(rows, "markdown").splitlines()[2] == r"| AP | a b\|\*c\*\\\|[2J? |"
+    assert tables.format_table(rows, "csv").splitlines()[1] == "AP,a b|*c*\\|[2J?"
 
 
 def test_short_names() -> None:

@@ -79,9 +79,12 @@ def test_the_base_model_of_a_folder(tmp_path: Path) -> None:
     found = card({"base_model": str(cached)}, [], [])
     assert found.data.base_model == "google-t5/t5-small"
     assert "| base_model | google-t5/t5-small |" in found.text
+    old = tmp_path / "models--gpt2" / "snapshots" / "00ff"
+    old.mkdir(parents=True)
+    assert card({"base_model": str(old)}, [], []).data.base_model == "gpt2"
     named = tmp_path / "package" / "model"
     named.mkdir(parents=True)
-    (named / "README.md").write_text("---\nlicense: mit\n---\n\n# all-MiniLM-L6-v2\ntext\n")
+    (named / "README.md").write_text("---\n# a comment\nlicense: mit\n---\n\n# all-MiniLM-L6-v2\ntext\n")
     found = card({"base_model": str(named)}, [], [])
     assert found.data.base_model is None  # no name that the hub is known to have
     assert "| base_model | all-MiniLM-L6-v2 |" in found.text

@@ -76,5 +76,5 @@ def test_the_stream_is_restored() -> None:
 def test_numbers_and_times_in_messages() -> None:
     assert [cli.counted(count, "query") for count in (0, 1, 2000)] == ["0 queries", "1 query", "2,000 queries"]
     assert cli.counted(2, "judged document") == "2 judged documents"
-    durations = [cli.duration(seconds) for seconds in (0.5, 45, 600, 7200)]
-    assert durations == ["0.5 s", "45 s", "10 minutes", "2 hours"]
+    durations = [cli.duration(seconds) for seconds in (0.5, 45, 600, 7200, 3.7e6)]
+    assert durations == ["0.5 s", "45 s", "10 minutes", "2 hours", "1,028 hours"]

@@ -52,7 +52,7 @@ def test_a_repeated_label_is_dropped(path: Path, api: str, tmp_path: Path, opena
 
 def test_bad_questions(collection: Path, openai_server: StandIn) -> None:
     said = error_line(generate(collection, openai_server.url, "--good_bad"))
-    assert "vanilla_prompt.txt: no `Bad Question:` in this prompt, as in prompts/gbq_prompt.txt." in said
+    assert "vanilla_prompt.txt: no `Bad Question:` in this prompt. Use prompts/gbq_prompt.txt, or omit" in said
     assert not openai_server.requests
 
     def answer(request: dict) -> tuple[int, dict]:

@@ -232,6 +232,7 @@ def test_names_of_retired_models() -> None:
         ("What?", ["", "What", "?"], [(0, 0), (0, 4), (4, 5)]),
         ("What?", ["I", " think", "</think>", "\n\n", "What", "?"], [(0, 0)] * 3 + [(0, 0), (0, 4), (4, 5)]),
         ("What?", ["<|channel|>", "final", "<|message|>", "What", "?"], [(0, 0)] * 3 + [(0, 4), (4, 5)]),
+        ("What?", ["analysis", "Hm", "assistant", "final", "What", "?"], [(0, 0)] * 4 + [(0, 4), (4, 5)]),
         ("a\n\nb", ["a", "\n", "b"], [(0, 1), (1, 2), (3, 4)]),
     ],
 )
@@ -508,6 +509,9 @@ def test_what_is_secret() -> None:
         ("<think>The user wants\na query.</think>\n\nWhat is X?", "What is X?"),
         ("[THINK]The user wants\na query.[/THINK]What is X?", "What is X?"),  # Mistral
         ("<|channel|>analysis<|message|>A query.<|end|><|channel|>final<|message|>What is X?", "What is X?"),
+        ("<|start|>assistant<|channel|>final<|message|>What is X?<|return|>", "What is X?"),
+        ("analysisThe user wants a query.assistantfinalWhat is X?", "What is X?"),  # without its special tokens
+        ("What does <|message|> mean in Harmony?", "What does <|message|> mean in Harmony?"),
         ('Here is a relevant query:\n"What is X?"', "What is X?"),
         ("Sure! Here's a question:\n\nWhat is X?", "What is X?"),
         ("Relevant Query: What is X?", "What is X?"),
@@ -526,6 +530,9 @@ def test_reasoning_and_introductions_are_no_questions(text: str, question: str) 
         "The answer to your question is:",
         "<think>I should",
         "[THINK]I should",
+        "<|channel|>analysis<|message|>We need a query",
+        "<|start|>assistant<|channel|>analysis<|message|>We need a query.<|end|><|start|>assistant<|channel|>final",
+        "analysisThe user wants a query",
         "Example 5:",
         "Here is a relevant query:\n",
         "The relevant query is:",  # SmolLM2

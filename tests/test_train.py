@@ -317,6 +317,10 @@ def test_flags_that_fail_in_the_first_step(separable: Path, tiny_t5: Path, tmp_p
     said = error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK, *flags))
     assert "transformers refuses these flags: " in said
     assert "(--torch_compile_backend nonsense). Correct or omit them." in said
+    flags += ["--debug", "underflow_overflow"]
+    assert "underflow_overflow" in error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK, *flags))
+    said = error_line(train(separable, tiny_t5, tmp_path / "model", *QUICK, "--neftune_noise_alpha", "x"), 2)
+    assert "argument --neftune_noise_alpha" in said
 
 
 def test_an_evaluation_needs_whole_weights(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:

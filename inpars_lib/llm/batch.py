@@ -32,7 +32,7 @@ from inpars_lib.resume import FORMAT_VERSION, read_state
 MAX_FILE_BYTES = 200_000_000  # OpenAI's limit for a request file
 MAX_RETRIES = 8  # of requests to the server's batch endpoints
 MAX_TRIES = 3  # batches in which a request may fail by itself
-TOO_MANY = "too many requests"  # a rate limit is no failure of the request
+TOO_MANY = "too many requests"  # a limit of the account is no failure of the request
 ENDED = ("completed", "failed", "expired", "cancelled", "canceled")
 
 
@@ -142,6 +142,7 @@ class BatchRunner:
         self.url = config.urls[0] if config.urls else None
         self.server = public_url(self.url)
         self.forgets = False  # what the server does not have any more
+        self.fatal: InputError | None = None  # why the account cannot go on, found in results
 
     @cached_property
     def client(self) -> Any:
@@ -169,6 +170,8 @@ class BatchRunner:
                 tries = dict(self.state.tries)
                 self._prepare(self.left - {key for batch in self.state.open for key in requests_of(batch).values()})
                 reasons = self._collect_all()
+                if self.fatal:
+                    raise self.fatal
                 # A request that fails by itself while others are answered gets further tries.
                 hopeful = self.store.answered and self.state.tries != tries
                 if self.left and len(self.left) == before and not hopeful:
@@ -431,7 +434,9 @@ class BatchRunner:
         reason = shorten(error_message(error) or error_message(body) or f"status {status}")
         if status is not None:
             verdict = classify_error(status, body, {}, request=self.api.request(prompt), server=self.server)
-            if verdict.action is Action.BACK_OFF:
+            if verdict.action is Action.STOP:
+                self.fatal = InputError(verdict.message)
+            if verdict.action in (Action.BACK_OFF, Action.STOP):
                 return TOO_MANY
             if verdict.action in (Action.GIVE_UP, Action.ADAPT):
                 self.store.add_failure(key, reason, "", usage)

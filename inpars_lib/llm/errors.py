@@ -174,8 +174,6 @@ def error_within(answer: Any) -> Any:
 
 def status_within(body: Any) -> int | None:
     """Return the HTTP status that an `error` object inside an answer stands for, by its code or type, or None."""
-    if body is None:
-        return None
     found = [body.get(name) for name in ("code", "status", "type")] if isinstance(body, dict) else [body]
     for code in map(str, found):
         if code.isdecimal() and 400 <= int(code) < 600:

@@ -8,7 +8,8 @@ from functools import cache
 from itertools import accumulate
 from typing import Any
 
-REASONING_END = re.compile(rb"</think>|\[/THINK\]|<\|message\|>")  # the last of them precedes the answer
+# The last of these precedes the answer: Qwen's and Mistral's tags, and gpt-oss' final channel, also without its tokens
+REASONING_END = re.compile(rb"</think>|\[/THINK\]|<\|channel\|>final[^<\n]*<\|message\|>|assistantfinal(?=\S)")
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's token for a byte
 BEYOND_ASCII = b"\x7f"
 ROUNDING = 1e-3  # above a log-probability of 0

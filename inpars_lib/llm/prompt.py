@@ -24,8 +24,7 @@ def read_prompt(path: str, good_bad: bool = False) -> str:
     if SLOT not in template:
         raise InputError(f"{path}: no {SLOT} in this prompt. Write it where the document belongs.")
     if good_bad and not BAD_QUESTION.search(template):
-        example = "as in prompts/gbq_prompt.txt"
-        raise InputError(f"{path}: no `Bad Question:` in this prompt, {example}. Use that file, or omit --good_bad.")
+        raise InputError(f"{path}: no `Bad Question:` in this prompt. Use prompts/gbq_prompt.txt, or omit --good_bad.")
     return template
 
 
@@ -51,6 +50,7 @@ class PromptTemplate(NamedTuple):
 INTRODUCTION = re.compile(
     r"(?i)(sure|certainly|of course|okay|here('s| is| are)|(the|a) (relevant )?(answer|query|question)|example)\b.*:"
 )
+SPECIAL_TOKENS = re.compile(r"(<\|\w+\|>|</s>)+$")  # which some servers show
 LABEL = re.compile(r"(?i)^((good|relevant|search) )?(query|question) *:\s*")
 
 
@@ -66,7 +66,8 @@ def find_question(text: str) -> Question:
     end = 0
     for whole in text.split("\n"):
         start, end = end, end + len(whole) + 1
-        line = LABEL.sub("", whole.strip("\ufffd \t\r\v\f"), count=1)  # a token limit may cut a character in two
+        line = SPECIAL_TOKENS.sub("", whole.strip("\ufffd \t\r\v\f"))  # a token limit may cut a character in two
+        line = LABEL.sub("", line, count=1)
         if len(line) > 1 and (line[0], line[-1]) in (('"', '"'), ("'", "'"), ("\u201c", "\u201d")):
             line = line[1:-1]
         line = line.strip()

@@ -29,7 +29,7 @@ OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "m
 OWN_PARAMETERS = {"model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "reasoning_effort"}
 OWN_PARAMETERS |= {"messages", "prompt", "n", "best_of", "stream", "stream_options", "logprobs", "top_logprobs", "echo"}
 TEXT_PARTS = (None, "text", "output_text")  # types of the parts of a message that are no reasoning
-REASONING = ("<think>", "[THINK]", "<|channel|>analysis")  # how a model's reasoning begins
+REASONING = re.compile(r"<think>|\[THINK\]|(<\|start\|>assistant)?<\|channel\|>|analysis(?=[A-Z])")  # how it begins
 THOUGHT = re.compile(r"(?i)(okay|ok|alright|hmm+|so|first|let's|let me|we (need|have)|i (need|have|should|will)|the "
                      r"user|(here's a )?thinking process)\b")  # fmt: skip
 NO_REASONING = "--reasoning_effort none, or the server's own switch in --extra_body"
@@ -284,7 +284,7 @@ class ModelApi:
     def _problem(self, choice: dict[str, Any], generated: str, question: Question, bad_question: Question) -> str:
         """Return why the generated text holds no query, or an empty string."""
         is_cut = choice.get("finish_reason") == "length"
-        if generated.startswith(REASONING) or (is_cut and THOUGHT.match(question.text)):
+        if REASONING.match(generated.lstrip()) or (is_cut and THOUGHT.match(question.text)):
             return "the answer is only reasoning. Raise --max_tokens, or turn reasoning off"
         if question.text and self.config.good_bad and not bad_question.text:  # the prompt was not followed
             return "the answer has no bad question"

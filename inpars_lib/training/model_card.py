@@ -25,8 +25,8 @@ rerankers.Reranker("MODEL", model_type="cross-encoder")""",
 
 load_reranker("MODEL").score([(query, document), ...])""",
 }
-HUB_CACHE = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/")
-TITLE = re.compile(r"(?m)^# +(\S.*?) *$")
+HUB_CACHE = re.compile(r"/models--([^/]+)/snapshots/")
+TITLE = re.compile(r"(?:---\n.*?\n---\n)?\s*# +(\S[^\n|]*?) *(\n|$)", re.DOTALL)  # after the metadata
 CARD = """---
 {metadata}
 ---
@@ -109,9 +109,9 @@ def _base_model(given: str) -> tuple[str, bool]:
         return checkpoint_name(given), True
     folder = Path(given).resolve()
     if cached := HUB_CACHE.search(str(folder)):
-        return f"{cached[1]}/{cached[2]}", True
+        return cached[1].replace("--", "/"), True
     with suppress(OSError, UnicodeDecodeError):
-        if title := TITLE.search((folder / "README.md").read_text(encoding="utf-8")):
+        if title := TITLE.match((folder / "README.md").read_text(encoding="utf-8")):
             return title[1], False
     return folder.name, False
 

@@ -1,5 +1,6 @@
 """The Trainer that evaluates by reranking, and its flags."""
 
+import argparse
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -334,9 +335,11 @@ def parse_trainer_flags(flags: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--{name} is not supported: {reason}")
     arguments: Any = TrainingArguments
     # Making TrainingArguments here would set up DeepSpeed and other state of the process.
-    known, unknown = HfArgumentParser(arguments, allow_abbrev=False).parse_known_args(
-        ["--output_dir", "unused", *flags]
-    )
+    parser: Any = HfArgumentParser(arguments, allow_abbrev=False, exit_on_error=False)
+    try:
+        known, unknown = parser.parse_known_args(["--output_dir", "unused", *flags])
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
     if unknown:
         raise ValueError(f"{unknown[0]} is neither a flag of this script nor of transformers.TrainingArguments")
     return {name: getattr(known, name) for name in names}
