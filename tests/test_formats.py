@@ -269,6 +269,29 @@ def test_bad_trec_topics(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         formats.read_topics(str(path))
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('qid,query\n1,"cats, dogs"\n', r"separated by commas \(CSV\). Run python -c .*c.txt"),
+        ('"query_id","text"\r\n1,cats\r\n', r"separated by commas \(CSV\)"),
+        ("docno,text\nd1,cats\n", r"separated by commas \(CSV\)"),
+        ("<DOC>\n<DOCNO> FT911-1 </DOCNO>\n<TEXT>\ncats\n</TEXT>\n</DOC>\n", "TREC's SGML"),
+        ('[{"number": 1, "turn": [{"number": 1, "raw_utterance": "cats?"}]}]', "conversations"),  # CAsT
+        ('{"number": "9-1", "title": "t", "turns": [{"utterance": "cats?"}]}\n', "conversations"),  # iKAT
+    ],
+)
+def test_topics_of_other_layouts(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "c.txt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=problem):
+        formats.read_topics(str(path))
+
+
+def test_a_text_that_begins_with_a_name_and_a_comma(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text("id,ego\twhat is it\n2\tid, ego\n")
+    assert formats.read_topics(str(tmp_path / "t.tsv")) == {"id,ego": "what is it", "2": "id, ego"}
+
+
 def test_a_tsv_file_may_hold_tags(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text("<http://a>\tthe <top> shelf\n2\t<title> tag\n")
     assert formats.read_topics(str(tmp_path / "t.tsv")) == {"<http://a>": "the <top> shelf", "2": "<title> tag"}

@@ -19,6 +19,8 @@ BLOCK_BYTES = 1 << 20  # lines are read in blocks, because a Python generator pe
 LONGEST_LINE = 1 << 27  # bytes
 # First bytes of files that hold no text, what they are, what to do
 PARQUET = "python -c \"import pandas as p; p.read_parquet('{0}').to_json('{0}.jsonl', orient='records', lines=True)\""
+COMMAS = rb"(?i)(\xef\xbb\xbf)?\"?(q|query|doc|document|p|passage|cord)?[_-]?(id|uid|no)\"?,[\w \",-]*\r?\n"  # header
+CSV = "python -c \"import pandas as p; p.read_csv('{0}', dtype=str).to_csv('{0}.tsv', sep='\\t', index=False)\""
 NO_TEXT = (
     (rb"PAR1", "a Parquet file", f"Run {PARQUET}"),
     (rb"ARROW1|\xff\xff\xff\xff", "an Arrow file", "Export the data as JSONL"),
@@ -27,6 +29,8 @@ NO_TEXT = (
     (b"|".join(start for _, _, start, _ in FORMATS), "compressed twice", "Decompress it once"),
     (rb"version https://git-lfs", "a Git LFS pointer, not the data", "Run git lfs pull"),
     (rb"(?i)\s*+<(!doctype html|html)\b", "a web page, not the data", "Download the file again"),
+    (rb"\s*+<DOC>", "TREC's SGML, not one document a line", "Convert it to lines doc_id<TAB>text"),
+    (COMMAS, "separated by commas (CSV)", f"Run {CSV}"),
     (rb"\xff\xfe|\xfe\xff|[^\0]\0[^\0]\0|\0[^\0]\0[^\0]", "UTF-16 text", "Save the file as UTF-8"),
 )
 ARRAY = re.compile(rb"\s*+\[(?![^\n]*\t)\s*+[{\]]")  # with a tab, the line is TSV

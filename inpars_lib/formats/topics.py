@@ -24,6 +24,7 @@ from inpars_lib.formats.records import Doc
 from inpars_lib.formats.roles import check_role
 
 FORM = "`query_id<TAB>text`, a JSON object with an id (`_id`, ...) and a text (`text`, ...), or a TREC topic"
+TURNS = re.compile(r'^\s*\{.*"turns?": *\[')  # of CAsT and iKAT
 REFUSED = ("qrels", "run", "ranks", "queries")
 # Possessive quantifiers give no characters back, so that a hostile file takes linear time.
 TAG = re.compile(r"<(/?)([A-Za-z][\w.-]*+)([^<>]*+)>")
@@ -152,6 +153,8 @@ def _judge(block: Block) -> Form[Doc]:
     """Return how to read a file of topics."""
     lines = block.head()
     check_role(block.path, lines, REFUSED)
+    if TURNS.search(lines[0]):
+        raise InputError(f"{block.path}: these topics are conversations. Write a line `query_id<TAB>query` per turn.")
     columns, header = judge_columns(lines, QUERY_ID, QUERY_TEXT)
     return Form(partial(parse_text, ids=QUERY_ID, texts=QUERY_TEXT, columns=columns), header)
 
