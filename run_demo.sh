@@ -54,7 +54,7 @@ stop_server() {
 trap stop_server EXIT
 trap 'exit 130' INT TERM
 
-SETTINGS="settings 7, $DOCUMENTS documents" # count up if a setting of a stage below changes
+SETTINGS="settings 8, $DOCUMENTS documents" # count up if a setting of a stage below changes
 mkdir -p "$WORK"
 [ -e "$WORK/collection.tsv" ] || echo "$SETTINGS" >"$WORK/settings.txt"
 if [ "$(cat "$WORK/settings.txt" 2>/dev/null)" != "$SETTINGS" ]; then
@@ -97,7 +97,7 @@ step "$WORK/triples.tsv" "$PYTHON" generate_triples_train.py --input "$WORK/filt
     --index "$WORK/index" --max_hits 100 --n_samples 2
 
 step "$MODEL/config.json" "$PYTHON" train_t5.py --base_model "$BASE_MODEL" --triples_train "$WORK/triples.tsv" \
-    --output_dir "$MODEL" --loss pairwise --learning_rate 2e-4 --lr_scheduler_type linear --warmup_steps 20 \
+    --output_dir "$MODEL" --loss pairwise --learning_rate 1e-4 --lr_scheduler_type linear --warmup_steps 20 \
     --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --max_length 96 --save_every_n_steps 50 \
     --query_model SmolLM2-135M-Instruct
 

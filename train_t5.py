@@ -54,7 +54,7 @@ FREE = {*DATA, "corpus", "index", "output_dir", "save_every_n_steps", "logging_s
         "resume_from_checkpoint", "query_model"}  # fmt: skip
 TRAINER_DEFAULTS = {"lr_scheduler_type": "constant_with_warmup"}  # of transformers.TrainingArguments, where ours differ
 
-FEW_STEPS = 50  # below, a warning
+FEW_STEPS = 50  # a training with fewer steps gets a warning
 BY_MEASURE = ("reduce_lr_on_plateau", "greedy")  # schedulers that need a measure to follow
 
 
@@ -246,7 +246,9 @@ def use_bfloat16(wanted: bool | None, fp16: bool) -> bool:
     on_cpu = not torch.cuda.is_available()
     if fp16 and on_cpu:
         raise InputError("--fp16: needs a GPU. Omit the flag, or use --bf16.")
-    return on_cpu and has_fast_bfloat16("cpu") if wanted is None else wanted
+    if wanted is not None:
+        return wanted
+    return on_cpu and has_fast_bfloat16("cpu")
 
 
 def training_arguments(
@@ -341,7 +343,11 @@ def refused_flags(trainer_flags: dict[str, Any], error: Exception) -> InputError
 
 
 def run_training(trainer: "RerankerTrainer", checkpoint: str | None, trainer_flags: dict[str, Any]) -> None:
-    """Train. An error before the first step is likely that of a flag, if there are flags of `TrainingArguments`."""
+    """Train the model.
+
+    Raises:
+        InputError: The training failed before its first step, probably because of a flag of `TrainingArguments`.
+    """
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:

@@ -75,9 +75,9 @@ class GenerationClient:
 
         Args:
             docs: The documents, each with the number of the request, from 1.
-            answered: Likewise, what earlier runs have answered.
+            answered: Requests that earlier runs answered, likewise. One is sent again to see whether the server works.
             total: Requests in all, for the progress bar.
-            left: Those of them that earlier runs have not finished.
+            left: Requests without an answer or a recorded failure.
             only_first: Stop after the first answer.
 
         Raises:
@@ -185,7 +185,7 @@ class GenerationClient:
             return None
 
     def _queue_last_tries(self) -> bool:
-        """Queue what is to be tried when all others are settled. Return whether there is anything."""
+        """Queue the last tries, once all other documents are settled. Return whether there are any."""
         if not self.jobs.known and (self.jobs.put_aside or self.jobs.in_doubt):
             self.jobs.known = self._read(self.answered)
         return self.jobs.queue_last_tries()
@@ -226,7 +226,10 @@ class GenerationClient:
         import openai
 
         prompt = self.template.fill(job.doc)
-        request, path, sent_at, usage = self.api.request(prompt, job.key.number), self.api.path, self.now(), NO_TOKENS
+        request = self.api.request(prompt, job.key.number)
+        path = self.api.path
+        sent_at = self.now()
+        usage = NO_TOKENS
         try:
             async with asyncio.timeout(self.config.timeout):  # the client's own limit is for each read
                 answer = read_json(await server.client.post(path, body=request, cast_to=object))
