@@ -143,7 +143,7 @@ class Candidate(NamedTuple):
 
 
 class Outcome:
-    """What became of the rows: the best, how many were dropped and why, and a sample for the page.
+    """Running result of the filter: the best rows, counts of dropped ones by reason, and a sample for the page.
 
     Attributes:
         best: Heap of the best rows.
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def filter_queries(args: argparse.Namespace, log_path: str | None) -> None:
-    """Do the work of `main` while no other process writes the outputs."""
+    """Filter the queries and write the outputs, which the caller has locked."""
     examples = prompt_lines(args.prompt_template) if args.sample_html else ()
     first_stage = open_first_stage(args) if args.consistency_k else None
     scorer = open_scorer(args, log_path) if log_path else None

@@ -175,7 +175,7 @@ def write_rows(
     output_ids: IO[str],
 ) -> str:
     """Write a triple and its ids for each negative that has a text other than the positive's. Return a summary."""
-    triples = unserved = without_text = 0
+    triples = without_negative = without_text = 0
     for query, hits in zip(queries, log.rows(), strict=True):
         positive = query.doc_text or texts.text(query.doc_id)
         if not positive:
@@ -187,7 +187,8 @@ def write_rows(
             output.write(tsv_line(query.question, positive, text))
             output_ids.write(tsv_line(str(query.line), query.doc_id, doc_id))
         triples += len(usable)
-        unserved += not usable
+        if not usable:
+            without_negative += 1
     if without_text == len(queries):
         problem = f"no row has a document text (`doc_text` or `text`), and no source document is in {args.corpus}"
         raise InputError(f"{args.input}: {problem}. Pass the collection of the queries.")
@@ -197,7 +198,7 @@ def write_rows(
         raise InputError(f"{args.run or args.index}: {problem}. {action}")
     if without_text:
         warn(f"{args.input}: dropped {without_text:,} rows whose document has no text, in {args.corpus} neither.")
-    return f"{counted(triples, 'triple')}; {counted(unserved, 'query')} without a usable hit"
+    return f"{counted(triples, 'triple')}; {counted(without_negative, 'query')} without a usable hit"
 
 
 def held_out_run(held_out: SpooledQueries, run: QueryRun) -> Iterator[str]:
@@ -223,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_triples(args: argparse.Namespace) -> None:
-    """Do the work of `main` while no other process writes the outputs."""
+    """Sample negatives and write the triples. The caller has locked the outputs."""
     folder = os.path.dirname(args.output) or "."  # of temporary files
 
     # 1. The queries, some of them held out

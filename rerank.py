@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def rerank(args: argparse.Namespace, group: ProcessGroup) -> None:
-    """Do the work of `main` while no other process writes the output."""
+    """Rerank the hits of the topics and write the outputs, which the caller has locked."""
     # 1. The topics, the model and the first stage; held-out queries for the interpolation weight
     topics, qrels = judged_topics(args, group)
     run: Run = {}

@@ -141,7 +141,7 @@ class BatchRunner:
         self.store, self.wanted, self.read_docs = store, wanted, read_docs
         self.url = config.urls[0] if config.urls else None
         self.server = public_url(self.url)
-        self.forgets = False  # what the server does not have any more
+        self.forgets = False  # whether batches and files that the server lacks are dropped (--batch_cancel)
         self.fatal: InputError | None = None  # why the account cannot go on, found in results
 
     @cached_property
@@ -182,7 +182,7 @@ class BatchRunner:
                     warn(f"{len(self.left):,} {unit} were not answered ({reasons}). They are submitted again.")
 
     def cancel(self) -> None:
-        """Cancel the batches in progress and collect the answers that they have. Forget what the server has not."""
+        """Cancel the batches in progress and collect the answers that they have. Drop batches that the server lacks."""
         import openai
 
         self.forgets = True
@@ -338,10 +338,10 @@ class BatchRunner:
                 time.sleep(self.config.batch_poll)
 
     def _miss(self, what: str, error: Exception) -> None:
-        """Warn that the server does not have something of ours, if it is to be forgotten.
+        """Warn that the server lacks a batch or a file.
 
         Raises:
-            InputError: It is not to be forgotten.
+            InputError: This run does not drop what the server lacks.
         """
         problem = f"{self.server}: {what} is not there ({shorten(error)})"
         if not self.forgets:
