@@ -183,7 +183,7 @@ def test_a_refused_seed_is_omitted_by_all_requests(numbered: Path, openai_server
 def test_a_dry_run_of_several_queries(numbered: Path, openai_server: StandIn) -> None:
     openai_server.respond = lambda request: (200, completion(" what?", asked="word " * 100))
     done = ok(generate(numbered, openai_server.url, *SEVERAL, "--dry_run", 2))
-    assert "6 requests sent, 0 of them without a query, 4 with a duplicate; nothing was written" in done.stdout
+    assert "6 requests sent, 0 without a query, 4 with a duplicate; nothing was written" in done.stdout
     assert "per request: 100 tokens in" in done.stdout
     assert "all 12: 1,200 tokens in" in done.stdout
     assert "requests per second" in done.stdout

@@ -153,7 +153,7 @@ def _judge(block: Block) -> Form[Doc]:
     """Return how to read a file of topics."""
     lines = block.head()
     check_role(block.path, lines, REFUSED)
-    if TURNS.search(lines[0]):
+    if lines and TURNS.search(lines[0]):
         raise InputError(f"{block.path}: these topics are conversations. Write a line `query_id<TAB>query` per turn.")
     columns, header = judge_columns(lines, QUERY_ID, QUERY_TEXT)
     return Form(partial(parse_text, ids=QUERY_ID, texts=QUERY_TEXT, columns=columns), header)
