@@ -7,8 +7,8 @@
 
 Each row changes a part of the first row: selection of queries, negatives, loss, length, rate, base model. With
 --curve, the rows are numbers of queries, sampled from those that pass the BM25 filter. Every row runs the scripts with
-the settings of an earlier demo, once per seed; a seed decides the sample of queries, the negatives, the order of examples and new
-weights. Rows that select queries select them from a sample of 3.3 times as many, another one for each seed.
+an earlier demo's settings, once per seed; a seed decides the sample of queries, the negatives, the order of examples
+and new weights. Rows that select queries select them from a sample of 3.3 times as many, another one for each seed.
 --two_per_document adds a row that is trained on up to two queries per document, from a file of stage 1 with
 --queries_per_doc 2 --temperature 0.7.
 
