@@ -161,13 +161,16 @@ def tsv_line(*columns: str) -> str:
 
     A text that reads as a cell of CSV is quoted as one, so that `unquote` gives it back.
     """
-    cells = []
-    for column in columns:
-        text = single_line(column)
-        if _QUOTED_CELL.fullmatch(text):
-            text = '"' + text.replace('"', '""') + '"'
-        cells.append(text)
+    texts = [single_line(column) for column in columns]
+    cells = [_quote(text) if _QUOTED_CELL.fullmatch(text) else text for text in texts]
+    if unquote("\t".join(cells), all_cells=False) != "\t".join(texts):  # quotation marks of two cells make a pair
+        cells = [_quote(text) if text.startswith('"') else text for text in texts]
     return "\t".join(cells) + "\n"
+
+
+def _quote(text: str) -> str:
+    """Return a text as a cell of CSV in quotation marks."""
+    return '"' + text.replace('"', '""') + '"'
 
 
 def is_header(cells: Sequence[str], first: Iterable[str]) -> bool:
