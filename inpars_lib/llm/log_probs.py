@@ -11,8 +11,9 @@ from typing import Any
 # The last of these precedes the answer: Qwen's and Mistral's tags, and gpt-oss' final channel, also without its tokens
 REASONING_END = re.compile(rb"</think>|\[/THINK\]|<\|channel\|>final[^<\n]*<\|message\|>|assistantfinal(?=\S)")
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's token for a byte
+ESCAPED_BYTES = re.compile(r"bytes:(\\x[0-9a-f]{2})+")  # OpenAI's completions API sends pieces of characters so
 BEYOND_ASCII = b"\x7f"
-ROUNDING = 1e-3  # above a log-probability of 0
+ROUNDING = 1e-3  # by which some servers exceed 0, the log-probability of a certain token
 REPLACEMENT = "\ufffd".encode()  # what some servers send for a piece of a character
 
 
@@ -27,19 +28,24 @@ def read_tokens(choice: dict[str, Any]) -> tuple[list[bytes], list[float | None]
     """
     log_probs = choice.get("logprobs") or {}
     if content := log_probs.get("content"):
-        tokens = [
-            bytes(t["bytes"]) if t.get("bytes") is not None else t["token"].encode(errors="replace") for t in content
-        ]
-        return tokens, _checked([t["logprob"] for t in content], len(tokens))
-    if log_probs.get("tokens"):
-        tokens = [
-            token.removeprefix("bytes:").encode("latin-1").decode("unicode_escape").encode("latin-1")
-            if re.fullmatch(r"bytes:(\\x[0-9a-f]{2})+", token)  # OpenAI's spelling of a piece of a character
-            else token.encode(errors="replace")
-            for token in log_probs["tokens"]
-        ]
-        return tokens, _checked(log_probs["token_logprobs"], len(tokens))
+        return list(map(_chat_token, content)), _checked([entry["logprob"] for entry in content], len(content))
+    if tokens := log_probs.get("tokens"):
+        return list(map(_completion_token, tokens)), _checked(log_probs["token_logprobs"], len(tokens))
     return None
+
+
+def _chat_token(entry: dict[str, Any]) -> bytes:
+    """Return a token of the chat API's shape in UTF-8."""
+    if entry.get("bytes") is not None:
+        return bytes(entry["bytes"])
+    return str.encode(entry["token"], errors="replace")
+
+
+def _completion_token(token: str) -> bytes:
+    """Return a token of the completions API's shape in UTF-8."""
+    if ESCAPED_BYTES.fullmatch(token):
+        return bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
+    return token.encode(errors="replace")
 
 
 def _checked(values: list[float | None], count: int) -> list[float | None]:

@@ -104,29 +104,48 @@ def load_reranker(
         _check_flag(name, "--token_true and --token_false", " ".join(targets or ()), " ".join(answers))
     max_length = max_length or trained_with.get("max_length", 512)
     instruction = instruction or trained_with.get("instruction")
-    causal = not config.is_encoder_decoder and found.kind.endswith("ForCausalLM")
-    if instruction and not causal:
+    if not config.is_encoder_decoder and found.kind.endswith("ForCausalLM"):
+        chosen = targets or found.tokens
+        any_model = new_head or bool(targets and instruction)
+        return load_causal(found, dtype, device, max_length, chosen, instruction, any_model)
+    if instruction:
         raise InputError(f"--instruction: {name} reads no instruction; only causal models do. Omit the flag.")
-    if causal:
-        template = find_template(name, config, found.tokenizer, new_head or bool(targets and instruction))
-        model = load_weights(found, "AutoModelForCausalLM", dtype)
-        return CausalReranker(
-            model.to(device), found.tokenizer, max_length, template, targets or found.tokens, instruction
-        )
     if config.is_encoder_decoder or config.model_type in T5_TYPES:  # T5EncoderModel saves that it has no decoder
-        if config.model_type not in T5_TYPES:
-            known = ", ".join(T5_TYPES)
-            raise InputError(f"{name}: models of type {config.model_type} are not supported. Use one of {known}.")
-        if not found.kind.endswith("ForConditionalGeneration"):
-            raise InputError(f"{name}: {found.kind} has no decoder that answers. Name a T5ForConditionalGeneration.")
-        return MonoT5(
-            load_weights(found, "AutoModelForSeq2SeqLM", dtype).to(device), found.tokenizer, max_length, targets
-        )
+        return load_mono_t5(found, dtype, device, max_length, targets)
     if targets:
         raise InputError(
             f"--token_true, --token_false: {name} is a cross-encoder, which has no target words. Omit them."
         )
     return load_cross_encoder(found, dtype, device, max_length, new_head)
+
+
+def load_causal(
+    found: Checkpoint,
+    dtype: str,
+    device: str,
+    max_length: int,
+    targets: tuple[str, str] | None,
+    instruction: str | None,
+    any_model: bool,
+) -> CausalReranker:
+    """Load a causal language model. One that is not known as a reranker is refused unless `any_model` is true."""
+    template = find_template(found.name, found.config, found.tokenizer, any_model)
+    model = load_weights(found, "AutoModelForCausalLM", dtype)
+    return CausalReranker(model.to(device), found.tokenizer, max_length, template, targets, instruction)
+
+
+def load_mono_t5(
+    found: Checkpoint, dtype: str, device: str, max_length: int, targets: tuple[str, str] | None
+) -> MonoT5:
+    """Load a T5-like model with its decoder."""
+    name, model_type = found.name, found.config.model_type
+    if model_type not in T5_TYPES:
+        known = ", ".join(T5_TYPES)
+        raise InputError(f"{name}: models of type {model_type} are not supported. Use one of {known}.")
+    if not found.kind.endswith("ForConditionalGeneration"):
+        raise InputError(f"{name}: {found.kind} has no decoder that answers. Name a T5ForConditionalGeneration.")
+    model = load_weights(found, "AutoModelForSeq2SeqLM", dtype)
+    return MonoT5(model.to(device), found.tokenizer, max_length, targets)
 
 
 def load_cross_encoder(found: Checkpoint, dtype: str, device: str, max_length: int, new_head: bool) -> CrossEncoder:

@@ -29,23 +29,23 @@ def first_token_logits(
         Shape (pairs, token_ids), float32.
     """
     import torch
-    from torch.nn.functional import embedding, linear, scaled_dot_product_attention
+    from torch.nn.functional import linear
 
-    def attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, buffers: list[torch.Tensor]
-    ) -> torch.Tensor:
-        # PyTorch's fused attention computes in float32 on a CPU, so in bfloat16 two multiplications are faster.
-        if not buffers:
-            return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        shape, (scores, probabilities) = q.shape, buffers
-        q, k, v = (x.view(-1, *shape[2:]) for x in (q, k, v))
-        torch.baddbmm(bias, q, k.transpose(1, 2), out=scores)
-        torch.softmax(scores, -1, out=probabilities)
-        return torch.bmm(probabilities, v).view(shape)
+    states = encode(model, input_ids, mask)
+    hidden = decode_first_token(model, states, mask)
+    if getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings):
+        hidden = hidden * model.config.d_model**-0.5
+    with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 logits would make ties
+        return linear(hidden.float(), model.lm_head.weight[token_ids].float())
+
+
+def encode(model: Any, input_ids: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+    """Return the encoder's states, shape (pairs, tokens, d_model)."""
+    import torch
+    from torch.nn.functional import embedding, linear
 
     pairs, length = input_ids.shape
-    config, encoder, decoder = model.config, model.encoder, model.decoder
-    heads, width = config.num_heads, config.d_kv
+    encoder, heads, width = model.encoder, model.config.num_heads, model.config.d_kv
     hidden = embedding(input_ids, model.shared.weight)
     bias = encoder.block[0].layer[0].SelfAttention.compute_bias(length, length).to(hidden.dtype)
     if not bool(mask.all()):
@@ -62,12 +62,44 @@ def first_token_logits(
         mixed = attention(q, k, v, bias, buffers)
         hidden = hidden.add_(weights.o(mixed.transpose(1, 2).reshape(pairs, length, heads * width)))
         hidden = hidden.add_(feed_forward.DenseReluDense(feed_forward.layer_norm(hidden)))
-    states = encoder.final_layer_norm(hidden)
+    return encoder.final_layer_norm(hidden)
 
-    start = input_ids.new_full((pairs,), config.decoder_start_token_id)
-    hidden = embedding(start, model.shared.weight)  # (pairs, d_model): one token per pair
+
+def attention(
+    q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", bias: "torch.Tensor", buffers: "list[torch.Tensor]"
+) -> "torch.Tensor":
+    """Return the attention over values, shape (pairs, heads, tokens, width). T5 does not scale its scores.
+
+    PyTorch's fused attention computes in float32 on a CPU, so in bfloat16 two multiplications are faster: then
+    `buffers` holds two tensors of the bias's shape, for scores and probabilities. Otherwise it is empty.
+    """
+    import torch
+
+    if not buffers:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+    shape, (scores, probabilities) = q.shape, buffers
+    q, k, v = (x.view(-1, *shape[2:]) for x in (q, k, v))
+    torch.baddbmm(bias, q, k.transpose(1, 2), out=scores)
+    torch.softmax(scores, -1, out=probabilities)
+    return torch.bmm(probabilities, v).view(shape)
+
+
+def decode_first_token(model: Any, states: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+    """Return the decoder's state of its start token, shape (pairs, d_model).
+
+    Args:
+        model: The T5 model.
+        states: The encoder's states, shape (pairs, tokens, d_model).
+        mask: Shape (pairs, tokens), True where a token is not padding.
+    """
+    import torch
+    from torch.nn.functional import embedding
+
+    pairs, heads, width = len(states), model.config.num_heads, model.config.d_kv
+    start = torch.full((pairs,), model.config.decoder_start_token_id, device=mask.device)
+    hidden = embedding(start, model.shared.weight)
     padding_bias = torch.zeros((), dtype=torch.float32, device=mask.device).masked_fill(~mask, -torch.inf)[:, None]
-    for block in decoder.block:
+    for block in model.decoder.block:
         self_layer, cross_layer, feed_forward = block.layer
         own = self_layer.SelfAttention
         hidden = hidden.add_(own.o(own.v(self_layer.layer_norm(hidden))))
@@ -80,8 +112,4 @@ def first_token_logits(
         mixed = torch.einsum("phd,hwd->phw", torch.bmm(probabilities, states.to(q.dtype)), values)
         hidden = hidden.add_(weights.o(mixed.reshape(pairs, heads * width)))
         hidden = hidden.add_(feed_forward.DenseReluDense(feed_forward.layer_norm(hidden)))
-    hidden = decoder.final_layer_norm(hidden)
-    if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
-        hidden = hidden * config.d_model**-0.5
-    with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 logits would make ties
-        return linear(hidden.float(), model.lm_head.weight[token_ids].float())
+    return model.decoder.final_layer_norm(hidden)
