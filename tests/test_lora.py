@@ -2,9 +2,8 @@
 
 import csv
 import shutil
-import sys
+from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,9 +18,10 @@ pytestmark = pytest.mark.usefixtures("simple_curves")
 LORA = ["--lora_rank", 4, "--learning_rate", 2e-2, "--max_length", 256, "--no-bf16"]
 
 
-def test_it_needs_peft(separable: Path, tiny_t5: Path, tmp_path: Path) -> None:
-    with patch.dict(sys.modules, {"peft": None}):
-        refused = train(separable, tiny_t5, tmp_path / "model", *QUICK, "--lora_rank", 2)
+def test_it_needs_peft(separable: Path, tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not in sys.modules: transformers asks once whether peft is there, and other tests need it.
+    monkeypatch.setattr("train_t5.find_spec", lambda name: None if name == "peft" else find_spec(name))
+    refused = train(separable, tiny_t5, tmp_path / "model", *QUICK, "--lora_rank", 2)
     assert "--lora_rank needs this package: pip install peft==" in error_line(refused, 2)
 
 
