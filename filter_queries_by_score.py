@@ -351,7 +351,8 @@ def filter_queries(args: argparse.Namespace, log_path: str | None) -> None:
 
     # 5. Say what became of the rows
     for reason, count in outcome.dropped.most_common():
-        print(f"dropped {count:,} rows {reason}.{f' {ADVICE}' if reason == NO_LOG_PROBS else ''}", file=sys.stderr)
+        advice = f" {ADVICE}" if reason == NO_LOG_PROBS else ""
+        print(f"dropped {count:,} rows {reason}.{advice}", file=sys.stderr)
     total = outcome.scored + outcome.dropped.total()
     scores = f"{args.scoring_function} from {kept[0].score:.4f} to {kept[-1].score:.4f}"
     print(f"{args.output}: kept {len(kept):,} of {total:,} rows; {scores}", file=sys.stderr)

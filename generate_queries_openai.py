@@ -61,7 +61,7 @@ from inpars_lib.llm.server import ClientConfig
 # OpenAI's cheapest current model, which it names as the successor of GPT-4o and GPT-4.1. With reasoning effort `none`
 # it takes `logprobs` and `temperature`: https://developers.openai.com/api/docs/guides/deployment-checklist (11/2026)
 DEFAULT_ENGINE = "gpt-6-luna"
-CUT_SHARE = 0.05  # of answers that end at --max_tokens, above which a warning is due
+CUT_SHARE = 0.05  # a larger share of answers that end at --max_tokens is worth a warning
 SIDECARS = (".errors.jsonl", ".meta.json", ".batches.json")
 DEFAULT_PROMPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "vanilla_prompt.txt")
 
@@ -265,6 +265,8 @@ def sample_documents(args: argparse.Namespace) -> set[str]:
 
 def read_requests(collection: str, keys: Set[RequestKey]) -> Iterator[tuple[Doc, int]]:
     """Yield document and number of each request, those of a document together: they share a prompt."""
+    if not keys:
+        return
     numbers = defaultdict(list)
     for doc_id, number in keys:
         numbers[doc_id].append(number)
@@ -321,6 +323,46 @@ def print_summary(store: QueryStore, wanted: Set[RequestKey], output: str) -> No
         report(f"most common failures: {reasons}; --retry_errors tries them again")
 
 
+def select_requests(args: argparse.Namespace, store: QueryStore) -> tuple[set[RequestKey], int]:
+    """Return the requests of this run, finished ones included, and the number without a dry run's limit."""
+    sample = sample_documents(args)
+    total = len(sample) * args.queries_per_doc
+    if args.dry_run:
+        sample = set(heapq.nsmallest(args.dry_run, sample, key=lambda doc_id: sampling_key(args.seed, doc_id)))
+    wanted = {RequestKey(doc_id, i + 1) for doc_id in sample for i in range(args.queries_per_doc)}
+    finished = wanted & (store.done | store.failed)
+    if finished:
+        report(f"{len(finished):,} of {total:,} {store.unit} were finished by earlier runs")
+    return wanted, total
+
+
+def client_config(args: argparse.Namespace, urls: Sequence[str], access: Access, api_settled: bool) -> ClientConfig:
+    """Return what the flags say about the server."""
+    return ClientConfig(
+        urls=tuple(urls),
+        access=access,
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+        patience=args.patience,
+        sleep_time=args.sleep_time,
+        max_total_tokens=args.max_total_tokens,
+        api_settled=api_settled,
+        batch_size=args.batch_size,
+        batch_poll=args.batch_poll,
+    )
+
+
+def open_batches(args: argparse.Namespace) -> BatchState:
+    """Return the batches in progress, which this run must wait for or cancel."""
+    batches = BatchState(args.output)
+    if batches.open and not (args.batch or args.batch_cancel or args.dry_run):
+        raise InputError(
+            f"{args.output}: {len(batches.open)} batches are in progress. Add --batch to wait for them or "
+            "--batch_cancel to cancel them."
+        )
+    return batches
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample documents, request a query for each, save the answers."""
     # 1. The prompt, the model and its server
@@ -333,46 +375,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 2. The output of earlier runs with the same settings
     settings = settings_of(args, model, template)
     store = QueryStore(None if args.dry_run else args.output, settings, args.force, args.queries_per_doc)
-    batches = BatchState(args.output)
-    if batches.open and not (args.batch or args.batch_cancel or args.dry_run):
-        raise InputError(
-            f"{args.output}: {len(batches.open)} batches are in progress. Add --batch to wait for them or "
-            "--batch_cancel to cancel them."
-        )
+    if args.retry_errors:
+        store.failed.clear()
+    batches = open_batches(args)
     api = ModelApi(model, store.settings.get("api") or ("completions" if urls else "chat"))
     if store.request:
         api.restore(store.request)
 
     # 3. The documents, and the requests that have no query yet
-    sample = sample_documents(args)
-    total = len(sample) * args.queries_per_doc
-    if args.dry_run:
-        sample = set(heapq.nsmallest(args.dry_run, sample, key=lambda doc_id: sampling_key(args.seed, doc_id)))
-    wanted = {RequestKey(doc_id, i + 1) for doc_id in sample for i in range(args.queries_per_doc)}
-    if args.retry_errors:
-        store.failed.clear()
+    wanted, total = select_requests(args, store)
     left = wanted - store.done - store.failed
-    if len(left) < len(wanted):
-        report(f"{len(wanted) - len(left):,} of {total:,} {store.unit} were finished by earlier runs")
     store.save_meta()
 
     # 4. The queries
-    config = ClientConfig(
-        urls=tuple(urls),
-        access=access,
-        concurrency=args.concurrency,
-        timeout=args.timeout,
-        patience=args.patience,
-        sleep_time=args.sleep_time,
-        max_total_tokens=args.max_total_tokens,
-        api_settled=bool(args.api or store.request),
-        batch_size=args.batch_size,
-        batch_poll=args.batch_poll,
-    )
+    config = client_config(args, urls, access, api_settled=bool(args.api or store.request))
     read_docs = partial(read_requests, args.collection)
-    answered = read_docs(wanted & store.done)
     client = GenerationClient(config, api, template, store)
     runner = BatchRunner(config, api, template, batches, store, wanted, read_docs)
+    send = partial(client.run, read_docs(left), read_docs(wanted & store.done), len(wanted), len(left))
     started = time.monotonic()
     stopped = None
     try:
@@ -380,10 +400,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             runner.cancel()
         elif args.batch and not args.dry_run:
             if left and not store.request:  # one answer shows the API and the parameters that the model takes
-                client.run(read_docs(left), answered, len(wanted), len(left), only_first=True)
+                send(only_first=True)
             runner.run()
         elif left:
-            client.run(read_docs(left), answered, len(wanted), len(left))
+            send()
     except (InputError, KeyboardInterrupt) as error:
         stopped = error
 

@@ -40,7 +40,7 @@ from inpars_lib.resume import add_restart_flag
 from inpars_lib.training.checkpoints import RECORD, DataFile, TrainingFolder, check_inputs
 from inpars_lib.training.dev_set import DevSet, read_held_out_queries, read_judged_queries
 from inpars_lib.training.examples import TrainingExamples, TripleFile
-from inpars_lib.training.losses import LOSSES
+from inpars_lib.training.losses import LOSSES, LOSSES_OF_TRIPLES
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -171,10 +171,12 @@ def is_sharded(flags: dict[str, Any]) -> bool:
 def find_problems(args: argparse.Namespace, trainer_flags: dict[str, Any]) -> Iterator[str]:
     """Yield what is wrong with flags that do not fit each other or this machine."""
     judged, held_out = args.queries or args.qrels, args.holdout or args.index
+    judged_complete = args.queries and args.qrels and args.run and args.corpus
+    held_out_complete = args.holdout and args.corpus and bool(args.index) != bool(args.run)
     scheduler = trainer_flags["lr_scheduler_type"]
-    if held_out and (judged or not (args.holdout and args.corpus and bool(args.index) != bool(args.run))):
+    if held_out and (judged or not held_out_complete):
         yield "--holdout needs --corpus and one of --index and --run, and excludes --queries and --qrels"
-    if not held_out and (judged or args.run) and not (args.queries and args.qrels and args.run and args.corpus):
+    if not held_out and (judged or args.run) and not judged_complete:
         yield "an evaluation needs all of --queries, --qrels, --run and --corpus"
     for flag, given in (("--select_by", args.select_by), ("--measures", args.measures != MEASURES)):
         if given and not (judged or held_out):
@@ -198,7 +200,7 @@ def find_problems(args: argparse.Namespace, trainer_flags: dict[str, Any]) -> It
             yield f"{flag} needs this package: pip install {package}"
     if args.lora_rank and trainer_flags.keys() & {"fsdp", "deepspeed"}:
         yield "--lora_rank excludes --fsdp and --deepspeed: adapters are merged on one GPU"
-    if args.loss != "listwise" and args.per_device_train_batch_size % 2:
+    if args.loss in LOSSES_OF_TRIPLES and args.per_device_train_batch_size % 2:
         yield "--per_device_train_batch_size must be even: a triple is a positive and a negative example"
     if bool(args.token_true) != bool(args.token_false):
         yield "--token_true and --token_false need each other"
@@ -312,15 +314,15 @@ def report_start(args: argparse.Namespace, trainer: "RerankerTrainer", checkpoin
     """Print what is trained on what, and the measures of the first stage."""
     examples, steps, per_step = trainer.examples, trainer.args.max_steps, trainer.config.examples_per_step
     family = type(trainer.reranker).__name__
-    listwise = args.loss == "listwise"
-    groups = f" in {len(examples):,} groups of at most {examples.group_size} examples" if listwise else ""
+    grouped = args.loss not in LOSSES_OF_TRIPLES
+    groups = f" in {len(examples):,} groups of at most {examples.group_size} examples" if grouped else ""
     resumed = f", resumed from {checkpoint}" if checkpoint else ""
     report(
         f"Training {family} from {args.base_model}: {counted(len(examples.triples), 'triple')}{groups}, {per_step} "
         f"examples per step, {counted(steps, 'step')}{resumed}"
     )
-    if listwise and examples.group_size == 2:
-        warn(f"{args.triples_train}: one negative per query, so --loss listwise equals pairwise. Sample more with "
+    if grouped and examples.group_size == 2:
+        warn(f"{args.triples_train}: one negative per query, so --loss {args.loss} equals pairwise. Sample more with "
              "generate_triples_train.py --n_samples, and keep the triples of a query adjacent.")  # fmt: skip
     if steps < FEW_STEPS:
         warn(f"{counted(steps, 'step')} of {per_step} examples: rerankers learn little before {FEW_STEPS} steps. Lower "

@@ -114,7 +114,8 @@ def evaluate_per_query(
     highest = highest_grade(judged.values())
     reached = {measure for measure in named.values() if measure.params.get("rel", highest) <= highest}
     values = {measure: dict.fromkeys(judged, 0.0 if measure in reached else math.nan) for measure in named.values()}
-    for query_id in judged.keys() & run.keys() if reached else ():  # one query at a time keeps memory flat
+    found = judged.keys() & run.keys() if reached else set()
+    for query_id in found:  # one query at a time keeps memory flat
         # The providers of ir-measures break ties differently, so the run gets scores without ties. They are positive,
         # because Compat takes the score of a document that is not in the run to be 0.
         hits = sorted(run[query_id], key=trec_order, reverse=True)

@@ -67,7 +67,8 @@ def check_paths(inputs: Mapping[str, str | Iterable[str] | None], outputs: Mappi
     named: list[tuple[str, str, set[object]]] = []
     written: dict[str, str] = {}  # flag by real path
     for flag, paths in inputs.items():
-        for path in [paths] if isinstance(paths, str) else paths or ():
+        several = [paths] if isinstance(paths, str) else paths or ()
+        for path in several:
             if path != "-" and not is_special(path):
                 inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
                 found = [path, *(os.path.join(path, name) for name in inside)]

@@ -47,7 +47,9 @@ def advise_remove_query(run: Run, topics: Mapping[str, str], corpus: str) -> Non
         corpus: The collection. It is read only if some hit has the id of its query.
     """
     own = {query_id for query_id, hits in run.items() for hit in hits[:OWN_RANKS] if hit.doc_id == query_id}
-    documents = read_collection(corpus, own) if own else ()
+    if not own:
+        return
+    documents = read_collection(corpus, own)
     same = [doc.doc_id for doc in documents if doc.text.endswith(topics[doc.doc_id])]  # behind a title perhaps
     if same:
         problem = f"for {len(same):,} of {len(run):,} queries a hit has the query's id and text, {same[0]} for example"

@@ -25,8 +25,10 @@ def _check_unique_ids(hashes: "array.array[int]", corpus: str) -> None:
 
     in_order = numpy.sort(numpy.frombuffer(hashes, dtype=numpy.int64))
     repeated = set(in_order[1:][in_order[1:] == in_order[:-1]].tolist())
+    if not repeated:
+        return
     seen: set[str] = set()
-    for doc in read_collection(corpus) if repeated else ():
+    for doc in read_collection(corpus):
         if doc.doc_id in seen:
             raise InputError(f"{corpus}: the id {doc.doc_id} is on two lines. An index needs each id once.")
         if hash(doc.doc_id) in repeated:

@@ -141,7 +141,7 @@ class BatchRunner:
         self.store, self.wanted, self.read_docs = store, wanted, read_docs
         self.url = config.urls[0] if config.urls else None
         self.server = public_url(self.url)
-        self.forgets = False  # whether batches and files that the server lacks are dropped (--batch_cancel)
+        self.drops_missing = False  # what to do with batches and files that the server lacks: drop them or stop
         self.fatal: InputError | None = None  # why the account cannot go on, found in results
 
     @cached_property
@@ -185,7 +185,7 @@ class BatchRunner:
         """Cancel the batches in progress and collect the answers that they have. Drop batches that the server lacks."""
         import openai
 
-        self.forgets = True
+        self.drops_missing = True
         with self._errors():
             self._submit_interrupted(cancel=True)
             for batch in self.state.open:
@@ -230,7 +230,7 @@ class BatchRunner:
         requests: list[bytes] = []
         names: list[str] = []
         size, numbered = 0, self.store.queries_per_doc > 1
-        for doc, number in self.read_docs(keys) if keys else ():
+        for doc, number in self.read_docs(keys):
             name = self.store.name(RequestKey(doc.doc_id, number))
             body = self.api.request(self.template.fill(doc), number)
             request = {"custom_id": name, "method": "POST", "url": f"/v1{self.api.path}", "body": body}
@@ -278,7 +278,9 @@ class BatchRunner:
 
     def _find(self, batch: Batch) -> str | None:
         """Return the id of the batch that the server made of this batch's file, if any. It lists the newest first."""
-        for listed in self.client.batches.list(limit=100) if batch.input_file_id else ():
+        if batch.input_file_id is None:
+            return None
+        for listed in self.client.batches.list(limit=100):
             if listed.input_file_id == batch.input_file_id:
                 return listed.id
             if listed.created_at < batch.uploaded_at - 3600:
@@ -328,7 +330,7 @@ class BatchRunner:
             try:
                 return client.batches.retrieve(str(batch.batch_id))
             except openai.NotFoundError as error:
-                self._miss(f"batch {batch.batch_id}", error)
+                self._check_missing(f"batch {batch.batch_id}", error)
                 self.state.remove(batch)
                 return None
             except (openai.APIConnectionError, openai.InternalServerError) as error:
@@ -337,14 +339,14 @@ class BatchRunner:
                 report(f"{self.server}: no status of the batch ({shorten(error)}). Waiting ...")
                 time.sleep(self.config.batch_poll)
 
-    def _miss(self, what: str, error: Exception) -> None:
-        """Warn that the server lacks a batch or a file.
+    def _check_missing(self, what: str, error: Exception) -> None:
+        """Warn that the server lacks a batch or a file, whose requests are then submitted again.
 
         Raises:
             InputError: This run does not drop what the server lacks.
         """
         problem = f"{self.server}: {what} is not there ({shorten(error)})"
-        if not self.forgets:
+        if not self.drops_missing:
             raise InputError(
                 f"{problem}. Use the API_KEY and the --base_url that submitted it, or forget it with --batch_cancel: "
                 "its requests are then sent and paid again."
@@ -353,9 +355,21 @@ class BatchRunner:
 
     def _collect(self, batch: Batch, status: Any, reasons: Counter[str]) -> None:
         """Download and read the results of a batch that has ended, however it did."""
+        path = self.state.file_of(batch, "results")
+        self._download(batch, status, path)
+        # Every answer was paid for, so it is kept even if this run wants fewer.
+        self._read_results(path, requests_of(batch), reasons)
+        self.store.save_meta()
+        self.state.remove(batch)
+        os.remove(path)
+        if str(status.status).lower() == "failed":
+            self._check_refusal(status)
+            reasons["too many tokens at a time"] += len(requests_of(batch))
+
+    def _download(self, batch: Batch, status: Any, path: str) -> None:
+        """Write the results of a batch, answers and errors, to a file."""
         import openai
 
-        path = self.state.file_of(batch, "results")
         with atomic_write(path, "wb") as file:
             for file_id in (status.output_file_id, status.error_file_id):
                 if not file_id:
@@ -365,24 +379,27 @@ class BatchRunner:
                         for chunk in response.iter_bytes(1 << 20):
                             file.write(chunk)
                 except openai.NotFoundError as error:
-                    self._miss(f"file {file_id} with results of batch {batch.batch_id}", error)
+                    self._check_missing(f"file {file_id} with results of batch {batch.batch_id}", error)
                 file.write(b"\n")
-        # Every answer was paid for, so it is kept even if this run wants fewer.
-        self._read_results(path, requests_of(batch), reasons)
-        self.store.save_meta()
-        self.state.remove(batch)
-        os.remove(path)
-        # as a whole, before it began: its file, the model, or too many tokens
-        if str(status.status).lower() == "failed":
-            errors = (status.errors.data if status.errors else None) or []
-            said = "; ".join(f"{e.message}{f' (request {e.line})' if e.line else ''}" for e in errors[:3])
-            if not (self.state.open and any(e.code == "token_limit_exceeded" for e in errors)):
-                said = shorten(said) or "no reason given"
-                raise InputError(
-                    f"{self.server}: batch {status.id} was not accepted: {said}. If it has too many tokens at a time, "
-                    f"use a smaller --batch_size or --max_examples. {RESUME}"
-                )
-            reasons["too many tokens at a time"] += len(requests_of(batch))
+
+    def _check_refusal(self, status: Any) -> None:
+        """Check why the server refused a batch as a whole: its file, the model, or too many tokens.
+
+        Raises:
+            InputError: The batch would be refused again. One with too many tokens is accepted when others have ended.
+        """
+        errors = (status.errors.data if status.errors else None) or []
+        if self.state.open and any(error.code == "token_limit_exceeded" for error in errors):
+            return
+        problems = []
+        for error in errors[:3]:
+            place = f" (request {error.line})" if error.line else ""
+            problems.append(f"{error.message}{place}")
+        said = shorten("; ".join(problems)) or "no reason given"
+        raise InputError(
+            f"{self.server}: batch {status.id} was not accepted: {said}. If it has too many tokens at a time, use a "
+            f"smaller --batch_size or --max_examples. {RESUME}"
+        )
 
     def _read_results(self, path: str, requests: dict[str, RequestKey], reasons: Counter[str]) -> None:
         """Store the answers and failures of a results file; count why other requests are to be submitted again."""
@@ -394,7 +411,7 @@ class BatchRunner:
                 with suppress(ValueError, KeyError, TypeError):
                     offsets[requests[json.loads(line)["custom_id"]]] = offset
                 offset += len(line)
-            for doc, number in self.read_docs(wanted & offsets.keys()) if wanted & offsets.keys() else ():
+            for doc, number in self.read_docs(wanted & offsets.keys()):
                 key = RequestKey(doc.doc_id, number)
                 results.seek(offsets[key])
                 if reason := self._read_result(json.loads(results.readline()), key, doc):

@@ -114,8 +114,9 @@ def classify_error(
     if status == 403 and answered:
         return Verdict(Action.GIVE_UP, f"the server refused this document (403 {said})")
     if status in (401, 403):
-        problem = f"{server}: refused ({f'{status} {said}'.strip()})"
-        return Verdict(Action.STOP, f"{problem}. {find_advice(said, 'key' if status == 401 else 'permission')}")
+        reason = f"{status} {said}".strip()
+        advice = find_advice(said, "key" if status == 401 else "permission")
+        return Verdict(Action.STOP, f"{server}: refused ({reason}). {advice}")
     if can_switch_api and (status in (404, 405, 501) or "chat model" in said or "chat template" in said):
         return Verdict(Action.SWITCH_API, said)
     if status == 404 and (retired := retired_model_error(model)):

@@ -216,11 +216,14 @@ class ModelApi:
     def no_log_probs_error(self, reason: str = "") -> InputError:
         """Return the error for a model that gives no log-probabilities."""
         effort = self.config.reasoning_effort
-        reasoning = f" with --reasoning_effort {effort}" if effort not in (None, "none") else ""
+        problem, action = "no log-probabilities", "Use"
+        if effort not in (None, "none"):
+            problem, action = f"{problem} with --reasoning_effort {effort}", "Omit --reasoning_effort, use"
+        if reason:
+            problem = f"{problem} ({reason})"
         return InputError(
-            f"{self.config.engine}: no log-probabilities{reasoning}{f' ({reason})' if reason else ''}. "
-            f"{'Omit --reasoning_effort, use' if reasoning else 'Use'} a model that gives them, or add --no_log_probs "
-            "and filter with --scoring_function monot5."
+            f"{self.config.engine}: {problem}. {action} a model that gives them, or add --no_log_probs and filter with "
+            "--scoring_function monot5."
         )
 
     def read_answer(self, answer: Any, prompt: str, doc: Doc) -> dict[str, Any]:

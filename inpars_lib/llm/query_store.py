@@ -236,7 +236,8 @@ class QueryStore:
             return
         self.models.append(name)
         engine = str(self.settings["engine"])
-        asked, answered = (word.rpartition("/")[2].lower() for word in (engine, name))
+        asked = engine.rpartition("/")[2].lower()
+        answered = name.rpartition("/")[2].lower()
         if not (answered.startswith(asked) or asked.startswith(answered)):  # with a date, without a vendor
             warn(f"--engine {engine}: the answers come from a model that the server calls {shorten(name)}.")
         self.save_meta()

@@ -48,11 +48,11 @@ def read_usage(answer: Any) -> Usage:
     usage = usage if isinstance(usage, dict) else {}
     details = usage.get("prompt_tokens_details")
     details = details if isinstance(details, dict) else {}
-    counts = usage.get("prompt_tokens"), details.get("cached_tokens"), usage.get("completion_tokens")
+    counts = [usage.get("prompt_tokens"), details.get("cached_tokens"), usage.get("completion_tokens")]
     is_cut = False
     with suppress(KeyError, IndexError, TypeError, AttributeError):
         is_cut = answer["choices"][0].get("finish_reason") == "length"
-    prompt, cached, completion = (count if isinstance(count, int) else 0 for count in counts)
+    prompt, cached, completion = [count if isinstance(count, int) else 0 for count in counts]
     return Usage(prompt, cached, completion, int(is_cut))
 
 

@@ -148,7 +148,8 @@ class Reranker:
         self, pairs: Sequence[tuple[str, str]], on_batch: Callable[[int], object] | None = None
     ) -> "numpy.ndarray":
         """Return the scores of (query, document) pairs of strings, shape (pairs,), float32, in the order given."""
-        queries, texts = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
+        queries = list(dict.fromkeys(query for query, _ in pairs))
+        texts = list(dict.fromkeys(text for _, text in pairs))
         query_ids = dict(zip(queries, self.tokenize_queries(queries), strict=True))
         text_ids = dict(zip(texts, self.tokenize(texts), strict=True))
         return self.score_tokens([(query_ids[query], text_ids[text]) for query, text in pairs], on_batch)

@@ -32,7 +32,8 @@ class CrossEncoder(Reranker):
         # Special tokens before, between and after the two segments: [CLS], [SEP], [SEP] or this tokenizer's own.
         pair = tokenizer("a", "a")
         segments = pair.sequence_ids()
-        first, second = ([i for i, segment in enumerate(segments) if segment == n] for n in (0, 1))
+        first = [i for i, segment in enumerate(segments) if segment == 0]
+        second = [i for i, segment in enumerate(segments) if segment == 1]
         ids = numpy.array(pair.input_ids, dtype=numpy.int32)
         self._prefix, self._separator = ids[: first[0]], ids[first[-1] + 1 : second[0]]
         self._suffix = ids[second[-1] + 1 :]

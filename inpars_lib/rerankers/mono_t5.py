@@ -47,7 +47,8 @@ class MonoT5(Reranker):
 
     def _find_targets(self, targets: Sequence[str] | None) -> list[int]:
         vocabulary = self.tokenizer.get_vocab()
-        for pair in [targets] if targets else TARGET_WORDS:
+        pairs = [targets] if targets else TARGET_WORDS
+        for pair in pairs:
             pieces = [self.ids(word) for word in pair]
             # A saved target is spelt as a token, with its word boundary mark: "▁true".
             pieces = [ids if len(ids) == 1 else [vocabulary.get(w, -1)] for w, ids in zip(pair, pieces, strict=True)]

@@ -217,7 +217,8 @@ def score_blocks(
     todo = [block for block in mine if saved.get(block.fingerprint(), block.size()) is None]
     folder = os.path.dirname(log.path or "") or "."
     documents = tokenize_documents(reranker, corpus, _doc_ids(todo), folder)
-    total, left = (sum(block.size() for block in chosen) for chosen in (mine, todo))
+    total = sum(block.size() for block in mine)
+    left = sum(block.size() for block in todo)
     with tqdm(desc="Reranking", total=total, initial=total - left, unit=" pairs", disable=group.rank > 0) as bar:
         for block in todo:
             queries = dict(zip(block.topics, reranker.tokenize_queries(list(block.topics.values())), strict=True))

@@ -209,11 +209,11 @@ class TrainingFolder:
         else:
             check_settings(self.record_path, before.decisive(), self.record.decisive())
             self.record.published = before.published
-            if before.finished is not None and all(
-                os.path.exists(os.path.join(self.path, n)) for n in before.published
-            ):
+            complete = all(os.path.exists(os.path.join(self.path, name)) for name in before.published)
+            if before.finished is not None and complete:
                 return Start(finished=before.finished)
-        for folder in [checkpoint] if checkpoint else checkpoint_folders(self.path):
+        folders = [checkpoint] if checkpoint else checkpoint_folders(self.path)
+        for folder in folders:
             if state := read_checkpoint(folder):
                 return self._start_from(folder, state)
         if checkpoint:
@@ -227,7 +227,8 @@ class TrainingFolder:
                 raise InputError(f"{self.path}: {name} was not written by this script. {OTHER_FOLDER}")
 
     def _start_from(self, checkpoint: str, state: CheckpointState) -> Start:
-        select_by, patience = (self.record.settings.get(name) for name in ("select_by", "early_stopping_patience"))
+        select_by = self.record.settings.get("select_by")
+        patience = self.record.settings.get("early_stopping_patience")
         chosen = checkpoint
         if select_by and state.best_global_step is not None:
             chosen = checkpoint_folder(self.path, state.best_global_step)

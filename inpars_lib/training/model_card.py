@@ -142,10 +142,10 @@ def _results(record: TrainingRecord, trainer: "RerankerTrainer") -> str:
         source += " (synthetic queries held out from training; the source document of each is the relevant one)"
     else:
         source = record.data["queries"].name
-    rows = [
-        f"| {name} | {format_value(before)} | {format_value(measured.get(f'eval_{name}', math.nan))} |"
-        for name, before in trainer.first_stage.items()
-    ]
+    rows = []
+    for name, before in trainer.first_stage.items():
+        after = measured.get(f"eval_{name}", math.nan)
+        rows.append(f"| {name} | {format_value(before)} | {format_value(after)} |")
     hits = record.settings["max_eval_docs_per_query"]
     return "\n".join(
         [
