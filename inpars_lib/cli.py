@@ -167,8 +167,24 @@ class ScriptParser(argparse.ArgumentParser):
         suppressed = argparse.SUPPRESS
         self.add_argument("-q", "--quiet", action=Quiet, nargs=0, dest=suppressed, default=suppressed, help=NO_BARS)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the words of the command line, and remember them for `error`."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def _misspelt(self, required: str) -> str | None:
+        """Return the word of the command line that was meant to be a required flag, if there is one."""
+        flags = [word.partition("=")[0] for word in self._words if word.startswith("--")]
+        unknown = [flag for flag in flags if flag not in self._option_string_actions]
+        return next(iter(difflib.get_close_matches(required, unknown, 1)), None)
+
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""
+        if message.startswith("the following arguments are required"):
+            missing = re.findall(r"--\w+", message)
+            misspelt = next(filter(None, map(self._misspelt, missing)), None)
+            if misspelt:
+                message = f"unrecognized arguments: {misspelt}"
         hint = ""
         if unknown := re.search(r"(?<!\S)--\w[\w-]*", message):
             closest = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)

@@ -68,6 +68,13 @@ def test_an_error_of_a_flag_is_one_line_with_the_closest_flag(script: str) -> No
     assert "Did you mean" not in error_line(run(script, *files, "--zzzzzz"), 2)
 
 
+def test_a_misspelt_flag_that_is_required_is_named() -> None:
+    files = ("--queries", "q.tsv", "--corpus", "c.tsv", "--output", "o.txt", "--run", "r.txt")
+    done = run("rerank.py", "--modle", "model", *files)
+    assert error_line(done, 2).endswith("unrecognized arguments: --modle. Did you mean --model?")
+    assert "required: --model" in error_line(run("rerank.py", *files, "--qrels=x"), 2)
+
+
 def test_help_loads_no_heavy_library() -> None:
     modules = [script.removesuffix(".py") for script in SCRIPTS] + ["inpars_lib.bm25.__main__", "inpars_lib.evaluation"]
     heavy = {"torch", "transformers", "pyserini", "openai", "numpy", "matplotlib", "ftfy", "jnius", "tqdm"}
