@@ -1,7 +1,7 @@
 """Measure scoring throughput of our rerankers and of other packages: same weights, same pairs, one run.
 
     pip install --no-deps inpars rerankers pyterrier-t5 pyterrier pyterrier-alpha sentence-transformers
-    pip install pandas ir_datasets sentencepiece deprecated lz4
+    pip install pandas ir_datasets sentencepiece deprecated lz4 more_itertools
     python benchmarks/rerank.py --tokenizer tokenizer.json --queries topics.tsv --corpus collection.tsv
 
 The weights are random in T5's shape, which is as fast as trained weights. --tokenizer is T5's tokenizer.json, from any
