@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -330,6 +331,12 @@ def test_a_kill_loses_no_token_count(collection: Path, openai_server: StandIn) -
     assert meta(collection)["usage"] == counts
 
 
+def has_pending_signals(pid: int) -> bool:
+    """Return whether a signal was sent to a process that has not received it yet."""
+    fields = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return any(int(fields[name], 16) for name in ("SigPnd", "ShdPnd"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_closed_terminal_loses_no_answer(collection: Path, openai_server: StandIn, number: int) -> None:
@@ -347,9 +354,11 @@ def test_a_closed_terminal_loses_no_answer(collection: Path, openai_server: Stan
     process = start(collection, openai_server.url, "--concurrency", 4)
     assert asked.wait(60)
     process.stderr.close()  # the terminal is gone
-    process.send_signal(number)
-    process.send_signal(number)
-    threading.Timer(0.5, go.set).start()
+    for _ in range(2):
+        process.send_signal(number)
+        while has_pending_signals(process.pid):
+            time.sleep(0.001)
+    go.set()
     process.wait(60)
     assert len(written(collection)) == 5
     assert len(openai_server.requests) == 5
