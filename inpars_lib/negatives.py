@@ -16,7 +16,7 @@ from inpars_lib.resume import ResumeLog
 from inpars_lib.spool import SpooledQueries
 
 TIE = 1e-4  # Anserini rounds scores to this, and lowers tied scores by a few millionths to keep their order
-SPARE_SAMPLES = 50  # further hits to try before a hit with the source document's score becomes a negative
+SPARE_SAMPLES = 50  # hits to look at beyond the wanted number before ties with the source document are accepted
 
 
 class SampledHits(msgspec.Struct, frozen=True):
@@ -96,16 +96,18 @@ def sample_negatives(
 def sample_hits(hits: Sequence[ScoredDoc], query: SyntheticQuery, sampling: Sampling) -> SampledHits:
     """Sample hits of a query, best first, without its source document.
 
-    Hits with the source document's score, duplicates of its text for example, are a last resort.
+    A hit with the source document's score may have the same text, so such ties are accepted only if there are too few
+    other hits.
     """
     rank = source_rank(query, hits)
     source_score = hits[rank - 1].score if rank else math.inf
     generator = random.Random(f"{sampling.seed} {query.line}")
     left, n = list(range(sampling.min_rank - 1, len(hits))), sampling.n_samples
-    fewest = len(left) - n - SPARE_SAMPLES
     others: list[str] = []
     ties: list[str] = []
-    while left and len(others) < n and len(left) > fewest:
+    for _ in range(n + SPARE_SAMPLES):
+        if not left or len(others) == n:
+            break
         hit = hits[left.pop(generator.randrange(len(left)))]
         if abs(hit.score - source_score) > TIE:
             others.append(hit.doc_id)

@@ -8,8 +8,8 @@ from functools import cache
 from itertools import accumulate
 from typing import Any
 
-# The last of these precedes the answer: Qwen's and Mistral's tags, and gpt-oss' final channel, also without its tokens
-REASONING_END = re.compile(rb"</think>|\[/THINK\]|<\|channel\|>final[^<\n]*<\|message\|>|assistantfinal(?=\S)")
+from inpars_lib.llm.prompt import end_of_reasoning
+
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's token for a byte
 ESCAPED_BYTES = re.compile(r"bytes:(\\x[0-9a-f]{2})+")  # OpenAI's completions API sends pieces of characters so
 BEYOND_ASCII = b"\x7f"
@@ -60,11 +60,6 @@ def _checked(values: list[float | None], count: int) -> list[float | None]:
     return [value if value is None else min(value, 0.0) for value in values]
 
 
-def end_of_reasoning(text: bytes, start: int = 0) -> int:
-    """Return where the answer begins behind the model's reasoning, or `start` if the text from there has none."""
-    return max((match.end() for match in REASONING_END.finditer(text, start)), default=start)
-
-
 def align(text: bytes, tokens: list[bytes]) -> list[tuple[int, int]]:
     """Return the span of each token in `text`, whose first characters are no whitespace.
 
@@ -87,7 +82,7 @@ def align(text: bytes, tokens: list[bytes]) -> list[tuple[int, int]]:
     starts = accumulate((len(token) for token in tokens), initial=0)
     skipped = sum(start < reasoning for start, _ in zip(starts, tokens, strict=False))
     for spell in SPELLINGS:
-        for first in {0: 0, skipped: 0}:
+        for first in sorted({0, skipped}):
             with suppress(ValueError):
                 return [(0, 0)] * first + _align(text, list(map(spell, tokens[first:])))
     raise problem

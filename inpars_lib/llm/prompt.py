@@ -1,4 +1,4 @@
-"""Prompts: read a prompt file, fill in a document, find the questions in an answer."""
+"""Prompts: read a prompt file, fill in a document, find the questions in an answer and where its reasoning ends."""
 
 import re
 from typing import NamedTuple
@@ -44,6 +44,33 @@ class PromptTemplate(NamedTuple):
     def fill(self, doc: Doc) -> str:
         """Return the prompt of a document."""
         return self.text.replace(SLOT, self.truncate(doc).text)
+
+
+# How reasoning begins and ends: the tags of Qwen and Mistral, and the channels of gpt-oss, also without their tokens
+REASONING_START = re.compile(r"<think>|\[THINK\]|(<\|start\|>assistant)?<\|channel\|>|analysis(?=[A-Z])")
+REASONING_END = re.compile(rb"</think>|\[/THINK\]|<\|channel\|>final[^<\n]*<\|message\|>|assistantfinal(?=\S)")
+# How an answer begins that is reasoning without any tag
+THOUGHT = re.compile(
+    r"(?i)(okay|ok|alright|hmm+|so|first|let's|let me|we (need|have)|i (need|have|should|will)|the user"
+    r"|(here's a )?thinking process)\b"
+)
+
+
+def end_of_reasoning(text: bytes, start: int = 0) -> int:
+    """Return where the answer begins: after the last end of reasoning behind `start`, else at `start`."""
+    return max((match.end() for match in REASONING_END.finditer(text, start)), default=start)
+
+
+def is_only_reasoning(text: str, is_cut: bool) -> bool:
+    """Return whether a text without an end of reasoning is reasoning.
+
+    Args:
+        text: What the model wrote.
+        is_cut: The token limit ended the text, so that even a thought without a tag has no answer behind it.
+    """
+    if REASONING_START.match(text.lstrip()):
+        return True
+    return is_cut and bool(THOUGHT.match(find_question(text).text))
 
 
 # What chat models write before a question or around it

@@ -9,7 +9,6 @@ This module sends nothing and reads no files. `client.py` and `batch.py` both us
 
 import argparse
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,8 +19,8 @@ from inpars_lib.cli import InputError, warn
 from inpars_lib.formats.fields import json_object
 from inpars_lib.formats.records import Doc
 from inpars_lib.llm.errors import error_message, error_within
-from inpars_lib.llm.log_probs import align, end_of_reasoning, log_probs_within, read_tokens
-from inpars_lib.llm.prompt import Question, find_question, find_questions
+from inpars_lib.llm.log_probs import align, log_probs_within, read_tokens
+from inpars_lib.llm.prompt import Question, end_of_reasoning, find_question, find_questions, is_only_reasoning
 
 STOP = "\n\n"  # a prompt separates its examples by an empty line, so the model writes one after its query
 OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
@@ -29,9 +28,6 @@ OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "m
 OWN_PARAMETERS = {"model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "reasoning_effort"}
 OWN_PARAMETERS |= {"messages", "prompt", "n", "best_of", "stream", "stream_options", "logprobs", "top_logprobs", "echo"}
 TEXT_PARTS = (None, "text", "output_text")  # types of the parts of a message that are no reasoning
-REASONING = re.compile(r"<think>|\[THINK\]|(<\|start\|>assistant)?<\|channel\|>|analysis(?=[A-Z])")  # how it begins
-THOUGHT = re.compile(r"(?i)(okay|ok|alright|hmm+|so|first|let's|let me|we (need|have)|i (need|have|should|will)|the "
-                     r"user|(here's a )?thinking process)\b")  # fmt: skip
 NO_REASONING = "--reasoning_effort none, or the server's own switch in --extra_body"
 REQUEST_NONE = "Add --no_log_probs to request none"
 NEEDS_NO_REASONING = ("logprobs", "top_logprobs", "temperature", "top_p")  # reasoning models take them with effort none
@@ -266,7 +262,7 @@ class ModelApi:
         return row
 
     def _read_choice(self, answer: Any) -> tuple[dict[str, Any], str]:
-        """Return the choice of an answer and its text, without the parts that are reasoning."""
+        """Return the choice of an answer and its text. Of a message in parts, only the parts with text are read."""
         try:
             choice = answer["choices"][0]
             message = choice if self.api == "completions" else choice["message"]
@@ -287,7 +283,7 @@ class ModelApi:
     def _problem(self, choice: dict[str, Any], generated: str, question: Question, bad_question: Question) -> str:
         """Return why the generated text holds no query, or an empty string."""
         is_cut = choice.get("finish_reason") == "length"
-        if REASONING.match(generated.lstrip()) or (is_cut and THOUGHT.match(question.text)):
+        if is_only_reasoning(generated, is_cut):
             return "the answer is only reasoning. Raise --max_tokens, or turn reasoning off"
         if question.text and self.config.good_bad and not bad_question.text:  # the prompt was not followed
             return "the answer has no bad question"

@@ -98,7 +98,9 @@ class Server:
             self.gap = self.gap * 0.96 if self.gap > FIRST_GAP / 20 else 0.0
 
     def on_failure(self, now: float, sent_at: float, wait: float | None = None, too_fast: bool = False) -> None:
-        """Lower the limit, and pause a server that is down twice as long as the last time.
+        """Lower the limit after a failure: status 5xx, a timeout, a broken connection.
+
+        A server with DOWN failures in a row is down. Each further failure doubles the pause before its next request.
 
         Args:
             now: The time.
@@ -115,7 +117,7 @@ class Server:
         self.wait(now, wait or self.pause)
 
     def on_rate_limit(self, now: float, sent_at: float, wait: float | None) -> None:
-        """Pause for the seconds that the server asks for, or else twice as long as the last time."""
+        """Lower the limit after status 429. Pause as long as the server asks, else twice as long as last time."""
         if self._lower_limit(now, sent_at):
             self._lengthen_pause()
         self.wait(now, self.pause if wait is None else max(wait, SHORTEST_WAIT))

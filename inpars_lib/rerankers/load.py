@@ -128,7 +128,18 @@ def load_causal(
     instruction: str | None,
     any_model: bool,
 ) -> CausalReranker:
-    """Load a causal language model. One that is not known as a reranker is refused unless `any_model` is true."""
+    """Load a causal language model.
+
+    Args:
+        found: The checkpoint.
+        dtype: Precision of the model.
+        device: Where the model runs.
+        max_length: Tokens per pair.
+        targets: The two tokens whose logits are compared, or None for those of the model's family.
+        instruction: What the prompt says about relevance, or None for the sentence of the model's family.
+        any_model: Accept a model that is not known as a reranker: a new one is trained, or the user has given the
+            tokens and the instruction.
+    """
     template = find_template(found.name, found.config, found.tokenizer, any_model)
     model = load_weights(found, "AutoModelForCausalLM", dtype)
     return CausalReranker(model.to(device), found.tokenizer, max_length, template, targets, instruction)
