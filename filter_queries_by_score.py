@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from inpars_lib import bm25
-from inpars_lib.cli import InputError, at_least, run_script, script_parser, warn
+from inpars_lib.cli import InputError, at_least, counted, run_script, script_parser, warn
 from inpars_lib.files import claimed, is_special, json_line, resolve_output, write_together
 from inpars_lib.first_stage import FirstStage, QueryRun, search_in_blocks, source_rank
 from inpars_lib.formats.collection import collection_paths
@@ -352,7 +352,7 @@ def filter_queries(args: argparse.Namespace, log_path: str | None) -> None:
     # 5. Say what became of the rows
     for reason, count in outcome.dropped.most_common():
         advice = f" {ADVICE}" if reason == NO_LOG_PROBS else ""
-        print(f"dropped {count:,} rows {reason}.{advice}", file=sys.stderr)
+        print(f"dropped {counted(count, 'row')} {reason}.{advice}", file=sys.stderr)
     total = outcome.scored + outcome.dropped.total()
     scores = f"{args.scoring_function} from {kept[0].score:.4f} to {kept[-1].score:.4f}"
     print(f"{args.output}: kept {len(kept):,} of {total:,} rows; {scores}", file=sys.stderr)

@@ -313,10 +313,10 @@ def print_summary(store: QueryStore, wanted: Set[RequestKey], output: str) -> No
     failed = len(wanted & store.failed)
     left = len(wanted) - len(done) - failed
     answered, documents = {key.doc_id for key in done}, {key.doc_id for key in wanted}
-    summary = f"{store.written:,} queries written; {len(answered):,} of {len(documents):,} documents have one"
+    summary = f"{counted(store.written, 'query')} written; {len(answered):,} of {len(documents):,} documents have one"
     if store.queries_per_doc > 1:
-        dropped = len(wanted & store.duplicates)
-        summary += f"; of {len(wanted):,} requests, {len(done):,} are answered ({dropped:,} duplicates dropped)"
+        dropped = counted(len(wanted & store.duplicates), "duplicate")
+        summary += f"; of {len(wanted):,} requests, {len(done):,} are answered ({dropped} dropped)"
     report(f"{output}: {summary}, {failed:,} failed, {left:,} are left")
     if failed:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in store.failure_reasons().most_common(3))
@@ -357,7 +357,7 @@ def open_batches(args: argparse.Namespace) -> BatchState:
     batches = BatchState(args.output)
     if batches.open and not (args.batch or args.batch_cancel or args.dry_run):
         raise InputError(
-            f"{args.output}: {len(batches.open)} batches are in progress. Add --batch to wait for them or "
+            f"{args.output}: batches in progress: {len(batches.open)}. Add --batch to wait for them or "
             "--batch_cancel to cancel them."
         )
     return batches

@@ -106,7 +106,7 @@ def read_queries(path: str, folder: str) -> SpooledQueries:
     if not queries:
         raise InputError(f"{path}: no row has a question. Pass the output of stage 1 or 2.")
     if dropped:
-        warn(f"{path}: dropped {dropped:,} rows without a question.")
+        warn(f"{path}: dropped {counted(dropped, 'row')} without a question.")
     return queries
 
 
@@ -162,7 +162,7 @@ def read_wanted_texts(
         problem = f"none of the {sampled:,} sampled documents has a text in {args.corpus} ({absent[0]} for example)"
         raise InputError(f"{source}: {problem}. Pass the run, the index or a new index of this collection.")
     if absent:
-        warn(f"{args.corpus}: no text for {len(absent):,} documents of {source}, the first is {absent[0]}.")
+        warn(f"{args.corpus}: no text for {counted(len(absent), 'document')} of {source}, the first is {absent[0]}.")
     return texts
 
 
@@ -197,7 +197,9 @@ def write_rows(
         action = f"Pass the run or the index of {args.corpus}, or other ranks."
         raise InputError(f"{args.run or args.index}: {problem}. {action}")
     if without_text:
-        warn(f"{args.input}: dropped {without_text:,} rows whose document has no text, in {args.corpus} neither.")
+        warn(
+            f"{args.input}: dropped {counted(without_text, 'row')} whose document has no text, in {args.corpus} neither."
+        )
     return f"{counted(triples, 'triple')}; {counted(without_negative, 'query')} without a usable hit"
 
 

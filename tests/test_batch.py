@@ -329,7 +329,7 @@ def test_cancelling_keeps_the_answers(collection: Path, openai_server: StandIn) 
     assert "Run the same command again to resume" in process.stderr.read()
     assert process.wait() == 130
     said = error_line(generate(collection, openai_server.url))  # it would ask, and pay, for the same documents
-    assert "1 batches are in progress" in said
+    assert "batches in progress: 1." in said
     assert "--batch_cancel" in said
     openai_server.batch_waits = 1
     done = ok(generate(collection, openai_server.url, "--batch_cancel", "--batch_poll", 0.05))

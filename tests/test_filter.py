@@ -145,8 +145,8 @@ def test_rows_that_are_dropped_are_counted_by_reason(tmp_path: Path) -> None:
         "with fewer than 3 tokens",
         "with more than 8 tokens",
     ):
-        assert f"dropped 1 rows {reason}." in done.stderr
-    assert "dropped 1 rows copied from the document." in done.stderr
+        assert f"dropped 1 row {reason}." in done.stderr
+    assert "dropped 1 row copied from the document." in done.stderr
     assert "kept 1 of 6 rows" in done.stderr
     assert set(kept(tmp_path, data, "--min_tokens", 1)) == {"good", "few", "many", "copied"}
 
@@ -170,7 +170,7 @@ def test_odd_bytes_and_numbers_in_a_row(tmp_path: Path, function: str) -> None:
     files += ["--sample_html", tmp_path / "out.html", "--scoring_function", function]
     done = ok(run(SCRIPT, *files))
     assert "kept 18 of 19 rows" in done.stderr
-    assert "dropped 1 rows with log-probabilities above 0." in done.stderr
+    assert "dropped 1 row with log-probabilities above 0." in done.stderr
     assert "6 of 25 lines are malformed" in done.stderr
     assert "line 19: not valid UTF-8. The line is skipped." in done.stderr
     assert {row["doc_id"] for row in rows(tmp_path / "out.jsonl")} == {"good", "pair"}
@@ -365,8 +365,8 @@ def test_a_run_replaces_bm25(tmp_path: Path) -> None:
     consistent = ["--run", dense, "--consistency_k", 2]
     assert kept(tmp_path, ROWS, *consistent) == ["long", "poor"]
     done = ok(run(SCRIPT, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *consistent))
-    assert "dropped 1 rows whose source document is not among the first 2 hits." in done.stderr
-    assert f"dropped 1 rows without hits in {dense}." in done.stderr
+    assert "dropped 1 row whose source document is not among the first 2 hits." in done.stderr
+    assert f"dropped 1 row without hits in {dense}." in done.stderr
     assert "warning" not in done.stderr
     assert kept(tmp_path, ROWS, *consistent[:2], "--consistency_k", 3, "--scoring_function", "consistency") == [
         "long",

@@ -66,7 +66,7 @@ def test_the_summary_line(mined: Path) -> None:
     assert "MRR@10 0." in said
     assert "R@20 0." in said
     assert "38 triples; 1 query without a usable hit" in said
-    assert "dropped 1 rows without a question" in said
+    assert "dropped 1 row without a question" in said
     for chatter in ("INFO", "WARN", "org.apache", "anserini", "SLF4J"):
         assert chatter not in said
 
@@ -222,7 +222,7 @@ def test_rows_without_a_text_take_the_text_of_the_corpus(retrieved: Path, demo_d
     data[0]["doc_id"] = "absent"
     write_rows(tmp_path / "q.jsonl", data)
     done = ok(mine_run(*args))
-    assert "dropped 1 rows whose document has no text" in done.stderr
+    assert "dropped 1 row whose document has no text" in done.stderr
     assert (tmp_path / "run.tsv").read_bytes() == expected.split(b"\n", 1)[1]
     write_rows(tmp_path / "q.jsonl", [{**row, "doc_id": "absent"} for row in data])
     assert "no row has a document text (`doc_text` or `text`)" in error_line(mine_run(*args))

@@ -12,7 +12,7 @@ import msgspec
 
 from inpars_lib.bm25.config import SETTINGS_FILE, BM25Config, IndexSettings
 from inpars_lib.bm25.lucene import analyzer_languages, lucene_errors, start_lucene
-from inpars_lib.cli import InputError, warn
+from inpars_lib.cli import InputError, counted, warn
 from inpars_lib.files import exclusive, json_line, unfinished_name
 from inpars_lib.formats.collection import read_collection
 
@@ -110,7 +110,7 @@ def _index_documents(corpus: str, folder: str, language: str, threads: int) -> N
     if indexed != expected:
         raise InputError(f"{corpus}: {indexed:,} of {expected:,} documents were indexed. Check the free disk space.")
     if empty:
-        warn(f"{corpus}: {empty:,} documents without a text are not in the index.")
+        warn(f"{corpus}: skipped {counted(empty, 'document')} without a text.")
 
 
 def count_documents(index: str) -> int:

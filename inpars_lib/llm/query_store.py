@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 import msgspec
 
-from inpars_lib.cli import InputError, redact, shorten, warn
+from inpars_lib.cli import InputError, counted, redact, shorten, warn
 from inpars_lib.files import SUFFIX, atomic_write, is_special, json_line, lock
 from inpars_lib.formats.lines import Form, read_blocks, read_records
 from inpars_lib.formats.queries import read_synthetic_queries
@@ -356,7 +356,8 @@ class QueryStore:
             if request_key(row.doc_id, row.request) not in there:
                 self._file.write(line)
                 restored += 1
-        problem = f"the file was deleted or replaced during the run. {restored:,} answers were written to it again"
+        saved = counted(restored, "answer")
+        problem = f"the file was deleted or replaced during the run. {saved} went to the new one"
         raise InputError(f"{self.path}: {problem}. Run the same command again to resume.")
 
     def failure_reasons(self) -> Counter[str]:
@@ -387,5 +388,5 @@ def summarize_queries(path: str) -> str:
     mean = f"; mean log-probability {fmean(means):.3f}" if means else ""
     return (
         f"questions: {min(lengths)} to {max(lengths)} words, median {median_high(lengths)}; "
-        f"{len(lengths) - len(distinct):,} duplicates, {copied:,} copied from the document{mean}"
+        f"{counted(len(lengths) - len(distinct), 'duplicate')}, {copied:,} copied from the document{mean}"
     )
