@@ -197,9 +197,8 @@ def write_rows(
         action = f"Pass the run or the index of {args.corpus}, or other ranks."
         raise InputError(f"{args.run or args.index}: {problem}. {action}")
     if without_text:
-        warn(
-            f"{args.input}: dropped {counted(without_text, 'row')} whose document has no text, in {args.corpus} neither."
-        )
+        dropped = counted(without_text, "row")
+        warn(f"{args.input}: dropped {dropped} whose document has no text, not in {args.corpus} either.")
     return f"{counted(triples, 'triple')}; {counted(without_negative, 'query')} without a usable hit"
 
 
