@@ -45,7 +45,7 @@ def test_a_card_without_an_evaluation() -> None:
         assert f"\n{line}\n" in found.text
     assert "select_by" not in found.text
     assert 'model_type="t5", token_true="▁yes", token_false="▁no")' in found.text
-    assert 'pyterrier_t5.mT5ReRanker(model="MODEL", tok_model="MODEL")' in found.text
+    assert 'pyterrier_t5.mT5ReRanker(model="MODEL", tok_model="MODEL", batch_size=1)' in found.text
     assert 'ranker.REL, ranker.NREL = ranker.tokenizer.convert_tokens_to_ids(["▁yes", "▁no"])' in found.text
     assert "The weights are from step 7, the last. The model was not evaluated during training." in found.text
 

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from inpars_lib.rerankers.base import Reranker
     from inpars_lib.training.trainer import RerankerTrainer
 
-LOADING = {  # other packages do not find the target words in a model
+# Other packages do not find the target words in a model. PyTerrier puts "Relevant:" behind the padding of a batch, so
+# each document needs a batch of its own.
+LOADING = {
     "MonoT5": """rerankers.Reranker("MODEL", model_type="t5", token_true="{true}", token_false="{false}")
-ranker = pyterrier_t5.{ranker}(model="MODEL", tok_model="MODEL")
+ranker = pyterrier_t5.{ranker}(model="MODEL", tok_model="MODEL", batch_size=1)
 ranker.REL, ranker.NREL = ranker.tokenizer.convert_tokens_to_ids(["{true}", "{false}"])""",
     "CrossEncoder": """sentence_transformers.CrossEncoder("MODEL")
 rerankers.Reranker("MODEL", model_type="cross-encoder")""",
