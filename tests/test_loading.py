@@ -132,6 +132,44 @@ def test_a_folder_without_tokenizer_files(folders: dict[str, Path], kind: str) -
     assert "tokenizer" in said
 
 
+@pytest.mark.parametrize("kind", ["t5", "encoder", "qwen3-reranker"])
+@pytest.mark.parametrize("factor", [0.8, 10])
+def test_a_tokenizer_of_another_size(folders: dict[str, Path], kind: str, factor: float) -> None:
+    size = len(transformers.AutoTokenizer.from_pretrained(folders[kind]))
+    change_json(folders[kind] / "config.json", vocab_size=int(factor * size))
+    assert f"its tokenizer has {size} tokens, the model" in refused(folders[kind])
+
+
+@pytest.mark.parametrize("kind", ["t5", "encoder", "qwen3-reranker"])
+def test_a_token_without_an_embedding(folders: dict[str, Path], kind: str) -> None:
+    """A token that was added to the tokenizer only is an error in the text that has it, and in no other text."""
+    before = scores(folders[kind])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[kind])
+    while len(tokenizer) <= load_reranker(str(folders[kind]), device="cpu").model.config.vocab_size:
+        tokenizer.add_tokens([f"zyzzyva{len(tokenizer)}"])
+    tokenizer.save_pretrained(folders[kind])
+    assert (scores(folders[kind]) == before).all()
+    reranker = load_reranker(str(folders[kind]), device="cpu", max_length=256)
+    with pytest.raises(InputError, match=r"token 'zyzzyva\d+' has no embedding in this model"):
+        reranker.score([("what are beetles", f"a zyzzyva{len(tokenizer) - 1} is a beetle")])
+
+
+def test_quantized_weights_are_refused(folders: dict[str, Path]) -> None:
+    for method in ("fp8", "gptq", "bitsandbytes", "unheard-of"):
+        change_json(folders["encoder"] / "config.json", quantization_config={"quant_method": method})
+        assert "quantized weights are not supported" in refused(folders["encoder"])
+
+
+def test_a_config_without_a_class(folders: dict[str, Path]) -> None:
+    """Old checkpoints have another name or none. The weights tell whether a T5 has its decoder."""
+    before = scores(folders["t5"])
+    for names in (["T5WithLMHeadModel"], None):
+        change_json(folders["t5"] / "config.json", architectures=names)
+        assert (scores(folders["t5"]) == before).all()
+    change_json(folders["encoder"] / "config.json", architectures=None)
+    assert "does not name the class of this model" in refused(folders["encoder"])
+
+
 @pytest.mark.parametrize("model_type", ["bert", "unheard_of"])
 def test_code_of_a_folder_is_never_run(folders: dict[str, Path], tmp_path: Path, model_type: str) -> None:
     folder = folders["encoder"]

@@ -54,6 +54,7 @@ class Reranker:
         self.max_length = max_length
         self.batch_tokens: int | None = None
         self.instruction: str | None = None
+        self._n_embeddings: int = model.get_input_embeddings().num_embeddings
 
     def _check_max_length(self, added_tokens: int, limit: float = math.inf) -> None:
         if self.max_length > limit:
@@ -104,7 +105,11 @@ class Reranker:
         return self.build_input(*self.tokenize_queries([query]), *self.tokenize([text]))
 
     def pad(self, inputs: Sequence[tuple["numpy.ndarray", int]]) -> dict[str, "torch.Tensor"]:
-        """Return a batch of inputs from `build_input`, int64 tensors of shape (pairs, longest input)."""
+        """Return a batch of inputs from `build_input`, int64 tensors of shape (pairs, longest input).
+
+        Raises:
+            InputError: The model has no embedding of a token.
+        """
         import torch
 
         shape = len(inputs), max(len(ids) for ids, _ in inputs)
@@ -115,7 +120,18 @@ class Reranker:
             arrays["input_ids"][i, : len(ids)] = ids
             arrays["attention_mask"][i, : len(ids)] = 1
             arrays["token_type_ids"][i, second_segment : len(ids)] = 1
+        self._check_ids(batch["input_ids"])
         return {name: tensor for name, tensor in batch.items() if name in self.tokenizer.model_input_names}
+
+    def _check_ids(self, ids: "torch.Tensor") -> None:
+        """Check that the model has an embedding of each token, where torch would raise an IndexError."""
+        largest = int(ids.max())
+        if largest >= self._n_embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise InputError(
+                f"{self.model.config.name_or_path}: the tokenizer's token {token!r} has no embedding in this model. "
+                "Put the files of the model's own tokenizer (tokenizer.json) into its folder."
+            )
 
     # ----------------------------------------------------------------------------------------------------- training
 

@@ -170,7 +170,9 @@ class CausalReranker(Reranker):
 
         rows = [torch.from_numpy(row).long() for row, _ in inputs]
         parts = {"input_ids": rows, "attention_mask": [torch.ones_like(row) for row in rows]}
-        return {name: pad_sequence(part, batch_first=True, padding_side="left") for name, part in parts.items()}
+        batch = {name: pad_sequence(part, batch_first=True, padding_side="left") for name, part in parts.items()}
+        self._check_ids(batch["input_ids"])
+        return batch
 
     def labels(self, relevant: list[bool]) -> "torch.Tensor":
         """Return 1.0 or 0.0 per pair, shape (pairs,)."""

@@ -26,6 +26,7 @@ T5_TYPES = ("t5", "mt5", "umt5")  # sequence-to-sequence models whose tokens nev
 PEFT = "peft==0.21.2"
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "CAUSAL_LM": "ForCausalLM", "SEQ_2_SEQ_LM": "ForConditionalGeneration"}
 ENCODER_MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers: an encoder without an output
+OLD_NAMES = {"T5WithLMHeadModel": "T5ForConditionalGeneration", "GPT2LMHeadModel": "GPT2ForCausalLM"}  # of classes
 SHOWN_WEIGHTS = 3
 
 
@@ -153,7 +154,7 @@ def load_mono_t5(
     if model_type not in T5_TYPES:
         known = ", ".join(T5_TYPES)
         raise InputError(f"{name}: models of type {model_type} are not supported. Use one of {known}.")
-    if not found.kind.endswith("ForConditionalGeneration"):
+    if not (found.kind or "ForConditionalGeneration").endswith("ForConditionalGeneration"):
         raise InputError(f"{name}: {found.kind} has no decoder that answers. Name a T5ForConditionalGeneration.")
     model = load_weights(found, "AutoModelForSeq2SeqLM", dtype)
     return MonoT5(model.to(device), found.tokenizer, max_length, targets)
@@ -173,6 +174,8 @@ def load_cross_encoder(found: Checkpoint, dtype: str, device: str, max_length: i
         raise InputError(f"{name}: its tokenizer has no fast version (tokenizer.json). Name another model.")
     if tokenizer.pad_token_id is None:
         raise InputError(f"{name}: its tokenizer has no padding token. Name another model.")
+    if not found.kind and not new_head:
+        raise InputError(f'{name}: config.json does not name the class of this model. Add it as "architectures".')
     if not trained and not new_head:
         raise InputError(f"{name}: this encoder was never trained to rerank. Train it first with train_t5.py.")
     if trained and getattr(tokenizer, "chat_template", None):
@@ -239,7 +242,10 @@ def read_checkpoint(name: str) -> Checkpoint:
     with loading_errors(base):
         config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
     tokenizer = _load_tokenizer(name if _read_json(name, "tokenizer_config.json") else base, config)
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{base}: quantized weights are not supported. Name the model that was quantized.")
     kind = next(iter(config.architectures or []), "")
+    kind = OLD_NAMES.get(kind, kind)
     if adapters and adapters.get("task_type") in TASKS:
         kind = TASKS[adapters["task_type"]]
     modules = [str(module["type"]).rpartition(".")[2] for module in _read_json(name, "modules.json") or []]
@@ -256,11 +262,11 @@ def _load_tokenizer(name: str, config: Any) -> Any:
     size = getattr(config.get_text_config(), "vocab_size", None) or 0
     if os.path.isdir(name) and not files & {*os.listdir(name)}:
         problem = "no tokenizer in this folder"
-    elif len(tokenizer) < size / 4:
-        problem = f"its tokenizer has {len(tokenizer):,} of the model's {size:,} tokens"
+    elif len(tokenizer) < size / 4 or tokenizer.vocab_size > size > 0:  # added tokens may be unused; `pad` checks them
+        problem = f"its tokenizer has {len(tokenizer):,} tokens, the model {size:,}"
     else:
         return tokenizer
-    raise InputError(f"{name}: {problem}. Put the tokenizer's files (tokenizer.json) into the model's folder.")
+    raise InputError(f"{name}: {problem}. Put the files of the model's own tokenizer (tokenizer.json) into its folder.")
 
 
 def _check_modules(name: str, tokenizer: Any, kind: str, modules: Sequence[str]) -> tuple[str, str] | None:
