@@ -56,7 +56,7 @@ LOG_PROB_SCORES: dict[str, Callable[[list[float]], float]] = {
 # Scoring functions and the bin widths of their histograms
 BIN_WIDTHS = {"mean_log_probs": 0.05, "sum_log_probs": 1.0, "mean_probs": 0.02, "monot5": 0.1, "consistency": 0.05}
 BLOCK = 1024  # rows in memory at a time
-ROUNDING = 0.01  # of a log-probability, which is at most 0
+ROUNDING = 0.01  # by which a log-probability may exceed 0
 NO_LOG_PROBS = "without log-probabilities"
 ADVICE = "Rows without log-probabilities can be scored with --scoring_function monot5 --model NAME."
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from inpars_lib.training.trainer import RerankerTrainer
 
 DATA = ("triples_train", "holdout", "queries", "qrels", "run")  # flags of the files that a resumed training must repeat
-# Flags that a resumed training need not repeat. Collection and index belong to the files of DATA.
+# Flags that a resumed training need not repeat. A change of collection or index shows in the files of DATA.
 FREE = {*DATA, "corpus", "index", "output_dir", "save_every_n_steps", "logging_steps", "report_to", "restart",
         "resume_from_checkpoint", "query_model"}  # fmt: skip
 TRAINER_DEFAULTS = {"lr_scheduler_type": "constant_with_warmup"}  # of transformers.TrainingArguments, where ours differ
@@ -321,7 +321,7 @@ def report_start(args: argparse.Namespace, trainer: "RerankerTrainer", checkpoin
         f"Training {family} from {args.base_model}: {counted(len(examples.triples), 'triple')}{groups}, {per_step} "
         f"examples per step, {counted(steps, 'step')}{resumed}"
     )
-    if grouped and examples.group_size == 2:
+    if args.loss == "listwise" and examples.group_size == 2:
         warn(f"{args.triples_train}: one negative per query, so --loss {args.loss} equals pairwise. Sample more with "
              "generate_triples_train.py --n_samples, and keep the triples of a query adjacent.")  # fmt: skip
     if steps < FEW_STEPS:

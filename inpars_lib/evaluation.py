@@ -44,7 +44,10 @@ class Comparison(NamedTuple):
 
 
 def read_measure(name: str) -> Any:
-    """Return the measure of ir-measures with a name, or None if it is no mean over queries or needs another program."""
+    """Return the measure of ir-measures with a name, or None for any other name.
+
+    None too if the measure is not a mean over queries, or if only a provider that is not installed computes it.
+    """
     from ir_measures import MeanAgg, compat, judged, msmarco, parse_measure, pytrec_eval
 
     if not MEASURE.fullmatch(name):  # trec_eval ends the process at P@0

@@ -287,8 +287,10 @@ def _zstd(raw: Any, mode: Any) -> Any:
     return ZstdFile(raw, mode, options=reading if mode == "rb" else {CompressionParameter.checksum_flag: 1})
 
 
-# Name, suffix, first bytes, function of an open file and a mode. Because a TSV file may begin with BZh, the first bytes
-# of bzip2 include those of a block. pzstd writes a skippable frame first. gzip's header gets no name and no time.
+# Name, suffix, first bytes, function of an open file and a mode.
+# bzip2: the first bytes include those of a block, because a TSV file may begin with BZh.
+# gzip: its header gets no name and no time, so that equal content gives equal files.
+# Zstandard: pzstd writes a skippable frame first.
 FORMATS = (
     ("gzip", ".gz", rb"\x1f\x8b", lambda raw, mode: gzip.GzipFile("", mode, 6, raw, 0)),
     ("bzip2", ".bz2", rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", bz2.BZ2File),

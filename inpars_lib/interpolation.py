@@ -48,5 +48,5 @@ def interpolation_curve(run: Run, scores: Mapping[str, Sequence[float]], qrels: 
 
 
 def best_weight(curve: Mapping[float, float]) -> float:
-    """Return the weight with the highest nDCG@10, the largest weight among equals; 0 if all weights are equal."""
+    """Return the weight with the highest nDCG@10, of several the largest. If no weight changes nDCG@10, return 0."""
     return max(curve, key=lambda weight: (curve[weight], weight)) if len(set(curve.values())) > 1 else 0.0

@@ -37,16 +37,16 @@ class Sampling(NamedTuple):
     """How negatives are sampled.
 
     Attributes:
-        max_hits: Hits per query, and so the last rank to sample from.
-        min_rank: First rank to sample from. The source document has a rank too.
+        max_hits: Hits to retrieve per query. The last of them is the last that can be sampled.
+        min_rank: Rank of the first hit that can be sampled. The source document counts as a hit.
         n_samples: Negatives per query.
         seed: Seed of the samples, each of which also depends on the query's line.
     """
 
-    max_hits: int = 1000
-    min_rank: int = 1
-    n_samples: int = 1
-    seed: int = 1
+    max_hits: int
+    min_rank: int
+    n_samples: int
+    seed: int
 
 
 def sample_negatives(

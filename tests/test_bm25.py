@@ -244,19 +244,20 @@ def test_a_torn_run_of_anserini_is_an_error(tmp_path: Path) -> None:
 def test_a_sample_of_hits() -> None:
     hits = RankedList("q", [f"d{i}" for i in range(20)], [20.0 - i for i in range(20)])
     source = {doc_id: SyntheticQuery(1, doc_id, "", "", None, "") for doc_id in ("d3", "d15", "elsewhere", "b")}
-    sampled = [sample_hits(hits, source["d3"]._replace(line=i), Sampling(n_samples=2)) for i in range(300)]
-    assert {doc_id for one in sampled for doc_id in one.doc_ids} == {hit.doc_id for hit in hits} - {"d3"}
-    assert all(len(set(one.doc_ids)) == 2 for one in sampled)
-    assert sampled[0] == sample_hits(hits, source["d3"]._replace(line=0), Sampling(n_samples=2))
-    assert [one.line for one in sampled] == list(range(300))
-    assert {one.source_rank for one in sampled} == {4}
-    assert sample_hits(hits, source["d15"], Sampling()).source_rank == 16
-    assert sample_hits(hits, source["elsewhere"], Sampling()).source_rank is None
-    assert sample_hits(hits[:0], source["d3"], Sampling()) == SampledHits(1, [], None)
+    one = Sampling(max_hits=20, min_rank=1, n_samples=1, seed=1)
+    sampled = [sample_hits(hits, source["d3"]._replace(line=i), Sampling(20, 1, 2, seed=1)) for i in range(300)]
+    assert {doc_id for sample in sampled for doc_id in sample.doc_ids} == {hit.doc_id for hit in hits} - {"d3"}
+    assert all(len(set(sample.doc_ids)) == 2 for sample in sampled)
+    assert sampled[0] == sample_hits(hits, source["d3"]._replace(line=0), Sampling(20, 1, 2, seed=1))
+    assert [sample.line for sample in sampled] == list(range(300))
+    assert {sample.source_rank for sample in sampled} == {4}
+    assert sample_hits(hits, source["d15"], one).source_rank == 16
+    assert sample_hits(hits, source["elsewhere"], one).source_rank is None
+    assert sample_hits(hits[:0], source["d3"], one) == SampledHits(1, [], None)
     # Hits with the source document's score come last.
     ties = RankedList("q", ["a", "b", "c", "d"], [2.0, 1.999999, 1.999998, 1.0])
-    assert sample_hits(ties, source["b"], Sampling()).doc_ids == ["d"]
-    all_of_them = sample_hits(ties, source["b"], Sampling(n_samples=9)).doc_ids
+    assert sample_hits(ties, source["b"], one).doc_ids == ["d"]
+    all_of_them = sample_hits(ties, source["b"], Sampling(20, 1, 9, seed=1)).doc_ids
     assert (all_of_them[0], set(all_of_them)) == ("d", {"a", "c", "d"})
 
 

@@ -4,8 +4,8 @@ A failure of the server (5xx, timeout, broken connection) fails no document at f
 
 1. After TRIES failures the document is put aside, and the others go on.
 2. When the others are settled, each document that was put aside is tried once more.
-3. Before a failure of a last try counts, a document that was answered before is requested again, as a probe. If the
-   server answers it, the failure is a strike against the document. If not, the server is at fault, and all wait.
+3. When a last try fails, a document that already has an answer is requested again, as a probe. If the server answers
+   the probe, the failure is a strike against the document. If not, the server is at fault, and all documents wait.
 
 A document is given up after STRIKES strikes: an outage may end between a last try and its probe.
 """

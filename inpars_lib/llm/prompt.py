@@ -35,7 +35,7 @@ class PromptTemplate(NamedTuple):
     max_chars: int | None = None
 
     def truncate(self, doc: Doc) -> Doc:
-        """Return the document as the prompt contains it, cut at a space if the second half has one."""
+        """Return the document as the prompt contains it, cut at the last space, unless that loses more than half."""
         if self.max_chars is None or len(doc.text) <= self.max_chars:
             return doc
         words = doc.text[: self.max_chars + 1].rpartition(" ")[0].rstrip()
@@ -46,7 +46,8 @@ class PromptTemplate(NamedTuple):
         return self.text.replace(SLOT, self.truncate(doc).text)
 
 
-# How reasoning begins and ends: the tags of Qwen and Mistral, and the channels of gpt-oss, also without their tokens
+# How reasoning begins and ends: tags (Qwen, Mistral) and channels (gpt-oss). Servers that drop special tokens leave
+# "analysis" and "assistantfinal" of the channels.
 REASONING_START = re.compile(r"<think>|\[THINK\]|(<\|start\|>assistant)?<\|channel\|>|analysis(?=[A-Z])")
 REASONING_END = re.compile(rb"</think>|\[/THINK\]|<\|channel\|>final[^<\n]*<\|message\|>|assistantfinal(?=\S)")
 # How an answer begins that is reasoning without any tag

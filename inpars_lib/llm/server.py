@@ -9,7 +9,7 @@ from inpars_lib.llm.access import Access, public_url
 FIRST_WAIT = 0.5  # seconds before the second try; doubles with each further failure
 FIRST_GAP = 0.02  # seconds between two requests after the first that came too fast
 SHORTEST_WAIT = 0.25  # seconds after status 429, even if the server asks for none
-LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
+LONGEST_WAIT = 60.0  # seconds: the longest pause of a server and of a failed request, unless the server asks for more
 DOWN = 3  # failures without an answer in between after which a server gets one request at a time
 
 
@@ -49,7 +49,7 @@ class Server:
     for too many requests and shrinks with each answer, so the rate stays near what a rate limiter allows.
 
     Attributes:
-        failures: Failures without an answer in between. Those of requests in flight together count once.
+        failures: Failures since the last answer. Failures of requests that were in flight together count once.
         reached: The server has responded to a request, however it did.
         trouble: The reason of the last failure or refusal, empty after an answer.
     """
@@ -69,7 +69,7 @@ class Server:
         self.in_flight = self.failures = 0
         self.reached = False
         self.trouble = ""
-        self.gap = self.pause = 0.0  # seconds; `pause` follows the last refusal for too many requests
+        self.gap = self.pause = 0.0  # seconds between two requests; seconds after the last status 429
         self.resume_at = self.lowered_at = 0.0
         self.told: set[str] = set()  # kinds of trouble that were reported
 
@@ -138,7 +138,7 @@ class Server:
         self.pause = min(LONGEST_WAIT, max(FIRST_GAP, self.gap, 2 * self.pause))
 
     def tell(self, reason: str, stops_at: str) -> None:
-        """Report a failure if it is the first of its kind since the server was down."""
+        """Report a failure if it is the first of its kind since the server last came back."""
         self.trouble = reason
         kind = re.sub(r"(?<!\()\b[\w-]*\d[\w-]*", "", reason)  # without request ids and times, with the status
         if kind not in self.told:

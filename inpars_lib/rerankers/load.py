@@ -53,7 +53,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def base(self) -> str:
-        """Where the weights are: of adapters without other weights, the model that they adapt."""
+        """Return where the weights are: `name`, or the adapted model if there are adapters only."""
         return self.adapters["base"] if self.adapters else self.name
 
 
@@ -111,7 +111,8 @@ def load_reranker(
         return load_causal(found, dtype, device, max_length, chosen, instruction, any_model)
     if instruction:
         raise InputError(f"--instruction: {name} reads no instruction; only causal models do. Omit the flag.")
-    if config.is_encoder_decoder or config.model_type in T5_TYPES:  # T5EncoderModel saves that it has no decoder
+    # T5EncoderModel is no encoder-decoder by its config. load_mono_t5 refuses T5EncoderModel by name.
+    if config.is_encoder_decoder or config.model_type in T5_TYPES:
         return load_mono_t5(found, dtype, device, max_length, targets)
     if targets:
         raise InputError(

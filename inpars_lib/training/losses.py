@@ -21,4 +21,7 @@ LOSSES: dict[str, Callable[["Tensor"], "Tensor"] | None] = {
     "pairwise": softmax_cross_entropy,  # each triple is a group
     "listwise": softmax_cross_entropy,
 }
-LOSSES_OF_TRIPLES = ("pointwise", "pairwise")  # other losses join adjacent triples of one query and positive
+LOSSES_OF_TRIPLES = (
+    "pointwise",
+    "pairwise",
+)  # others join adjacent triples with the same query and positive

@@ -122,7 +122,7 @@ class RerankerTrainer(Trainer):
         return mean_values(evaluate_per_query(self.dev.qrels, run, config.relevance_threshold, config.measures))
 
     def check_flags(self) -> None:
-        """Create everything that flags of `TrainingArguments` can make fail, and forget it again.
+        """Create optimizer, scheduler and data loader once, so that a wrong flag fails before the training starts.
 
         Raises:
             ValueError, TypeError, ImportError: A flag has a wrong value or needs a package.
@@ -153,8 +153,8 @@ class RerankerTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss of a batch: the model's own, or that of `LOSSES`.
 
-        The Trainer divides by the number of batches in a step. Where the last batch of an epoch is smaller, the factor
-        gives each item of the step the same weight. Otherwise it is 1.
+        The Trainer divides the sum of a step's losses by the number of batches. The loss is multiplied by a factor, so
+        that each item of the step has the same weight although the last batch of an epoch can be smaller.
         """
         loss_function = LOSSES[self.config.loss]
         factor = count_items(inputs) * self.current_gradient_accumulation_steps / self._items_in_step
