@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import gc
+import io
 import math
 import os
 import re
@@ -142,6 +143,8 @@ def run_script(
     """
     gc.set_threshold(100_000)  # with Python's 700, millions of records in memory double the time to read them
     stderr: Any = ProgressStream(sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a table can name a file that the terminal cannot show
     try:
         with redirect_stderr(stderr):
             main(argv)

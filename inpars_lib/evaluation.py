@@ -9,6 +9,7 @@ trec_eval's `-c`: a query without hits counts as 0. ir-measures computes the mea
 
 import argparse
 import math
+import os
 import re
 import sys
 import warnings
@@ -253,6 +254,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_table_flags(parser.add_argument)
     add_remove_query_flag(parser.add_argument)
     args = parser.parse_args(argv)
+    files = list(map(os.path.realpath, args.runs))
+    if len(set(files)) < len(files):
+        parser.error("two of the runs are the same file. Name each run once")
     check_paths({"--qrels": args.qrels, "RUN": args.runs}, {"--per_query": args.per_query})
     qrels = list(read_qrels(args.qrels))
     check_threshold(qrels, args.relevance_threshold, args.qrels, measures=args.measures)

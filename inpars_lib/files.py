@@ -85,7 +85,8 @@ def check_paths(inputs: Mapping[str, str | Iterable[str] | None], outputs: Mappi
                 raise InputError(f"{output}: {flag} and {other} ({path}) are one file. Name another {flag}.")
         named.append((flag, output, identities))
         real = os.path.realpath(output)
-        if os.path.isdir(output) and flag not in FOLDERS:
+        is_folder = os.path.isdir(output) or output.endswith(os.sep)
+        if is_folder and flag not in FOLDERS:
             raise InputError(f"{output}: {flag} is a file, and this is a folder. Name another {flag}.")
         for parent, other in written.items():
             if real.startswith(parent + os.sep):

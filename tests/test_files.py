@@ -54,6 +54,8 @@ def test_an_output_is_no_input(folder: Path, used: str, output: str, same: bool)
 
 def test_an_output_is_no_folder_and_not_inside_another(folder: Path) -> None:
     (folder / "old").mkdir()
+    with pytest.raises(InputError, match=r"new/: --plot is a file, and this is a folder. Name another --plot"):
+        files.check_paths({}, {"--plot": f"{folder}/new/"})
     with pytest.raises(InputError, match=r"old: --plot is a file, and this is a folder. Name another --plot"):
         files.check_paths({}, {"--plot": str(folder / "old")})
     files.check_paths({}, {"--index": str(folder / "old")})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from conftest import error_line, ok, run
+from conftest import ROOT, error_line, ok, run, run_process
 
 from inpars_lib import evaluation, tables
 from inpars_lib.cli import InputError
@@ -181,7 +181,8 @@ def test_a_table_of_any_runs(tmp_path: Path) -> None:
     rows, notes, _ = table(tmp_path, "a", "b", "--measures", "RR@10")
     assert rows[2][3] == f"{p['b']:.4f}"
     assert "Holm" not in notes
-    assert [row[-5:] for row in table(tmp_path, "a", "a")[0][2::2]] == [["+0.0000", "1.0000", "0", "6", "0"]] * 6
+    (tmp_path / "same").write_bytes((tmp_path / "a").read_bytes())
+    assert [row[-5:] for row in table(tmp_path, "a", "same")[0][2::2]] == [["+0.0000", "1.0000", "0", "6", "0"]] * 6
     rows, notes, _ = table(tmp_path, "c")
     assert rows[:2] == [["measure", "run", "mean"], ["nDCG@10", "c", "0.9167"]]
     assert notes == "judged queries: 6"
@@ -217,6 +218,8 @@ def test_tables_for_other_programs(tmp_path: Path) -> None:
     before = (tmp_path / "qrels.txt").read_bytes()
     for word in ("-", "", "/dev/stdout"):
         assert "expected a file" in error_line(run(*args, "--per_query", word, cwd=tmp_path), 2)
+    twice = ["inpars_lib.evaluation", "sub/a_1", tmp_path / "sub/a_1", "--qrels", "qrels.txt"]
+    assert "two of the runs are the same file" in error_line(run(*twice, cwd=tmp_path), 2)
     assert "--per_query and --qrels" in error_line(run(*args, "--per_query", "qrels.txt", cwd=tmp_path))
     assert (tmp_path / "qrels.txt").read_bytes() == before
 
@@ -261,3 +264,11 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_text(text)
         assert problem in error_line(run("inpars_lib.evaluation", "--qrels", "qrels.txt", "a", name, cwd=tmp_path))
+
+
+@pytest.mark.slow
+def test_a_name_that_standard_output_cannot_show(tmp_path: Path) -> None:
+    write_runs(tmp_path, café=[1, 2])
+    args = ["--qrels", "qrels.txt", "--measures", "RR@10", "café"]
+    done = ok(run_process("inpars_lib.evaluation", *args, cwd=tmp_path, PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT)))
+    assert r"caf\xe9" in done.stdout
