@@ -241,7 +241,7 @@ def test_adapters_are_merged(
     adapted.save_pretrained(folder)
     numpy.testing.assert_allclose(scores(folder), expected, atol=1e-4)
     assert numpy.abs(expected - plain).max() > 1e-3
-    with patch("inpars_lib.rerankers.load.find_spec", return_value=None):
+    with patch("inpars_lib.rerankers.checkpoint.find_spec", return_value=None):
         assert "holds adapters (LoRA) of" in refused(folder)
     weights = load_file(folder / "adapter_model.safetensors")
     weights.pop(next(key for key in sorted(weights) if "lora_A" in key))

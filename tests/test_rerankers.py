@@ -11,7 +11,8 @@ from conftest import save_t5
 from inpars_lib.cli import InputError
 from inpars_lib.formats.records import ScoredDoc
 from inpars_lib.formats.runs import rerank_hits
-from inpars_lib.rerankers.load import checkpoint_name, load_reranker
+from inpars_lib.rerankers.checkpoint import checkpoint_name
+from inpars_lib.rerankers.load import load_reranker
 from inpars_lib.rerankers.t5_forward import first_token_logits
 
 SENTENCE = "what are tides and why does bread rise in the oven when bees make honey"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inpars_lib.evaluation import format_value
-from inpars_lib.rerankers.load import checkpoint_name
+from inpars_lib.rerankers.checkpoint import checkpoint_name
 from inpars_lib.training.checkpoints import TrainingRecord
 
 if TYPE_CHECKING:
